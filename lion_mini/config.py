@@ -1,0 +1,200 @@
+"""Every size and every magic number of LION, as frozen dataclasses; the defaults are LION-4B (FlanT5-XL).
+
+`LionConfig` nests one config per component and is what `config.json` in a converted folder holds. The stages and
+ablations of the paper are values here, never other code: which branches feed the language model (`visual_input`),
+how many adapters stand in each feed-forward layer (`adapters`), whether image tags stand in the prompt (`tags`).
+
+next: layers.py
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+
+@dataclass(frozen=True)
+class VitConfig:
+    """EVA-CLIP ViT-g/14; the public file holds a 40th block that LION does not run."""
+
+    image_size: int = 224
+    patch_size: int = 14
+    width: int = 1408
+    depth: int = 39
+    heads: int = 16
+    mlp_width: int = 6144  # int(1408 * 4.3637)
+    norm_eps: float = 1e-6
+
+    @property
+    def tokens(self) -> int:
+        return (self.image_size // self.patch_size) ** 2 + 1  # the patches and CLS
+
+
+@dataclass(frozen=True)
+class QFormerConfig:
+    """BERT-base with cross-attention in every second layer and 32 learned queries."""
+
+    width: int = 768
+    depth: int = 12
+    heads: int = 12
+    mlp_width: int = 3072
+    queries: int = 32
+    vocab_size: int = 30523  # bert-base-uncased and [DEC]
+    max_positions: int = 512
+    cross_every: int = 2
+    norm_eps: float = 1e-12
+    dropout: float = 0.1
+    init_std: float = 0.02
+
+
+@dataclass(frozen=True)
+class AggregatorConfig:
+    """The vision aggregator: one block per tap after the first, as wide as the ViT."""
+
+    heads: int = 16
+    mlp_width: int = 3072  # the release leaves BertConfig's default, although the width is 1408
+    norm_eps: float = 1e-12
+    projector_ratio: int = 4
+    dropout: float = 0.1
+    init_std: float = 0.02
+
+
+@dataclass(frozen=True)
+class T5Config:
+    """FlanT5-XL; heads * head_width need not equal width."""
+
+    width: int = 2048
+    head_width: int = 64
+    heads: int = 32
+    mlp_width: int = 5120
+    encoder_depth: int = 24
+    decoder_depth: int = 24
+    vocab_size: int = 32128
+    buckets: int = 32
+    max_distance: int = 128
+    norm_eps: float = 1e-6
+
+
+@dataclass(frozen=True)
+class TagHeadConfig:
+    """RAM's recognition decoder: cross-attention from tags to image, no self-attention."""
+
+    width: int = 768
+    depth: int = 2
+    heads: int = 4
+    mlp_width: int = 3072
+    norm_eps: float = 1e-12
+
+
+@dataclass(frozen=True)
+class RamConfig:
+    """Recognize Anything: Swin-L/384 and a tagging head over 4585 tags."""
+
+    image_size: int = 384
+    patch_size: int = 4
+    width: int = 192
+    depths: tuple[int, ...] = (2, 2, 18, 2)
+    heads: tuple[int, ...] = (6, 12, 24, 48)
+    window: int = 12
+    tag_width: int = 512
+    tags: int = 4585
+    head: TagHeadConfig = field(default_factory=TagHeadConfig)
+
+
+@dataclass(frozen=True)
+class LionConfig:
+    """The whole model. `ram=None` is a LION without its tagger: tags must then be given."""
+
+    vit: VitConfig = field(default_factory=VitConfig)
+    taps: tuple[int, ...] = (38, 28, 18)  # blocks that feed the aggregator, 0-based: the last first (paper: L-1, 2L/3, L/3)
+    qformer: QFormerConfig = field(default_factory=QFormerConfig)
+    aggregator: AggregatorConfig = field(default_factory=AggregatorConfig)
+    t5: T5Config = field(default_factory=T5Config)
+    adapter_width: int = 64
+    ram: RamConfig | None = field(default_factory=RamConfig)
+    visual_input: Literal["image", "region", "all"] = "all"  # release: QFORMER (stage 1), AGGREGATOR (stage 2), ALL (stage 3)
+    adapters: int = 2  # per feed-forward layer: 1 in stages 1 and 2, 2 and a router in stage 3
+    tags: bool = True  # the tag sentence and its soft prompt
+    max_question_tokens: int = 128  # what the Q-Former reads, always
+    max_prompt_tokens: int = 128  # what T5 reads, in training only
+    max_answer_tokens: int = 128  # in training only
+
+    def __post_init__(self) -> None:
+        if self.visual_input not in ("image", "region", "all"):
+            raise ValueError(f"visual_input is 'image', 'region' or 'all', not {self.visual_input!r}")
+        if self.adapters not in (1, 2):
+            raise ValueError(f"adapters is 1 (stages 1 and 2) or 2 (stage 3), not {self.adapters}")
+        for tap in self.taps:
+            if not 0 <= tap < self.vit.depth:
+                raise ValueError(f"tap {tap} is not one of the ViT's blocks 0 to {self.vit.depth - 1}")
+        for name, width, heads in (
+            ("vit", self.vit.width, self.vit.heads),
+            ("qformer", self.qformer.width, self.qformer.heads),
+            ("aggregator", self.vit.width, self.aggregator.heads),
+        ):
+            if width % heads:
+                raise ValueError(f"{name}: width {width} is not a multiple of its {heads} heads")
+
+    @property
+    def visual_tokens(self) -> int:
+        """How many tokens the image becomes in front of the text."""
+        return (self.visual_input != "region") * self.qformer.queries + (self.visual_input != "image") * self.vit.tokens
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), indent=1)
+
+    @classmethod
+    def from_json(cls, text: str) -> "LionConfig":
+        """The config that `to_json` wrote. An unknown key or a value of another type raises with its path."""
+        try:
+            data = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"the config is not JSON: {error}") from None
+        return _build(cls, data, "config")
+
+
+def _build(cls: Any, data: Any, path: str) -> Any:
+    """A dataclass from parsed JSON, every key and type checked."""
+    if not isinstance(data, Mapping):
+        raise ValueError(f"{path} must be an object of {cls.__name__}'s fields, found {data!r}")
+    kinds = get_type_hints(cls)
+    unknown = sorted(set(data) - {f.name for f in fields(cls)})
+    if unknown:
+        raise ValueError(f"{path}.{unknown[0]} is unknown; {cls.__name__} has {', '.join(f.name for f in fields(cls))}")
+    return cls(**{name: _value(kinds[name], value, f"{path}.{name}") for name, value in data.items()})
+
+
+def _value(kind: Any, value: Any, path: str) -> Any:
+    if is_dataclass(kind):
+        return _build(kind, value, path)
+    if get_origin(kind) is tuple:
+        if not isinstance(value, list) or not all(type(v) is int for v in value):
+            raise ValueError(f"{path} must be a list of whole numbers, found {value!r}")
+        return tuple(value)
+    if get_origin(kind) is Literal:
+        kind = str
+    elif get_args(kind):  # X | None
+        return None if value is None else _value(get_args(kind)[0], value, path)
+    if kind is float and type(value) is int:
+        value = float(value)
+    if type(value) is not kind:
+        raise ValueError(f"{path} must be {kind.__name__}, found {value!r}")
+    return value
+
+
+_XL = LionConfig()
+PRESETS = {
+    "xl": _XL,
+    "xxl": replace(_XL, t5=replace(_XL.t5, width=4096, heads=64, mlp_width=10240)),
+    "tiny": LionConfig(
+        vit=VitConfig(image_size=48, patch_size=8, width=128, depth=6, heads=4, mlp_width=512),
+        taps=(5, 4, 2),
+        qformer=QFormerConfig(width=128, depth=3, heads=4, mlp_width=256, queries=12, vocab_size=256, max_positions=64),
+        aggregator=AggregatorConfig(heads=4, mlp_width=256),
+        t5=T5Config(width=128, head_width=32, heads=4, mlp_width=256, encoder_depth=3, decoder_depth=3, vocab_size=512),
+        ram=RamConfig(
+            image_size=64, width=24, depths=(2, 2), heads=(2, 4), window=4, tag_width=48, tags=32,
+            head=TagHeadConfig(width=48, depth=1, heads=4, mlp_width=96),
+        ),
+    ),
+}  # fmt: skip

@@ -1,0 +1,39 @@
+"""What two or more components share: attention and the plain MLP.
+
+The axis letters of this project, in every shape comment and einops string:
+
+    b batch   n image tokens   q queries   t text tokens   d width   h heads   e width of a head   v vocabulary   c tags
+
+next: vit.py
+"""
+
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+
+def split_heads(x: Tensor, heads: int) -> Tensor:  # (b, t, h*e) -> (b, h, t, e)
+    return rearrange(x, "b t (h e) -> b h t e", h=heads)
+
+
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, scale: float | None = None, dropout: float = 0.0
+) -> Tensor:  # (b, h, t, e), (b, h, n, e), (b, h, n, e) -> (b, t, h*e)
+    """softmax(q k^T * scale + mask) v for all heads; scale is 1/sqrt(e) unless told.
+
+    `mask` broadcasts to (b, h, t, n): either boolean, True where a query may look, or a bias that is added.
+    """
+    x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, scale=scale)
+    return rearrange(x, "b h t e -> b t (h e)")
+
+
+class Mlp(nn.Module):
+    """Two linear layers with a GELU (the exact one, with erf) between."""
+
+    def __init__(self, width: int, hidden: int):
+        super().__init__()
+        self.fc1 = nn.Linear(width, hidden)
+        self.fc2 = nn.Linear(hidden, width)
+
+    def forward(self, x: Tensor) -> Tensor:  # (b, n, d) -> (b, n, d)
+        return self.fc2(F.gelu(self.fc1(x)))
