@@ -30,10 +30,10 @@ def attention(
 class Mlp(nn.Module):
     """Two linear layers with a GELU (the exact one, with erf) between."""
 
-    def __init__(self, width: int, hidden: int):
+    def __init__(self, width: int, hidden: int, out: int | None = None):
         super().__init__()
         self.fc1 = nn.Linear(width, hidden)
-        self.fc2 = nn.Linear(hidden, width)
+        self.fc2 = nn.Linear(hidden, out or width)
 
-    def forward(self, x: Tensor) -> Tensor:  # (b, n, d) -> (b, n, d)
+    def forward(self, x: Tensor) -> Tensor:  # (b, n, d) -> (b, n, out)
         return self.fc2(F.gelu(self.fc1(x)))
