@@ -12,6 +12,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+PAD, EOS = 0, 1  # T5's token ids; decoding starts from PAD
+IGNORE = -100  # a label that no loss counts
+
 
 @dataclass(frozen=True)
 class VitConfig:
@@ -106,22 +109,23 @@ class LionConfig:
     """The whole model. `ram=None` is a LION without its tagger: tags must then be given."""
 
     vit: VitConfig = field(default_factory=VitConfig)
-    taps: tuple[int, ...] = (38, 28, 18)  # blocks that feed the aggregator, 0-based: the last first (paper: L-1, 2L/3, L/3)
+    taps: tuple[int, ...] = (38, 28, 18)  # blocks for the aggregator, 0-based, last first (paper: L-1, 2L/3, L/3)
     qformer: QFormerConfig = field(default_factory=QFormerConfig)
     aggregator: AggregatorConfig = field(default_factory=AggregatorConfig)
     t5: T5Config = field(default_factory=T5Config)
     adapter_width: int = 64
     ram: RamConfig | None = field(default_factory=RamConfig)
-    visual_input: Literal["image", "region", "all"] = "all"  # release: QFORMER (stage 1), AGGREGATOR (stage 2), ALL (stage 3)
+    visual_input: Literal["image", "region", "all"] = "all"  # release: QFORMER, AGGREGATOR, ALL; stages 1, 2, 3
     adapters: int = 2  # per feed-forward layer: 1 in stages 1 and 2, 2 and a router in stage 3
-    tags: bool = True  # the tag sentence and its soft prompt
+    tags: Literal["soft", "plain", "none"] = "soft"  # image tags behind the soft prompt, tags alone, or no tags
     max_question_tokens: int = 128  # what the Q-Former reads, always
     max_prompt_tokens: int = 128  # what T5 reads, in training only
     max_answer_tokens: int = 128  # in training only
 
     def __post_init__(self) -> None:
-        if self.visual_input not in ("image", "region", "all"):
-            raise ValueError(f"visual_input is 'image', 'region' or 'all', not {self.visual_input!r}")
+        for name, values in (("visual_input", ("image", "region", "all")), ("tags", ("soft", "plain", "none"))):
+            if getattr(self, name) not in values:
+                raise ValueError(f"{name} must be one of {', '.join(values)}, not {getattr(self, name)!r}")
         if self.adapters not in (1, 2):
             raise ValueError(f"adapters is 1 (stages 1 and 2) or 2 (stage 3), not {self.adapters}")
         for tap in self.taps:

@@ -14,6 +14,7 @@ Compatible with the release's models/modeling_t5.py.                            
 """
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +22,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from .adapters import MixtureOfAdapters
-from .config import T5Config
+from .config import IGNORE, PAD, T5Config
 from .layers import attention, split_heads
 
 
@@ -117,10 +118,13 @@ class DecoderLayer(nn.Module):
         self.cross_attn = Attention(config)
         self.ff = FeedForward(config, adapter_width, adapters)
 
-    def forward(self, x: Tensor, bias: Tensor, layer: int, cache: "Cache") -> Tensor:  # (b*k, t, d) -> (b*k, t, d)
+    def forward(
+        self, x: Tensor, bias: Tensor, layer: int, cache: "Cache", task: Tensor
+    ) -> Tensor:  # (b*k, t, d) -> (b*k, t, d)
         x = self.attn(x, bias, cache.stores[layer])
-        x = self.cross_attn.cross(x, *cache.cross[layer], cache.mask)
-        return self.ff(x, cache.task)
+        k, v = cache.cross[layer]
+        x = self.cross_attn.cross(x, k, v, cache.mask)
+        return self.ff(x, task)
 
 
 class Store:
@@ -149,14 +153,14 @@ class Store:
 class Cache:
     """All that decoding one batch remembers: what depends on the sample once, what depends on the row per row."""
 
-    def __init__(
-        self, t5: "T5", states: Tensor, mask: Tensor | None, task: Tensor, rows: int, capacity: int
-    ):  # states (b, n, d); rows per sample; capacity in tokens, the start token included
-        self.cross = [layer.cross_attn.keys_values(states) for layer in t5.decoder]
+    def __init__(self, t5: "T5", states: Tensor, mask: Tensor | None, task: Tensor, capacity: int):
+        layers: Any = t5.decoder
+        self.cross = [layer.cross_attn.keys_values(states) for layer in layers]
         self.mask = None if mask is None else mask[:, None, None]
-        self.task = task.repeat_interleave(rows)
+        self.task = task
         self.bias = relative_bias(t5.decoder_bias, capacity, t5.config.max_distance, causal=True)
         self.stores = [Store(capacity) for _ in t5.decoder]
+        self.capacity = capacity
         self.length = 0
 
     def reorder(self, rows: Tensor) -> None:
@@ -190,15 +194,28 @@ class T5(nn.Module):
             x = layer(x, bias, task)
         return self.encoder_norm(x)
 
-    def start(self, states: Tensor, mask: Tensor | None, task: Tensor, rows: int, capacity: int) -> Cache:
-        """An empty cache for `rows` hypotheses per sample of at most `capacity` tokens."""
-        return Cache(self, states, mask, task, rows, capacity)
+    def start(
+        self, states: Tensor, mask: Tensor | None, task: Tensor, capacity: int
+    ) -> Cache:  # (b, n, d), (b, n), (b,)
+        """A fresh cache for rows of at most `capacity` tokens, the start token included."""
+        return Cache(self, states, mask, task, capacity)
 
     def decode(self, ids: Tensor, cache: Cache) -> Tensor:  # (b*k, t) -> (b*k, t, v)
         """The logits after each of these tokens, which follow the ones that the cache has seen."""
         start, cache.length = cache.length, cache.length + ids.shape[1]
         bias = cache.bias[:, :, start : cache.length, : cache.length]
+        task = cache.task.repeat_interleave(len(ids) // len(cache.task))
         x = self.shared(ids)
         for i, layer in enumerate(self.decoder):
-            x = layer(x, bias, i, cache)
+            x = layer(x, bias, i, cache, task)
         return self.lm_head(self.decoder_norm(x))
+
+    def predict(self, labels: Tensor, cache: Cache) -> Tensor:  # (b*k, t), IGNORE after the end -> (b*k, t, v)
+        """Teacher forcing: at every position the logits of `labels` there, given `labels` before it.
+
+        Rows are as long as the cache has room for, and leave no trace in it: it can be used again.
+        """
+        assert labels.shape[1] == cache.capacity
+        cache.length = 0
+        ids = F.pad(labels[:, :-1], (1, 0), value=PAD)
+        return self.decode(ids.masked_fill(ids == IGNORE, PAD), cache)

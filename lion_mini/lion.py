@@ -1,0 +1,420 @@
+"""LION, the whole model (paper section 3, figure 2): two levels of visual knowledge in front of one language model.
+
+    image --> ViT ---last block---> Q-Former(question) ------> image-level tokens --.
+               `-----three taps---> vision aggregator -------> region-level tokens -+-> FlanT5 + adapters --> answer
+    image --> RAM --> tags --> "According to <soft prompt>, ... tags: [...]. " + question -'      ^
+                                                                             task ---> router ---'
+
+This is the only file that knows all the parts. What a model is made of stands in its `LionConfig`: a stage-1 model has
+the image-level branch and one adapter, a stage-2 model the region-level branch and one adapter, a stage-3 model all.
+
+Compatible with the release's models/lion_t5.py.                                        next: generate.py
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from .adapters import TASKS
+from .aggregator import Aggregator
+from .config import EOS, IGNORE, PAD, LionConfig
+from .generate import GENERATION, Generation, generate, log_likelihoods
+from .images import lion_transform, ram_from_lion, ram_transform
+from .prompts import EVAL_TEMPLATES, PLACEHOLDER, Box, render, tag_sentence
+from .qformer import QFormer
+from .ram import Ram, select
+from .t5 import T5
+from .tokenizers import UnigramTokenizer, WordPieceTokenizer
+from .vit import Vit
+
+Tags = Sequence[Sequence[str]] | Sequence[str]  # per sample a list, or a string in which they are already joined
+
+
+@dataclass(frozen=True)
+class Text:
+    """The vocabularies of a model: what its three text-reading parts call things."""
+
+    words: WordPieceTokenizer  # Q-Former
+    pieces: UnigramTokenizer  # T5
+    tags: list[str]  # RAM; empty without a tagger
+    thresholds: list[float]  # one per tag: how sure RAM must be
+
+    FILES = ("vocab.txt", "tokenizer.json", "ram_tag_list.txt", "ram_tag_list_threshold.txt")
+
+    @classmethod
+    def from_folder(cls, folder: Path, tagger: bool) -> "Text":
+        vocab, tokenizer, tags, thresholds = (folder / name for name in cls.FILES)
+        names = read_lines(tags) if tagger else []
+        floors = [to_float(line, thresholds, i) for i, line in enumerate(read_lines(thresholds), 1)] if tagger else []
+        return cls(WordPieceTokenizer.from_file(vocab), UnigramTokenizer.from_file(tokenizer), names, floors)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What LION says about one picture, and what it was asked."""
+
+    text: str
+    prompt: str
+    tags: list[tuple[str, float]]  # with RAM's scores; 1.0 for tags that were given
+    score: float  # mean log-probability of the answer's tokens
+
+
+class Lion(nn.Module):
+    """LION-4B with `PRESETS["xl"]`, LION-12B with `PRESETS["xxl"]`; `Lion.from_pretrained` loads one with its text."""
+
+    def __init__(self, config: LionConfig, text: Text | None = None):
+        super().__init__()
+        self.config = config
+        self.vit = Vit(config.vit)
+        width = config.t5.width
+        image, region = config.visual_input != "region", config.visual_input != "image"
+        self.qformer = QFormer(config.qformer, config.vit.width, width) if image else None
+        self.aggregator = Aggregator(config.aggregator, config.vit.width, len(config.taps), width) if region else None
+        self.t5 = T5(config.t5, config.adapter_width, config.adapters)
+        self.soft_prompt = nn.Parameter(torch.randn(width)) if config.tags == "soft" else None
+        self.ram = Ram(config.ram) if config.ram else None
+        self._text = text
+
+    @classmethod
+    def from_pretrained(
+        cls, folder: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = torch.float32
+    ) -> "Lion":
+        """The model in a folder that `weights.py convert` or training wrote, in eval mode.
+
+        `dtype=None` keeps the stored one. float16 is refused: T5's feed-forward layers overflow in it.
+        """
+        if dtype == torch.float16:
+            raise ValueError("T5 overflows in float16: use bfloat16, or float32")
+        folder = Path(folder)
+        if not (folder / "config.json").is_file():
+            raise ValueError(f"{folder} has no config.json: it is not a folder that weights.py convert wrote")
+        config = LionConfig.from_json((folder / "config.json").read_text(encoding="utf-8"))
+        text = Text.from_folder(folder, tagger=config.ram is not None)
+        with torch.device("meta"):
+            model = cls(config, text)
+        tensors = read_shards(folder, device, dtype)
+        expected = model.state_dict()
+        check_tensors(folder, {k: v.shape for k, v in tensors.items()}, {k: v.shape for k, v in expected.items()})
+        model.load_state_dict(tensors, strict=True, assign=True)
+        model.check_text()
+        return model.eval().requires_grad_(False)
+
+    def check_text(self) -> None:
+        """The vocabularies fit the model's tables; else a ValueError with both numbers."""
+        text, config = self.text, self.config
+        if len(text.words) != config.qformer.vocab_size:
+            raise ValueError(f"vocab.txt has {len(text.words)} words, the Q-Former {config.qformer.vocab_size}")
+        if len(text.pieces) > config.t5.vocab_size:
+            raise ValueError(f"tokenizer.json has {len(text.pieces)} pieces, T5 only {config.t5.vocab_size}")
+        if config.ram:
+            for name, count in (("tag list", len(text.tags)), ("thresholds file", len(text.thresholds))):
+                if count != config.ram.tags:
+                    raise ValueError(f"the {name} has {count} lines, RAM {config.ram.tags} tags")
+
+    @property
+    def text(self) -> Text:
+        if self._text is None:
+            raise ValueError("this Lion was built without its tokenizers: use Lion.from_pretrained, or pass text=")
+        return self._text
+
+    @property
+    def device(self) -> torch.device:
+        return self.t5.shared.weight.device
+
+    # --- from pictures and text to the encoder's states
+
+    def encode_image(self, pixels: Tensor, questions: Sequence[str]) -> Tensor:  # (b, 3, s, s) -> (b, q + n, d)
+        """The visual tokens in the order in which T5 reads them: Q-Former's first, then the aggregator's."""
+        size = self.config.vit.image_size
+        if pixels.shape[1:] != (3, size, size) or len(pixels) != len(questions):
+            found = f"found {tuple(pixels.shape)} for {len(questions)} questions"
+            raise ValueError(f"pixels must be (b, 3, {size}, {size}), one per question: {found}")
+        check_questions(questions)
+        taps = self.config.taps if self.aggregator is not None else ()
+        image, tapped = self.vit(pixels.to(self.device, self.t5.shared.weight.dtype), taps)
+        tokens = []
+        if self.qformer is not None:
+            limit = min(self.config.max_question_tokens, self.config.qformer.max_positions)
+            ids = [self.text.words.encode(question, limit) for question in questions]
+            tokens.append(self.qformer(image, *self.pad(ids, self.text.words.pad_id)))
+        if self.aggregator is not None:
+            tokens.append(self.aggregator(tapped))
+        return torch.cat(tokens, dim=1)
+
+    def pad(self, ids: Sequence[Sequence[int]], value: int) -> tuple[Tensor, Tensor | None]:  # -> (b, t), (b, t)
+        """Rows of one length, and where their tokens are: None, which is everywhere, if nothing had to be padded."""
+        length = max(map(len, ids))
+        padded = torch.tensor([[*row, *[value] * (length - len(row))] for row in ids], device=self.device)
+        if all(len(row) == length for row in ids):
+            return padded, None
+        ends = torch.tensor([len(row) for row in ids], device=self.device)
+        return padded, torch.arange(length, device=self.device) < ends[:, None]
+
+    def prompts(self, questions: Sequence[str], tags: Tags | None) -> list[str]:
+        """The text that T5 reads: the tag sentence, unless the model works without tags, and the question."""
+        check_questions(questions)
+        if self.config.tags == "none":
+            return list(questions)
+        assert tags is not None
+        soft = self.config.tags == "soft"
+        return [tag_sentence(one, soft) + question for one, question in zip(tags, questions, strict=True)]
+
+    def encode(
+        self, pixels: Tensor, prompts: Sequence[Sequence[int]], questions: Sequence[str], tasks: Sequence[str]
+    ) -> tuple[Tensor, Tensor | None, Tensor]:  # -> (b, n, d), (b, n), (b,)
+        """T5's encoder states over visual tokens and tokenised prompts, where they count, and the router's rows."""
+        unknown = sorted(set(tasks) - set(TASKS))
+        if unknown or len(tasks) != len(questions):
+            raise ValueError(f"tasks must be 'image' or 'region', one per question: found {list(tasks)}")
+        visual = self.encode_image(pixels, questions)
+        ids, mask = self.pad(prompts, PAD)
+        words = self.t5.shared(ids)
+        if self.soft_prompt is not None:
+            words = torch.where((ids == self.text.pieces.special[PLACEHOLDER])[..., None], self.soft_prompt, words)
+        if mask is not None:
+            mask = F.pad(mask, (visual.shape[1], 0), value=True)
+        task = torch.tensor([TASKS.index(task) for task in tasks], device=self.device)
+        return self.t5.encode(torch.cat((visual, words), dim=1), mask, task), mask, task
+
+    def see(
+        self, pixels: Tensor, questions: Sequence[str], tags: Tags | None, tasks: Sequence[str]
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
+        """`encode` for answering: tags from RAM where none are given, prompts as long as they are."""
+        if tags is None and self.config.tags != "none":
+            tags = self.tag_pixels(pixels)
+        prompts = [self.text.pieces.encode(prompt) for prompt in self.prompts(questions, tags)]
+        return self.encode(pixels, prompts, questions, tasks)
+
+    # --- training
+
+    def training_prompt(self, question: str, tags: Sequence[str] | str) -> list[int]:
+        """The prompt's ids in at most `max_prompt_tokens`: tags are dropped from the end, nothing else ever is."""
+        tags = tags.split(", ") if isinstance(tags, str) else list(tags)
+        while True:
+            ids = self.text.pieces.encode(self.prompts([question], [tags])[0])
+            if len(ids) <= self.config.max_prompt_tokens or not tags or self.config.tags == "none":
+                return ids
+            tags = tags[:-1]
+
+    def forward(
+        self,
+        pixels: Tensor,
+        questions: Sequence[str],
+        answers: Sequence[str],
+        tags: Tags | None,
+        tasks: Sequence[str],
+    ) -> Tensor:  # (b, 3, s, s) -> ()
+        """The language-modelling loss: the mean cross-entropy over all answer tokens, `</s>` included."""
+        logits, labels = self.logits(pixels, questions, answers, tags, tasks)
+        return F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=IGNORE)
+
+    def logits(
+        self,
+        pixels: Tensor,
+        questions: Sequence[str],
+        answers: Sequence[str],
+        tags: Tags | None,
+        tasks: Sequence[str],
+    ) -> tuple[Tensor, Tensor]:  # -> (b, t, v), (b, t)
+        """The logits of every answer token given the ones before it, and the labels, IGNORE where padded."""
+        if tags is None and self.config.tags != "none":
+            tags = self.tag_pixels(pixels)
+        prompts = [self.training_prompt(q, t) for q, t in zip(questions, tags or [""] * len(questions), strict=True)]
+        states, mask, task = self.encode(pixels, prompts, questions, tasks)
+        labels = self.pad([self.answer_ids(answer) for answer in answers], IGNORE)[0]
+        return self.t5.predict(labels, self.t5.start(states, mask, task, labels.shape[1])), labels
+
+    def answer_ids(self, answer: str) -> list[int]:
+        return [*self.text.pieces.encode(answer)[: self.config.max_answer_tokens - 1], EOS]
+
+    # --- answering
+
+    @torch.inference_mode()
+    def generate_ids(
+        self,
+        pixels: Tensor,
+        questions: Sequence[str],
+        tags: Tags | None,
+        tasks: Sequence[str],
+        settings: Generation = GENERATION["answer"],
+    ) -> Tensor:  # (b, 3, s, s) -> (b * returns, t)
+        return generate(self.t5, *self.see(pixels, questions, tags, tasks), settings)
+
+    def generate(
+        self,
+        pixels: Tensor,
+        questions: Sequence[str],
+        tags: Tags | None,
+        tasks: Sequence[str],
+        settings: Generation = GENERATION["answer"],
+    ) -> list[str] | list[list[str]]:
+        """One string per sample, or a list of `settings.returns` strings per sample where that is more than one."""
+        ids = self.generate_ids(pixels, questions, tags, tasks, settings).tolist()
+        texts = [self.text.pieces.decode(row) for row in ids]
+        if settings.returns == 1:
+            return texts
+        return [texts[i : i + settings.returns] for i in range(0, len(texts), settings.returns)]
+
+    @torch.inference_mode()
+    def rank(
+        self,
+        pixels: Tensor,
+        questions: Sequence[str],
+        tags: Tags | None,
+        tasks: Sequence[str],
+        candidates: Sequence[Sequence[str]],
+        segment: int = 32,
+    ) -> list[list[float]]:
+        """The log-likelihood of each sample's candidates, `</s>` included: the greatest is the answer."""
+        if len(candidates) != len(questions) or not all(candidates):
+            raise ValueError("candidates must be one list per question, none of them empty")
+        ids = [[self.answer_ids(text) for text in texts] for texts in candidates]
+        return log_likelihoods(self.t5, *self.see(pixels, questions, tags, tasks), ids, segment)
+
+    # --- tags
+
+    @torch.inference_mode()
+    def tag(
+        self,
+        images: Sequence[Image.Image],
+        threshold: float | None = None,
+        top_k: int | None = None,
+        return_scores: bool = False,
+    ) -> list[list[str]] | list[list[tuple[str, float]]]:
+        """RAM's tags of each picture, in the tag list's order, or the `top_k` best; each tag's own threshold by default."""
+        scored = self.scored_tags(images, threshold, top_k)
+        return scored if return_scores else [[tag for tag, _ in tags] for tags in scored]
+
+    def scored_tags(
+        self, images: Sequence[Image.Image], threshold: float | None = None, top_k: int | None = None
+    ) -> list[list[tuple[str, float]]]:
+        size = self.tagger().config.image_size
+        return self._tag(torch.stack([ram_transform(image, size) for image in images]), threshold, top_k)
+
+    def tag_pixels(self, pixels: Tensor) -> list[list[str]]:
+        """Tags of images that are already LION's input: resized to RAM's, so not quite what `tag` sees."""
+        tagged = self._tag(ram_from_lion(pixels, self.tagger().config.image_size))
+        return [[tag for tag, _ in tags] for tags in tagged]
+
+    def tagger(self) -> Ram:
+        if self.ram is None:
+            raise ValueError("this LION has no tagger: give the tags, or convert the weights again with --ram")
+        return self.ram
+
+    @torch.no_grad()
+    def _tag(
+        self, pixels: Tensor, threshold: float | None = None, top_k: int | None = None
+    ) -> list[list[tuple[str, float]]]:
+        ram = self.tagger()
+        scores = ram(pixels.to(self.device, self.t5.shared.weight.dtype)).float().sigmoid().cpu()
+        found = select(scores, torch.tensor(self.text.thresholds) if threshold is None else threshold, top_k)
+        return [[(self.text.tags[i], score) for i, score in tags] for tags in found]
+
+    # --- one picture at a time
+
+    @torch.inference_mode()
+    def respond(
+        self,
+        images: Sequence[Image.Image],
+        questions: Sequence[str],
+        tasks: Sequence[str],
+        settings: Generation,
+        tags: Tags | None = None,
+    ) -> list[Answer]:
+        """Answers about pictures as they are, any size: both transforms, tags, prompt, answer and its score."""
+        pixels = torch.stack([lion_transform(image, self.config.vit.image_size) for image in images])
+        if self.config.tags == "none":
+            scored: list[list[tuple[str, float]]] = [[] for _ in images]
+        elif tags is None:
+            scored = self.scored_tags(images)
+        else:
+            scored = [[(tag, 1.0) for tag in (one.split(", ") if isinstance(one, str) else one)] for one in tags]
+        prompts = self.prompts(questions, [[tag for tag, _ in one] for one in scored])
+        encoded = self.encode(pixels, [self.text.pieces.encode(prompt) for prompt in prompts], questions, tasks)
+        ids = generate(self.t5, *encoded, settings)[:: settings.returns].tolist()
+        written = [row[1 : row.index(EOS) + 1] if EOS in row else row[1:] for row in ids]
+        sums = log_likelihoods(self.t5, *encoded, [[row] for row in written])
+        return [
+            Answer(self.text.pieces.decode(row), prompt, one, total[0] / len(row))
+            for row, prompt, one, total in zip(written, prompts, scored, sums, strict=True)
+        ]
+
+    def caption(self, image: Image.Image) -> str:
+        return self.respond([image], [EVAL_TEMPLATES["caption"]], ["image"], GENERATION["caption"])[0].text
+
+    def answer(self, image: Image.Image, question: str) -> str:
+        prompt = render(EVAL_TEMPLATES["vqa"], question=question)
+        return self.respond([image], [prompt], ["image"], GENERATION["answer"])[0].text
+
+    def locate(self, image: Image.Image, expression: str) -> Box | None:
+        """The box of what the expression refers to; None if the model wrote no box."""
+        prompt = render(EVAL_TEMPLATES["rec"], expression=expression)
+        return Box.parse(self.respond([image], [prompt], ["region"], GENERATION["locate"])[0].text)
+
+    def describe(self, image: Image.Image, box: Box) -> str:
+        prompt = render(EVAL_TEMPLATES["reg"], box=box)
+        return self.respond([image], [prompt], ["region"], GENERATION["describe"])[0].text
+
+
+def check_questions(questions: Sequence[str]) -> None:
+    for i, question in enumerate(questions):
+        if not question.strip():
+            raise ValueError(f"question {i} is empty")
+        if PLACEHOLDER in question:
+            raise ValueError(f"question {i} holds {PLACEHOLDER}, which is the soft prompt's place: take it out")
+
+
+def read_lines(path: Path) -> list[str]:
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise ValueError(f"{path} is not UTF-8 text") from None
+    lines = [line.strip() for line in lines]
+    while lines and not lines[-1]:
+        lines.pop()
+    return lines
+
+
+def to_float(line: str, path: Path, number: int) -> float:
+    try:
+        return float(line)
+    except ValueError:
+        raise ValueError(f"{path} line {number}: expected a number, found {line!r}") from None
+
+
+def read_shards(folder: Path, device: str | torch.device, dtype: torch.dtype | None) -> dict[str, Tensor]:
+    """Every tensor of the folder's safetensors files. On the CPU and in the stored dtype they are not read yet but
+    mapped: the first use of each brings it in from the disk, and the operating system may share or drop the pages."""
+    tensors: dict[str, Tensor] = {}
+    paths = sorted(folder.glob("*.safetensors"))
+    if not paths:
+        raise ValueError(f"{folder} holds no .safetensors file")
+    for path in paths:
+        try:
+            with safe_open(path, framework="pt") as file:
+                for name in file.keys():  # noqa: SIM118: not a dict
+                    if name in tensors:
+                        raise ValueError(f"{path}: {name} stands in another shard too")
+                    tensors[name] = file.get_tensor(name).to(device, dtype)
+        except SafetensorError as error:
+            raise ValueError(f"{path} is not a whole safetensors file: {error}") from None
+    return tensors
+
+
+def check_tensors(where: object, found: dict[str, torch.Size], expected: dict[str, torch.Size]) -> None:
+    """Every tensor of the model is there, in its shape, and nothing else; else a ValueError that names the first."""
+    for name in sorted(expected.keys() - found.keys()):
+        raise ValueError(f"{where}: {name} is missing, and {len(expected.keys() - found.keys()) - 1} more")
+    for name in sorted(found.keys() - expected.keys()):
+        raise ValueError(f"{where}: {name} belongs to no part of this model")
+    for name, shape in expected.items():
+        if found[name] != shape:
+            raise ValueError(f"{where}: {name} has shape {tuple(found[name])}, the model {tuple(shape)}")

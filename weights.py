@@ -1,0 +1,673 @@
+"""Official checkpoints in, official checkpoints out: where every tensor of the release goes, and why some do not.
+
+    python weights.py convert --vit eva_vit_g.pth --t5 flan-t5-xl/ --bert bert-base-uncased/ \\
+        --ram ram_swin_large_14m.pth --ram-tags ram_tag_list.txt --ram-thresholds ram_tag_list_threshold.txt \\
+        --lion LION-FlanT5-XL.pth --out weights/xl --dtype bfloat16
+    python weights.py inspect LION-FlanT5-XL.pth          # every tensor: where it goes, or why it is not used
+    python weights.py export weights/xl --out LION.pth    # the trained tensors under the release's names
+
+The tables below are the port: official name -> our name, `{}` a number, `*` any rest. A tensor that no table knows, a
+parameter that no tensor fills, a shape that differs, a second tensor for one place: each stops the conversion and is
+named. Without `--lion` the result is the start of stage 1: the Q-Former from `--blip2` or from BERT's own weights in
+the `--bert` folder, the other parts that LION trains fresh. Without `--ram` tags must be given at run time.
+
+Tensors travel one at a time, so memory stays far below a model's size; the folder appears when it is whole.
+"""
+
+import argparse
+import json
+import os
+import pickle
+import re
+import shutil
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from tqdm import tqdm
+
+from lion_mini.adapters import MixtureOfAdapters
+from lion_mini.aggregator import Aggregator
+from lion_mini.config import PRESETS, LionConfig, T5Config
+from lion_mini.lion import Lion, Text
+from lion_mini.qformer import QFormer
+
+Table = Mapping[str, str]
+
+EVA = {  # eva_vit_g.pth, as models/eva_vit.py reads it
+    "cls_token": "vit.cls",
+    "pos_embed": "vit.positions",
+    "patch_embed.proj.*": "vit.patch_embed.*",
+    "blocks.{}.norm1.*": "vit.blocks.{}.norm1.*",
+    "blocks.{}.attn.q_bias": "vit.blocks.{}.attn.q_bias",
+    "blocks.{}.attn.v_bias": "vit.blocks.{}.attn.v_bias",
+    "blocks.{}.attn.qkv.weight": "vit.blocks.{}.attn.qkv.weight",
+    "blocks.{}.attn.proj.*": "vit.blocks.{}.attn.o.*",
+    "blocks.{}.norm2.*": "vit.blocks.{}.norm2.*",
+    "blocks.{}.mlp.fc1.*": "vit.blocks.{}.mlp.fc1.*",
+    "blocks.{}.mlp.fc2.*": "vit.blocks.{}.mlp.fc2.*",
+}
+EVA_UNUSED = {
+    "blocks.39.*": "a 40th block; LION stops at the 39th, as BLIP-2 does",
+    "norm.*": "the final norm of the 40 blocks",
+    "fc_norm.*": "the final norm of the 40 blocks",
+    "head.*": "the head of EVA's own training",
+}
+
+T5 = {  # google/flan-t5-xl, flan-t5-xxl
+    "shared.weight": "t5.shared.weight",
+    "lm_head.weight": "t5.lm_head.weight",
+    "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight": "t5.encoder_bias.weight",
+    "encoder.block.{}.layer.0.SelfAttention.q.weight": "t5.encoder.{}.attn.q.weight",
+    "encoder.block.{}.layer.0.SelfAttention.k.weight": "t5.encoder.{}.attn.k.weight",
+    "encoder.block.{}.layer.0.SelfAttention.v.weight": "t5.encoder.{}.attn.v.weight",
+    "encoder.block.{}.layer.0.SelfAttention.o.weight": "t5.encoder.{}.attn.o.weight",
+    "encoder.block.{}.layer.0.layer_norm.weight": "t5.encoder.{}.attn.norm.weight",
+    "encoder.block.{}.layer.1.DenseReluDense.wi_0.weight": "t5.encoder.{}.ff.wi_0.weight",
+    "encoder.block.{}.layer.1.DenseReluDense.wi_1.weight": "t5.encoder.{}.ff.wi_1.weight",
+    "encoder.block.{}.layer.1.DenseReluDense.wo.weight": "t5.encoder.{}.ff.wo.weight",
+    "encoder.block.{}.layer.1.layer_norm.weight": "t5.encoder.{}.ff.norm.weight",
+    "encoder.final_layer_norm.weight": "t5.encoder_norm.weight",
+    "decoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight": "t5.decoder_bias.weight",
+    "decoder.block.{}.layer.0.SelfAttention.q.weight": "t5.decoder.{}.attn.q.weight",
+    "decoder.block.{}.layer.0.SelfAttention.k.weight": "t5.decoder.{}.attn.k.weight",
+    "decoder.block.{}.layer.0.SelfAttention.v.weight": "t5.decoder.{}.attn.v.weight",
+    "decoder.block.{}.layer.0.SelfAttention.o.weight": "t5.decoder.{}.attn.o.weight",
+    "decoder.block.{}.layer.0.layer_norm.weight": "t5.decoder.{}.attn.norm.weight",
+    "decoder.block.{}.layer.1.EncDecAttention.q.weight": "t5.decoder.{}.cross_attn.q.weight",
+    "decoder.block.{}.layer.1.EncDecAttention.k.weight": "t5.decoder.{}.cross_attn.k.weight",
+    "decoder.block.{}.layer.1.EncDecAttention.v.weight": "t5.decoder.{}.cross_attn.v.weight",
+    "decoder.block.{}.layer.1.EncDecAttention.o.weight": "t5.decoder.{}.cross_attn.o.weight",
+    "decoder.block.{}.layer.1.layer_norm.weight": "t5.decoder.{}.cross_attn.norm.weight",
+    "decoder.block.{}.layer.2.DenseReluDense.wi_0.weight": "t5.decoder.{}.ff.wi_0.weight",
+    "decoder.block.{}.layer.2.DenseReluDense.wi_1.weight": "t5.decoder.{}.ff.wi_1.weight",
+    "decoder.block.{}.layer.2.DenseReluDense.wo.weight": "t5.decoder.{}.ff.wo.weight",
+    "decoder.block.{}.layer.2.layer_norm.weight": "t5.decoder.{}.ff.norm.weight",
+    "decoder.final_layer_norm.weight": "t5.decoder_norm.weight",
+}
+T5_UNUSED = {
+    "encoder.embed_tokens.weight": "another name of shared.weight",
+    "decoder.embed_tokens.weight": "another name of shared.weight",
+}
+
+RAM = {  # ram_swin_large_14m.pth
+    "label_embed": "ram.label_embed",
+    "image_proj.*": "ram.image_proj.*",
+    "wordvec_proj.*": "ram.wordvec_proj.*",
+    "fc.*": "ram.fc.*",
+    "visual_encoder.patch_embed.proj.*": "ram.swin.patch_embed.proj.*",
+    "visual_encoder.patch_embed.norm.*": "ram.swin.patch_embed.norm.*",
+    "visual_encoder.layers.{}.blocks.{}.norm1.*": "ram.swin.stages.{}.blocks.{}.norm1.*",
+    "visual_encoder.layers.{}.blocks.{}.attn.qkv.*": "ram.swin.stages.{}.blocks.{}.attn.qkv.*",
+    "visual_encoder.layers.{}.blocks.{}.attn.relative_position_bias_table": (
+        "ram.swin.stages.{}.blocks.{}.attn.bias_table"
+    ),
+    "visual_encoder.layers.{}.blocks.{}.attn.proj.*": "ram.swin.stages.{}.blocks.{}.attn.o.*",
+    "visual_encoder.layers.{}.blocks.{}.norm2.*": "ram.swin.stages.{}.blocks.{}.norm2.*",
+    "visual_encoder.layers.{}.blocks.{}.mlp.fc1.*": "ram.swin.stages.{}.blocks.{}.mlp.fc1.*",
+    "visual_encoder.layers.{}.blocks.{}.mlp.fc2.*": "ram.swin.stages.{}.blocks.{}.mlp.fc2.*",
+    "visual_encoder.layers.{}.downsample.norm.*": "ram.swin.stages.{}.merge.norm.*",
+    "visual_encoder.layers.{}.downsample.reduction.weight": "ram.swin.stages.{}.merge.reduction.weight",
+    "visual_encoder.norm.*": "ram.swin.norm.*",
+    "tagging_head.encoder.layer.{}.crossattention.self.query.*": "ram.head.{}.cross_attn.q.*",
+    "tagging_head.encoder.layer.{}.crossattention.self.key.*": "ram.head.{}.cross_attn.k.*",
+    "tagging_head.encoder.layer.{}.crossattention.self.value.*": "ram.head.{}.cross_attn.v.*",
+    "tagging_head.encoder.layer.{}.crossattention.output.dense.*": "ram.head.{}.cross_attn.o.*",
+    "tagging_head.encoder.layer.{}.crossattention.output.LayerNorm.*": "ram.head.{}.cross_attn.norm.*",
+    "tagging_head.encoder.layer.{}.intermediate.dense.*": "ram.head.{}.ff.wi.*",
+    "tagging_head.encoder.layer.{}.output.dense.*": "ram.head.{}.ff.wo.*",
+    "tagging_head.encoder.layer.{}.output.LayerNorm.*": "ram.head.{}.ff.norm.*",
+}
+RAM_UNUSED = {
+    "tag_encoder.*": "writes captions from tags; LION only tags",
+    "text_decoder.*": "writes captions from tags; LION only tags",
+    "visual_encoder.layers.{}.blocks.{}.attn.relative_position_index": "an index that follows from the window size",
+    "visual_encoder.layers.{}.blocks.{}.attn_mask": "a mask that follows from window and image size",
+}
+
+LION = {  # LION-FlanT5-XL.pth, LION-FlanT5-XXL.pth: models/lion_t5.py, Qformer.py, lion_adapters.py
+    "query_tokens": "qformer.queries",
+    "soft_prompt_hint": "soft_prompt",
+    "ln_vision.*": "qformer.image_norm.*",
+    "Qformer.bert.embeddings.word_embeddings.weight": "qformer.words.weight",
+    "Qformer.bert.embeddings.position_embeddings.weight": "qformer.positions.weight",
+    "Qformer.bert.embeddings.LayerNorm.*": "qformer.norm.*",
+    "Qformer.bert.encoder.layer.{}.attention.self.query.*": "qformer.layers.{}.attn.q.*",
+    "Qformer.bert.encoder.layer.{}.attention.self.key.*": "qformer.layers.{}.attn.k.*",
+    "Qformer.bert.encoder.layer.{}.attention.self.value.*": "qformer.layers.{}.attn.v.*",
+    "Qformer.bert.encoder.layer.{}.attention.output.dense.*": "qformer.layers.{}.attn.o.*",
+    "Qformer.bert.encoder.layer.{}.attention.output.LayerNorm.*": "qformer.layers.{}.attn.norm.*",
+    "Qformer.bert.encoder.layer.{}.crossattention.self.query.*": "qformer.layers.{}.cross_attn.q.*",
+    "Qformer.bert.encoder.layer.{}.crossattention.self.key.*": "qformer.layers.{}.cross_attn.k.*",
+    "Qformer.bert.encoder.layer.{}.crossattention.self.value.*": "qformer.layers.{}.cross_attn.v.*",
+    "Qformer.bert.encoder.layer.{}.crossattention.output.dense.*": "qformer.layers.{}.cross_attn.o.*",
+    "Qformer.bert.encoder.layer.{}.crossattention.output.LayerNorm.*": "qformer.layers.{}.cross_attn.norm.*",
+    "Qformer.bert.encoder.layer.{}.intermediate.dense.*": "qformer.layers.{}.ff.wi.*",
+    "Qformer.bert.encoder.layer.{}.output.dense.*": "qformer.layers.{}.ff.wo.*",
+    "Qformer.bert.encoder.layer.{}.output.LayerNorm.*": "qformer.layers.{}.ff.norm.*",
+    "Qformer.bert.encoder.layer.{}.intermediate_query.dense.*": "qformer.layers.{}.ff_query.wi.*",
+    "Qformer.bert.encoder.layer.{}.output_query.dense.*": "qformer.layers.{}.ff_query.wo.*",
+    "Qformer.bert.encoder.layer.{}.output_query.LayerNorm.*": "qformer.layers.{}.ff_query.norm.*",
+    "t5_proj.*": "qformer.proj.*",
+    "fusion_adapter.blocks.{}.attention.self.query.*": "aggregator.blocks.{}.attn.q.*",
+    "fusion_adapter.blocks.{}.attention.self.key.*": "aggregator.blocks.{}.attn.k.*",
+    "fusion_adapter.blocks.{}.attention.self.value.*": "aggregator.blocks.{}.attn.v.*",
+    "fusion_adapter.blocks.{}.attention.output.dense.*": "aggregator.blocks.{}.attn.o.*",
+    "fusion_adapter.blocks.{}.attention.output.LayerNorm.*": "aggregator.blocks.{}.attn.norm.*",
+    "fusion_adapter.blocks.{}.crossattention.self.query.*": "aggregator.blocks.{}.cross_attn.q.*",
+    "fusion_adapter.blocks.{}.crossattention.self.key.*": "aggregator.blocks.{}.cross_attn.k.*",
+    "fusion_adapter.blocks.{}.crossattention.self.value.*": "aggregator.blocks.{}.cross_attn.v.*",
+    "fusion_adapter.blocks.{}.crossattention.output.dense.*": "aggregator.blocks.{}.cross_attn.o.*",
+    "fusion_adapter.blocks.{}.crossattention.output.LayerNorm.*": "aggregator.blocks.{}.cross_attn.norm.*",
+    "fusion_adapter.blocks.{}.intermediate.dense.*": "aggregator.blocks.{}.ff.wi.*",
+    "fusion_adapter.blocks.{}.output.dense.*": "aggregator.blocks.{}.ff.wo.*",
+    "fusion_adapter.blocks.{}.output.LayerNorm.*": "aggregator.blocks.{}.ff.norm.*",
+    "ln_adapter.*": "aggregator.norm.*",
+    "adapter_proj.0.*": "aggregator.proj.fc1.*",
+    "adapter_proj.2.*": "aggregator.proj.fc2.*",
+    "t5_model.encoder.block.{}.layer.1.adapter.adapters.{}.down_proj.*": "t5.encoder.{}.ff.adapters.adapters.{}.down.*",
+    "t5_model.encoder.block.{}.layer.1.adapter.adapters.{}.up_proj.*": "t5.encoder.{}.ff.adapters.adapters.{}.up.*",
+    "t5_model.encoder.block.{}.layer.1.adapter.adapters.{}.scale": "t5.encoder.{}.ff.adapters.adapters.{}.scale",
+    "t5_model.encoder.block.{}.layer.1.adapter.router_ratio1": "t5.encoder.{}.ff.adapters.gates.0",
+    "t5_model.encoder.block.{}.layer.1.adapter.router_ratio2": "t5.encoder.{}.ff.adapters.gates.1",
+    "t5_model.decoder.block.{}.layer.2.adapter.adapters.{}.down_proj.*": "t5.decoder.{}.ff.adapters.adapters.{}.down.*",
+    "t5_model.decoder.block.{}.layer.2.adapter.adapters.{}.up_proj.*": "t5.decoder.{}.ff.adapters.adapters.{}.up.*",
+    "t5_model.decoder.block.{}.layer.2.adapter.adapters.{}.scale": "t5.decoder.{}.ff.adapters.adapters.{}.scale",
+    "t5_model.decoder.block.{}.layer.2.adapter.router_ratio1": "t5.decoder.{}.ff.adapters.gates.0",
+    "t5_model.decoder.block.{}.layer.2.adapter.router_ratio2": "t5.decoder.{}.ff.adapters.gates.1",
+}
+POSITION_IDS = "Qformer.bert.embeddings.position_ids"
+FROZEN = {  # a LION or BLIP-2 file may hold the frozen parts too
+    **{f"visual_encoder.{name}": "frozen: read from --vit" for name in (*EVA, *EVA_UNUSED)},
+    **{f"t5_model.{name}": "frozen: read from --t5" for name in (*T5, *T5_UNUSED)},
+    **{f"ram_model.{name}": "frozen: read from --ram" for name in (*RAM, *RAM_UNUSED)},
+}
+LION_UNUSED = {POSITION_IDS: "a buffer that counts 0, 1, 2, ...", **FROZEN}
+
+BLIP2 = {theirs: ours for theirs, ours in LION.items() if ours.startswith("qformer.")}  # LION took its Q-Former over
+BLIP2_UNUSED = {
+    **LION_UNUSED,
+    "Qformer.cls.*": "the word head of BLIP-2's first stage",
+    "Qformer.bert.pooler.*": "no part of the Q-Former",
+    "temp": "of BLIP-2's first stage",
+    "vision_proj.*": "of BLIP-2's first stage",
+    "text_proj.*": "of BLIP-2's first stage",
+    "itm_head.*": "of BLIP-2's first stage",
+}
+
+BERT = {  # bert-base-uncased: the Q-Former's start
+    theirs.removeprefix("Qformer."): ours
+    for theirs, ours in BLIP2.items()
+    if theirs.startswith("Qformer.") and "_query" not in theirs and "crossattention" not in theirs
+}
+BERT_QUERIES = {  # its feed-forward layers serve twice: BLIP-2 starts the queries' from them too
+    theirs: ours.replace(".ff.", ".ff_query.") for theirs, ours in BERT.items() if ".ff." in ours
+}
+BERT_UNUSED = {
+    "bert.embeddings.token_type_embeddings.weight": "the Q-Former knows no token types",
+    "bert.embeddings.position_ids": LION_UNUSED[POSITION_IDS],
+    "bert.pooler.*": "no part of the Q-Former",
+    "cls.*": "the heads of BERT's own training",
+}
+
+OLDER = {  # the same tensors under names that older files give them
+    "vision_multi.": "tagging_head.",
+    ".LayerNorm.gamma": ".LayerNorm.weight",
+    ".LayerNorm.beta": ".LayerNorm.bias",
+}
+
+
+def translate(name: str, table: Table) -> str | None:
+    """Our name of an official tensor, or, with a table of unused ones, the reason; None if no row knows it."""
+    for theirs, ours in table.items():
+        if found := re.fullmatch(re.escape(theirs).replace(r"\{\}", r"(\d+)").replace(r"\*", "(.+)"), name):
+            return ours.replace("*", "{}").format(*found.groups())
+    return None
+
+
+def inverted(table: Table) -> Table:
+    assert len(set(table.values())) == len(table), "two rows of a table lead to one name"
+    return {ours: theirs for theirs, ours in table.items()}
+
+
+# --- reading
+
+
+class Source:
+    """An official checkpoint file, or folder of shards, whose tensors are read one at a time."""
+
+    def __init__(self, path: Path, table: Table, unused: Table):
+        self.path, self.table, self.unused = path, table, unused
+        self.where: dict[str, tuple[Path, str]] = {}  # by today's name: file, and name in the file
+        self.shapes: dict[str, torch.Size] = {}
+        self._pickles: dict[Path, dict[str, Tensor]] = {}
+        self._mapped = 0
+        for file in shards(path):
+            for theirs, shape in self._shapes(file):
+                name = theirs
+                for old, new in OLDER.items():
+                    name = name.replace(old, new)
+                if name in self.where:
+                    raise ValueError(f"{file}: {name} stands in {self.where[name][0].name} already")
+                self.where[name], self.shapes[name] = (file, theirs), shape
+
+    def _shapes(self, file: Path) -> Iterator[tuple[str, torch.Size]]:
+        if file.suffix == ".safetensors":
+            with opened(file) as handle:
+                for name in handle.keys():  # noqa: SIM118: not a dict
+                    yield name, torch.Size(handle.get_slice(name).get_shape())
+        else:
+            for name, tensor in self._pickle(file).items():
+                yield name, tensor.shape
+
+    def _pickle(self, file: Path) -> dict[str, Tensor]:
+        if file not in self._pickles:
+            self._pickles[file] = unpickled(file)
+        return self._pickles[file]
+
+    def read(self, name: str) -> Tensor:
+        file, theirs = self.where[name]
+        if file.suffix == ".safetensors":
+            with opened(file) as handle:
+                return handle.get_tensor(theirs)
+        self._mapped += self.shapes[name].numel()
+        if self._mapped > 2**28:  # pages of a mapped file count as memory in use: let them go now and then
+            self._pickles.clear()
+            self._mapped = 0
+        return self._pickle(file)[theirs]
+
+    def targets(self, model: Mapping[str, Tensor]) -> dict[str, str]:
+        """Our name -> official name, for every tensor that the model uses; the rest must be declared unused."""
+        found: dict[str, str] = {}
+        for name in self.where:
+            ours = translate(name, self.table)
+            if ours is None or ours not in model:
+                if translate(name, self.unused) is None:
+                    raise ValueError(f"{self.path}: unknown tensor {name}, which no table of weights.py names")
+            elif ours in found:
+                raise ValueError(f"{self.path}: {name} and {found[ours]} both are {ours}")
+            else:
+                found[ours] = name
+        return found
+
+
+def shards(path: Path) -> list[Path]:
+    """The files of a checkpoint: itself, or those that the folder's index or the usual names point to."""
+    if path.is_file():
+        if path.suffix not in (".pth", ".pt", ".bin", ".safetensors"):
+            raise ValueError(f"{path}: a checkpoint is a .pth, .pt, .bin or .safetensors file, not {path.suffix!r}")
+        return [path]
+    if not path.is_dir():
+        raise ValueError(f"{path}: no such file or folder")
+    for stem in ("model.safetensors", "pytorch_model.bin"):
+        if (path / f"{stem}.index.json").is_file():
+            names = sorted(set(read_json(path / f"{stem}.index.json").get("weight_map", {}).values()))
+            missing = [name for name in names if not (path / name).is_file()]
+            if missing or not names:
+                raise ValueError(f"{path / stem}.index.json names {missing or 'no file'}, which is not there")
+            return [path / name for name in names]
+        if (path / stem).is_file():
+            return [path / stem]
+    raise ValueError(f"{path} holds no model.safetensors, no pytorch_model.bin and no index of shards")
+
+
+def opened(file: Path) -> safe_open:
+    try:
+        return safe_open(file, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{file} is not a whole safetensors file: {error}") from None
+
+
+def unpickled(file: Path) -> dict[str, Tensor]:
+    """The tensors of a torch file, mapped rather than read where its format allows it; nothing in it can run."""
+    try:
+        try:
+            data = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        except RuntimeError as error:
+            if "mmap can only be used" not in str(error):
+                raise
+            data = torch.load(file, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        why = str(error).strip().split("\n")[0]
+        raise ValueError(f"{file} holds more than tensors, which could run code, and is refused: {why}") from None
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+        raise ValueError(f"{file} is not a whole torch checkpoint: {str(error).strip().split(chr(10))[0]}") from None
+    if isinstance(data, dict) and isinstance(data.get("model"), dict):
+        data = data["model"]
+    if not isinstance(data, dict) or not data:
+        raise ValueError(f"{file} holds a {type(data).__name__}, not a dictionary of tensors")
+    strange = [name for name, value in data.items() if not isinstance(value, Tensor)]
+    if strange:
+        raise ValueError(f"{file}: {strange[0]!r} is a {type(data[strange[0]]).__name__}, not a tensor")
+    return data
+
+
+def read_json(path: Path) -> dict:
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from None
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from None
+    if not isinstance(data, dict):
+        raise ValueError(f"{path} must hold a JSON object, found a {type(data).__name__}")
+    return data
+
+
+# --- convert
+
+
+def t5_sizes(folder: Path) -> dict[str, int]:
+    """What the T5 folder's config.json says of the sizes that T5Config holds."""
+    names = {
+        "width": "d_model", "head_width": "d_kv", "heads": "num_heads", "mlp_width": "d_ff",
+        "encoder_depth": "num_layers", "decoder_depth": "num_decoder_layers", "vocab_size": "vocab_size",
+    }  # fmt: skip
+    data = read_json(folder / "config.json")
+    return {ours: data[theirs] for ours, theirs in names.items() if theirs in data}
+
+
+def chosen_config(config: Path | None, t5: Path, ram: bool) -> LionConfig:
+    """The sizes to build: those of `--config`, or the preset whose T5 is the one in the folder."""
+    if config is not None:
+        chosen = LionConfig.from_json(config.read_text(encoding="utf-8")) if config.is_file() else None
+        if chosen is None:
+            raise ValueError(f"--config {config}: no such file")
+    else:
+        sizes = t5_sizes(t5)
+        fitting = [c for c in PRESETS.values() if c.t5 == replace(T5Config(), **sizes)]
+        if not fitting:
+            raise ValueError(f"{t5}/config.json: a T5 of width {sizes.get('width')} is neither XL nor XXL: give --config")
+        chosen = fitting[0]
+    wrong = {k: v for k, v in (t5_sizes(t5) if (t5 / "config.json").is_file() else {}).items() if getattr(chosen.t5, k) != v}
+    for name, value in wrong.items():
+        raise ValueError(f"{t5}/config.json: the T5's {name} is {value}, the model's {getattr(chosen.t5, name)}")
+    return chosen if ram else replace(chosen, ram=None)
+
+
+def fresh(config: LionConfig, model: Lion) -> Iterator[tuple[str, Tensor]]:
+    """Newly initialised values of all that LION trains."""
+    width = config.t5.width
+    parts: dict[str, torch.nn.Module] = {}
+    if model.qformer is not None:
+        parts["qformer"] = QFormer(config.qformer, config.vit.width, width)
+    if model.aggregator is not None:
+        parts["aggregator"] = Aggregator(config.aggregator, config.vit.width, len(config.taps), width)
+    for name, module in model.named_modules():
+        if isinstance(module, MixtureOfAdapters):
+            parts[name] = MixtureOfAdapters(width, config.adapter_width, config.adapters)
+    for name, part in parts.items():
+        for rest, tensor in part.state_dict().items():
+            yield f"{name}.{rest}", tensor
+    if model.soft_prompt is not None:
+        yield "soft_prompt", torch.randn(width)
+
+
+def check_values(tensor: Tensor, name: str, path: Path) -> None:
+    if not torch.isfinite(tensor).all():
+        raise ValueError(f"{path}: {name} holds NaN or infinite values")
+    if name == "label_embed" and not tensor.any():
+        raise ValueError(f"{path}: label_embed is all zero, so RAM would give every image the same tags")
+
+
+def write_shards(
+    folder: Path, plan: Mapping[str, torch.Size], dtype: torch.dtype, read: Callable[[str], Tensor], limit: int = 2**32
+) -> None:
+    """Safetensors files of at most `limit` bytes and their index, written tensor by tensor."""
+    groups: list[list[str]] = [[]]
+    room = limit
+    for name, shape in plan.items():
+        size = shape.numel() * dtype.itemsize
+        if groups[-1] and size > room:
+            groups.append([])
+            room = limit
+        groups[-1].append(name)
+        room -= size
+    weight_map = {}
+    bar = tqdm(total=len(plan), desc="convert", unit="tensor", disable=None)
+    for number, names in enumerate(groups, 1):
+        file = f"model-{number:05}-of-{len(groups):05}.safetensors"
+        header, end = {}, 0
+        for name in names:
+            start, end = end, end + plan[name].numel() * dtype.itemsize
+            header[name] = {"dtype": CODES[dtype], "shape": list(plan[name]), "data_offsets": [start, end]}
+            weight_map[name] = file
+        text = json.dumps(header).encode()
+        text += b" " * (-len(text) % 8)
+        with open(folder / file, "wb") as out:
+            out.write(len(text).to_bytes(8, "little") + text)
+            for name in names:
+                out.write(read(name).to(dtype).contiguous().flatten().view(torch.uint8).numpy().data)
+                bar.update()
+    bar.close()
+    index = {"metadata": {"total_size": sum(s.numel() for s in plan.values()) * dtype.itemsize}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
+
+
+CODES = {torch.float32: "F32", torch.bfloat16: "BF16"}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def dtype_named(name: str) -> torch.dtype:
+    if name not in DTYPES:
+        why = "T5 overflows in float16; " if name == "float16" else ""
+        raise ValueError(f"--dtype {name}: {why}there are {', '.join(DTYPES)}")
+    return DTYPES[name]
+
+
+@dataclass
+class Aside:
+    """A path to write to; it takes its place when all is well, and is removed when not."""
+
+    out: Path
+
+    def __enter__(self) -> Path:
+        if self.out.exists():
+            raise ValueError(f"--out {self.out} exists already: remove it or choose another")
+        self.out.absolute().parent.mkdir(parents=True, exist_ok=True)
+        self.aside = self.out.with_name(f".{self.out.name}.{os.getpid()}")
+        return self.aside
+
+    def __exit__(self, kind: type | None, *_: object) -> None:
+        if kind is None:
+            self.aside.rename(self.out)
+        elif self.aside.is_dir():
+            shutil.rmtree(self.aside)
+        else:
+            self.aside.unlink(missing_ok=True)
+
+
+def convert(args: argparse.Namespace) -> None:
+    dtype = dtype_named(args.dtype)
+    if args.ram and not (args.ram_tags and args.ram_thresholds):
+        raise ValueError("--ram needs --ram-tags and --ram-thresholds, the two text files beside it")
+    config = chosen_config(args.config, args.t5, ram=args.ram is not None)
+    texts = [args.bert / "vocab.txt", args.t5 / "tokenizer.json"] + [args.ram_tags, args.ram_thresholds] * bool(args.ram)
+    for path in texts:
+        if not path.is_file():
+            raise ValueError(f"{path}: no such file")
+    with torch.device("meta"):
+        model = Lion(config)
+    plan = {name: tensor.shape for name, tensor in model.state_dict().items()}
+
+    sources = [Source(args.vit, EVA, EVA_UNUSED), Source(args.t5, T5, T5_UNUSED)]
+    if args.ram:
+        sources.append(Source(args.ram, RAM, RAM_UNUSED))
+    if args.lion:
+        sources.append(Source(args.lion, LION, LION_UNUSED))
+    else:
+        if any((args.bert / name).is_file() for name in ("model.safetensors", "pytorch_model.bin")):
+            sources += [Source(args.bert, BERT, BERT_UNUSED), Source(args.bert, BERT_QUERIES, {**BERT, **BERT_UNUSED})]
+        if args.blip2:
+            sources.append(Source(args.blip2, BLIP2, BLIP2_UNUSED))
+    filled: dict[str, tuple[Source, str]] = {}
+    for source in sources:
+        filled |= {ours: (source, name) for ours, name in source.targets(model.state_dict()).items()}
+    new = {} if args.lion else {name: tensor for name, tensor in fresh(config, model) if fits(name, filled, plan)}
+    missing = [name for name in plan if name not in filled and name not in new]
+    if missing:
+        official = official_names(missing[0])
+        raise ValueError(f"no file holds {missing[0]} ({official}), and {len(missing) - 1} more are missing")
+    for ours, (source, name) in filled.items():
+        found, wanted = source.shapes[name], plan[ours]
+        if found != wanted and ours not in new:
+            raise ValueError(
+                f"{source.path}: {name} has shape {tuple(found)}, this model needs {tuple(wanted)}: "
+                "do the files belong to one size (XL or XXL)?"
+            )
+    if new:
+        parts = sorted({name.split(".")[0] for name in new if name not in filled})
+        print(f"no --lion: {len(new)} tensors of {', '.join(parts)} are freshly initialised, for stage 1")
+
+    def read(ours: str) -> Tensor:
+        if ours not in filled:
+            return new[ours]
+        source, name = filled[ours]
+        tensor = source.read(name)
+        check_values(tensor, name, source.path)
+        if ours in new:  # BERT's words and the one that LION adds
+            new[ours][: len(tensor)] = tensor
+            return new[ours]
+        return tensor
+
+    with Aside(args.out) as folder:
+        folder.mkdir()
+        for name, path in zip(Text.FILES, texts, strict=False):
+            shutil.copyfile(path, folder / name)
+        Lion.check_text(model, Text.from_folder(folder, tagger=config.ram is not None))
+        (folder / "config.json").write_text(config.to_json())
+        write_shards(folder, plan, dtype, read)
+    size = sum(path.stat().st_size for path in args.out.iterdir())
+    print(f"{args.out}: {len(plan)} tensors, {size / 1e9:.2f} GB in {args.dtype}")
+
+
+def fits(name: str, filled: Mapping[str, tuple[Source, str]], plan: Mapping[str, torch.Size]) -> bool:
+    """A fresh tensor is wanted where no file fills the place, or BERT's words fill it but for those LION adds."""
+    if name not in filled:
+        return True
+    source, theirs = filled[name]
+    return name == "qformer.words.weight" and source.table is BERT and len(source.read(theirs)) < plan[name][0]
+
+
+def official_names(ours: str) -> str:
+    return next((n for t in (EVA, T5, RAM, LION) if (n := translate(ours, inverted(t)))), "ours alone")
+
+
+# --- inspect, export
+
+KINDS = {
+    "EVA ViT-g": (EVA, EVA_UNUSED, "vit."),
+    "FlanT5": (T5, T5_UNUSED, "t5."),
+    "RAM": (RAM, RAM_UNUSED, "ram."),
+    "LION": (LION, LION_UNUSED, ""),
+    "BERT": (BERT, BERT_UNUSED, ""),
+}
+
+
+def inspect(args: argparse.Namespace) -> int:
+    """Print every tensor's place; 1 if one is unknown or missing, else 0."""
+    if (args.path / "config.json").is_file() and "vit" in read_json(args.path / "config.json"):
+        return inspect_converted(args.path)
+    sources = {kind: Source(args.path, table, unused) for kind, (table, unused, _) in KINDS.items()}
+    known = {k: sum(translate(n, s.table) is not None for n in s.where) for k, s in sources.items()}
+    kind = max(known, key=lambda k: known[k])
+    source = sources[kind]
+    if not known[kind]:
+        raise ValueError(f"{args.path}: none of its {len(source.where)} tensors has a name of an official file")
+    print(f"{args.path}: {kind}, {len(source.where)} tensors")
+    problems, places = 0, set()
+    config = LionConfig.from_json(args.config.read_text()) if args.config else guessed_config(kind, source)
+    with torch.device("meta"):
+        model = Lion(config).state_dict()
+    for name, shape in source.shapes.items():
+        ours, reason = translate(name, source.table), translate(name, source.unused)
+        if ours is not None and ours in model:
+            places.add(ours)
+            fault = "" if shape == model[ours].shape else f"  SHAPE DIFFERS: the model has {tuple(model[ours].shape)}"
+            print(f"{name} {tuple(shape)} -> {ours}{fault}")
+        elif reason is not None:
+            fault = ""
+            print(f"{name} {tuple(shape)} not used: {reason}")
+        else:
+            fault = "unknown"
+            print(f"{name} {tuple(shape)} UNKNOWN")
+        problems += bool(fault)
+    for ours in model:
+        theirs = translate(ours, inverted(source.table))
+        if theirs is not None and ours not in places and kind != "BERT":
+            print(f"{theirs} MISSING, for {ours}")
+            problems += 1
+    print(f"{len(places)} used, {len(source.where) - len(places)} not, {problems} problems")
+    return int(problems > 0)
+
+
+def guessed_config(kind: str, source: Source) -> LionConfig:
+    """XL, or XXL where the file has its width."""
+    probe = {"LION": "t5_proj.weight", "FlanT5": "shared.weight"}.get(kind, "")
+    shape = source.shapes.get(probe, torch.Size())
+    axis = 0 if kind == "LION" else -1
+    return PRESETS["xxl" if shape and shape[axis] == PRESETS["xxl"].t5.width else "xl"]
+
+
+def inspect_converted(folder: Path) -> int:
+    model = Lion.from_pretrained(folder, dtype=None)
+    for name, tensor in model.state_dict().items():
+        print(f"{name} {tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')} from {official_names(name)}")
+    count = sum(tensor.numel() for tensor in model.state_dict().values())
+    print(f"{folder}: a whole LION, {len(model.state_dict())} tensors, {count / 1e6:.1f} M parameters")
+    return 0
+
+
+def export(args: argparse.Namespace) -> None:
+    """The release's file of trained tensors, with the buffer that its code expects among them."""
+    model = Lion.from_pretrained(args.folder, dtype=None)
+    names = inverted(LION)
+    tensors = {n: tensor for ours, tensor in model.state_dict().items() if (n := translate(ours, names)) is not None}
+    if model.qformer is not None:
+        tensors[POSITION_IDS] = torch.arange(model.config.qformer.max_positions)[None]
+    with Aside(args.out) as file:
+        torch.save({"model": tensors}, file)
+    print(f"{args.out}: {len(tensors)} tensors under the release's names")
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(required=True, metavar="convert | inspect | export")
+    command = commands.add_parser("convert", help="official files to a folder that Lion.from_pretrained opens")
+    for flag, required, text in (
+        ("vit", True, "eva_vit_g.pth"),
+        ("t5", True, "folder of FlanT5"),
+        ("bert", True, "folder of bert-base-uncased; vocab.txt is enough with --lion or --blip2"),
+        ("ram", False, "ram_swin_large_14m.pth"),
+        ("ram-tags", False, "ram_tag_list.txt"),
+        ("ram-thresholds", False, "ram_tag_list_threshold.txt"),
+        ("lion", False, "LION-FlanT5-XL.pth or LION-FlanT5-XXL.pth"),
+        ("blip2", False, "BLIP-2 or InstructBLIP FlanT5, for stage 1 where there is no --lion"),
+        ("config", False, "a LionConfig as JSON, for other sizes than XL and XXL"),
+        ("out", True, "the folder to make"),
+    ):
+        command.add_argument(f"--{flag}", type=Path, required=required, help=text)
+    command.add_argument("--dtype", default="float32", help="float32 (default) or bfloat16")
+    command.set_defaults(run=convert)
+    command = commands.add_parser("inspect", help="where each tensor of a file goes")
+    command.add_argument("path", type=Path)
+    command.add_argument("--config", type=Path, help="a LionConfig as JSON, for other sizes than XL and XXL")
+    command.set_defaults(run=inspect)
+    command = commands.add_parser("export", help="a converted or trained folder to the release's LION file")
+    command.add_argument("folder", type=Path)
+    command.add_argument("--out", type=Path, required=True)
+    command.set_defaults(run=export)
+    args = parser.parse_args(argv)
+    try:
+        return args.run(args) or 0
+    except (ValueError, OSError) as error:
+        print(f"weights.py: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
