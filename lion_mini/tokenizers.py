@@ -105,7 +105,9 @@ class _Splitter:
 
 
 def _in_word(char: str) -> bool:
-    return char != "" and (unicodedata.category(char)[0] in "LM" or unicodedata.category(char) in ("Nd", "Nl", "Pc"))
+    kind = unicodedata.category(char or " ")
+    letter = kind[0] in "LM" or char.islower() or char.isupper()  # circled letters, too, have a case
+    return letter or kind in ("Nd", "Nl", "Pc") or char in ("\u200c", "\u200d")
 
 
 # --- the steps that a tokenizer.json may declare

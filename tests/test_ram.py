@@ -1,113 +1,24 @@
 """The tagger against the release's numbers (golden), against transformers' Swin, and by hand."""
 
-import json
 import re
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
-from conftest import GOLDEN, KEYS, oracle, randomise, relative
-from safetensors.torch import load_file
+from conftest import GOLDEN, oracle, randomise, relative
 from torch import Tensor
 
-from lion_mini.config import LionConfig, RamConfig, TagHeadConfig
+from lion_mini import Lion
+from lion_mini.config import RamConfig, TagHeadConfig
+from lion_mini.images import open_image, ram_transform
 from lion_mini.ram import Ram, select
 from lion_mini.swin import Block, Swin
-
-RAM = {
-    "label_embed": "label_embed",
-    "visual_encoder.patch_embed.proj.weight": "swin.patch_embed.proj.weight",
-    "visual_encoder.patch_embed.proj.bias": "swin.patch_embed.proj.bias",
-    "visual_encoder.patch_embed.norm.weight": "swin.patch_embed.norm.weight",
-    "visual_encoder.patch_embed.norm.bias": "swin.patch_embed.norm.bias",
-    "visual_encoder.layers.{}.blocks.{}.norm1.weight": "swin.stages.{}.blocks.{}.norm1.weight",
-    "visual_encoder.layers.{}.blocks.{}.norm1.bias": "swin.stages.{}.blocks.{}.norm1.bias",
-    "visual_encoder.layers.{}.blocks.{}.attn.relative_position_bias_table": "swin.stages.{}.blocks.{}.attn.bias_table",
-    "visual_encoder.layers.{}.blocks.{}.attn.qkv.weight": "swin.stages.{}.blocks.{}.attn.qkv.weight",
-    "visual_encoder.layers.{}.blocks.{}.attn.qkv.bias": "swin.stages.{}.blocks.{}.attn.qkv.bias",
-    "visual_encoder.layers.{}.blocks.{}.attn.proj.weight": "swin.stages.{}.blocks.{}.attn.o.weight",
-    "visual_encoder.layers.{}.blocks.{}.attn.proj.bias": "swin.stages.{}.blocks.{}.attn.o.bias",
-    "visual_encoder.layers.{}.blocks.{}.norm2.weight": "swin.stages.{}.blocks.{}.norm2.weight",
-    "visual_encoder.layers.{}.blocks.{}.norm2.bias": "swin.stages.{}.blocks.{}.norm2.bias",
-    "visual_encoder.layers.{}.blocks.{}.mlp.fc1.weight": "swin.stages.{}.blocks.{}.mlp.fc1.weight",
-    "visual_encoder.layers.{}.blocks.{}.mlp.fc1.bias": "swin.stages.{}.blocks.{}.mlp.fc1.bias",
-    "visual_encoder.layers.{}.blocks.{}.mlp.fc2.weight": "swin.stages.{}.blocks.{}.mlp.fc2.weight",
-    "visual_encoder.layers.{}.blocks.{}.mlp.fc2.bias": "swin.stages.{}.blocks.{}.mlp.fc2.bias",
-    "visual_encoder.layers.{}.downsample.norm.weight": "swin.stages.{}.merge.norm.weight",
-    "visual_encoder.layers.{}.downsample.norm.bias": "swin.stages.{}.merge.norm.bias",
-    "visual_encoder.layers.{}.downsample.reduction.weight": "swin.stages.{}.merge.reduction.weight",
-    "visual_encoder.norm.weight": "swin.norm.weight",
-    "visual_encoder.norm.bias": "swin.norm.bias",
-    "image_proj.weight": "image_proj.weight",
-    "image_proj.bias": "image_proj.bias",
-    "wordvec_proj.weight": "wordvec_proj.weight",
-    "wordvec_proj.bias": "wordvec_proj.bias",
-    "fc.weight": "fc.weight",
-    "fc.bias": "fc.bias",
-}
-HEAD = {
-    "crossattention.self.query.weight": "cross_attn.q.weight",
-    "crossattention.self.query.bias": "cross_attn.q.bias",
-    "crossattention.self.key.weight": "cross_attn.k.weight",
-    "crossattention.self.key.bias": "cross_attn.k.bias",
-    "crossattention.self.value.weight": "cross_attn.v.weight",
-    "crossattention.self.value.bias": "cross_attn.v.bias",
-    "crossattention.output.dense.weight": "cross_attn.o.weight",
-    "crossattention.output.dense.bias": "cross_attn.o.bias",
-    "crossattention.output.LayerNorm.weight": "cross_attn.norm.weight",
-    "crossattention.output.LayerNorm.bias": "cross_attn.norm.bias",
-    "intermediate.dense.weight": "ff.wi.weight",
-    "intermediate.dense.bias": "ff.wi.bias",
-    "output.dense.weight": "ff.wo.weight",
-    "output.dense.bias": "ff.wo.bias",
-    "output.LayerNorm.weight": "ff.norm.weight",
-    "output.LayerNorm.bias": "ff.norm.bias",
-}
-for prefix in ("tagging_head", "vision_multi"):  # the code's name and the public file's
-    RAM |= {f"{prefix}.encoder.layer.{{}}.{theirs}": f"head.{{}}.{ours}" for theirs, ours in HEAD.items()}
-RAM_UNUSED = {  # a star at the end stands for everything beneath
-    "visual_encoder.layers.{}.blocks.{}.attn.relative_position_index": "a table of offsets; computed here",
-    "visual_encoder.layers.{}.blocks.{}.attn_mask": "the mask of the shifted windows; computed here",
-    "tag_encoder.*": "RAM's captioning branch; LION uses only its tagging head",
-    "text_decoder.*": "RAM's captioning branch; LION uses only its tagging head",
-}
 
 SMALL = RamConfig(
     image_size=48, width=12, depths=(2, 3), heads=(2, 4), window=3, tag_width=20, tags=7,
     head=TagHeadConfig(width=16, depth=2, heads=4, mlp_width=28),
 )  # fmt: skip
-
-
-def pattern(name: str) -> str:
-    """The official name with its layer numbers as {}."""
-    return re.sub(r"(?<=\.)\d+(?=\.)", "{}", name)
-
-
-def our_name(official: str) -> str | None:
-    """Where a tensor of the official file goes, or None if it is declared unused; KeyError if it is neither."""
-    general = pattern(official)
-    if general in RAM_UNUSED or f"{general.split('.')[0]}.*" in RAM_UNUSED:
-        return None
-    return RAM[general].format(*re.findall(r"(?<=\.)\d+(?=\.)", official))
-
-
-@pytest.fixture(scope="module")
-def golden() -> dict[str, Tensor]:
-    return load_file(GOLDEN / "golden.safetensors")
-
-
-@pytest.fixture(scope="module")
-def golden_ram() -> Ram:
-    config = LionConfig.from_json((GOLDEN / "sizes.json").read_text()).ram
-    assert config is not None
-    with torch.device("meta"):
-        ram = Ram(config)
-    official = torch.load(GOLDEN / "official/ram_swin_large_14m.pth", weights_only=True)["model"]
-    state = {ours: tensor.float() for name, tensor in official.items() if (ours := our_name(name))}
-    lines = (GOLDEN / "official/ram_tag_list_threshold.txt").read_text().split()
-    state["thresholds"] = torch.tensor([float(line) for line in lines])
-    ram.load_state_dict(state, strict=True, assign=True)
-    return ram
 
 
 @pytest.fixture
@@ -122,28 +33,34 @@ def image() -> Tensor:
     return torch.randn(3, 3, 48, 48, generator=torch.Generator().manual_seed(1))
 
 
-def test_golden_tokens_and_logits(golden: dict[str, Tensor], golden_ram: Ram) -> None:
-    with torch.no_grad():
-        assert relative(golden_ram.swin(golden["ram.image"]), golden["ram.swin"]) < 1e-4
-        assert relative(golden_ram(golden["ram.image"]), golden["ram.logits"]) < 1e-4
+def test_golden_tokens_and_logits(numbers: dict[str, Tensor], golden_model: Lion) -> None:
+    assert golden_model.ram is not None
+    assert relative(golden_model.ram.swin(numbers["ram.image"]), numbers["ram.swin"]) < 1e-4
+    assert relative(golden_model.ram(numbers["ram.image"]), numbers["ram.logits"]) < 1e-4
 
 
-def test_golden_tags(golden: dict[str, Tensor], golden_ram: Ram) -> None:
+def test_golden_tags(numbers: dict[str, Tensor], facts: dict, golden_model: Lion) -> None:
     """With every tag's own threshold the tags are the release's: joined by bars from RAM, by commas from LION."""
-    words = (GOLDEN / "official/ram_tag_list.txt").read_text().splitlines()
-    expected = json.loads((GOLDEN / "golden.json").read_text())["ram"]
-    found = [[words[tag] for tag, _ in tags] for tags in golden_ram.tag_ids(golden["ram.image"])]
-    assert [" | ".join(tags) for tags in found] == expected["tags_raw"]
-    assert [", ".join(tags) for tags in found] == expected["tags"]
+    assert golden_model.ram is not None
+    text = golden_model.text
+    chosen = select(golden_model.ram(numbers["ram.image"]).sigmoid(), torch.tensor(text.thresholds))
+    found = [[text.tags[tag] for tag, _ in tags] for tags in chosen]
+    assert [" | ".join(tags) for tags in found] == facts["ram"]["tags_raw"]
+    assert [", ".join(tags) for tags in found] == facts["ram"]["tags"]
 
 
-def test_every_official_tensor_is_accounted_for() -> None:
-    """The real file's names and shapes fill the real model exactly; the meta device needs no memory for it."""
-    with torch.device("meta"):
-        state = Ram(RamConfig()).state_dict()
-    lines = [line.split() for line in (KEYS / "ram_swin_large_14m.txt").read_text().splitlines() if line[0] != "#"]
-    found = {ours: tuple(map(int, shape.split("x"))) for name, shape in lines if (ours := our_name(name))}
-    assert found == {name: tuple(tensor.shape) for name, tensor in state.items() if name != "thresholds"}
+def test_lion_tags_pictures(golden_model: Lion) -> None:
+    """Lion.tag uses the photo itself, and gives words for indices and scores on request."""
+    image = open_image(GOLDEN / "photo.png")
+    tags: Any = golden_model.tag([image, image.rotate(90)], threshold=0.3)
+    scored: Any = golden_model.tag([image, image.rotate(90)], threshold=0.3, return_scores=True)
+    assert tags == [[tag for tag, _ in one] for one in scored]
+    pixels = ram_transform(image, 64)[None]
+    assert golden_model.ram is not None
+    scores = golden_model.ram(pixels)[0].sigmoid()
+    assert tags[0] == [golden_model.text.tags[i] for i in range(len(scores)) if scores[i] > 0.3]
+    best: Any = golden_model.tag([image], threshold=0, top_k=1)
+    assert best == [[golden_model.text.tags[int(scores.argmax())]]]
 
 
 def as_transformers(swin: Swin) -> dict[str, Tensor]:
@@ -231,7 +148,7 @@ def test_built_on_meta_and_filled(small: Ram, image: Tensor) -> None:
     tensors = [*empty.parameters(), *empty.buffers()]
     assert not any(tensor.is_meta for tensor in tensors)
     assert torch.equal(empty(image), small(image))
-    assert set(small.state_dict()) == {name for name, _ in small.named_parameters()} | {"thresholds"}
+    assert set(small.state_dict()) == {name for name, _ in small.named_parameters()}
 
 
 def test_bfloat16(small: Ram, image: Tensor) -> None:
@@ -240,7 +157,6 @@ def test_bfloat16(small: Ram, image: Tensor) -> None:
         found = small.bfloat16()(image.bfloat16())
     assert found.dtype == torch.bfloat16
     assert relative(found, expected) < 0.05
-    assert all(0 <= score <= 1 for tags in small.tag_ids(image.bfloat16(), threshold=0) for _, score in tags)
 
 
 def test_train_mode_changes_nothing(small: Ram, image: Tensor) -> None:
@@ -254,28 +170,16 @@ def test_tags_do_not_see_each_other(small: Ram, image: Tensor) -> None:
     assert relative(small(image), expected) < 1e-5
 
 
-def test_threshold_and_top_k(small: Ram, image: Tensor) -> None:
-    scores = small(image).sigmoid()
-    everything = small.tag_ids(image, threshold=0)
-    assert [[tag for tag, _ in tags] for tags in everything] == [list(range(7))] * 3
-    assert torch.allclose(torch.tensor([[score for _, score in tags] for tags in everything]), scores)
-    assert small.tag_ids(image, threshold=1) == [[], [], []]
-
-    small.thresholds.fill_(1)
-    small.thresholds[4] = 0
-    assert [[tag for tag, _ in tags] for tags in small.tag_ids(image)] == [[4]] * 3
-    best = scores.argmax(dim=1).tolist()
-    assert [[tag for tag, _ in tags] for tags in small.tag_ids(image, threshold=0, top_k=1)] == [[tag] for tag in best]
-    for wrong in ({"threshold": 1.5}, {"threshold": -0.1}, {"top_k": 0}):
-        with pytest.raises(ValueError, match=r"not (1\.5|-0\.1|0)"):
-            small.tag_ids(image, **wrong)
-
-
 def test_select_keeps_the_order_of_the_vocabulary() -> None:
     scores = torch.tensor([[0.5, 0.25, 0.75, 0.875], [0.125, 0.75, 0.75, 0.0]])
     assert select(scores, 0.25) == [[(0, 0.5), (2, 0.75), (3, 0.875)], [(1, 0.75), (2, 0.75)]]
     assert select(scores, 0.25, top_k=2) == [[(2, 0.75), (3, 0.875)], [(1, 0.75), (2, 0.75)]]
     assert select(scores, torch.tensor([0.0, 1.0, 0.75, 0.5]), top_k=5) == [[(0, 0.5), (3, 0.875)], [(0, 0.125)]]
+    assert select(scores, 1.0) == [[], []]
+    wrong: tuple[tuple[float, int | None], ...] = ((1.5, None), (-0.1, None), (0.5, 0))
+    for threshold, top_k in wrong:
+        with pytest.raises(ValueError, match=r"not (1\.5|-0\.1|0)"):
+            select(scores, threshold, top_k)
 
 
 def test_sizes_that_do_not_fit() -> None:
