@@ -78,10 +78,11 @@ def reference(ours: T5) -> Any:
     config = transformers.T5Config(
         vocab_size=BASE.vocab_size, d_model=BASE.width, d_kv=BASE.head_width, d_ff=BASE.mlp_width,
         num_layers=BASE.encoder_depth, num_decoder_layers=BASE.decoder_depth, num_heads=BASE.heads,
-        feed_forward_proj="gated-gelu", **{"tie_word_embeddings": False, "decoder_start_token_id": 0},
+        feed_forward_proj="gated-gelu",
     )  # fmt: skip
     config.dense_act_fn = "gelu"
-    config.tie_word_embeddings = False
+    config.tie_word_embeddings = config.scale_decoder_outputs = False
+    config.decoder_start_token_id = 0
     theirs = transformers.T5ForConditionalGeneration(config).eval()
     state = renamed(ours, "t5.", weights.T5, {})
     state |= {f"{stack}.embed_tokens.weight": state["shared.weight"] for stack in ("encoder", "decoder")}
