@@ -19,6 +19,8 @@ sys.path.insert(0, str(ROOT))  # the scripts stand beside the package
 import weights  # noqa: E402
 from lion_mini import Lion  # noqa: E402
 
+torch.set_num_threads(1)  # the models here are tiny: a second thread waits more than it works
+
 GOLDEN = ROOT / "tests" / "golden"
 KEYS = ROOT / "tests" / "keys"
 OFFICIAL = GOLDEN / "official"

@@ -1,5 +1,6 @@
 """What the README says is so."""
 
+import itertools
 import re
 from pathlib import Path
 
@@ -30,7 +31,7 @@ def test_reading_order() -> None:
     found = re.search(r"`(vit → .* → train)`", README)
     assert found
     names = found[1].split(" → ")
-    for name, following in zip(names, names[1:], strict=False):
+    for name, following in itertools.pairwise(names):
         text = (ROOT / "lion_mini" / f"{name}.py").read_text(encoding="utf-8")
         assert f"next: {following}.py" in text.split('"""')[1], name
 
