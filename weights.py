@@ -23,6 +23,7 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -180,6 +181,7 @@ LION = {  # LION-FlanT5-XL.pth, LION-FlanT5-XXL.pth: models/lion_t5.py, Qformer.
     "t5_model.decoder.block.{}.layer.2.adapter.router_ratio1": "t5.decoder.{}.ff.adapters.gates.0",
     "t5_model.decoder.block.{}.layer.2.adapter.router_ratio2": "t5.decoder.{}.ff.adapters.gates.1",
 }
+WORDS = "qformer.words.weight"  # BERT knows fewer: LION adds one
 POSITION_IDS = "Qformer.bert.embeddings.position_ids"
 FROZEN = {  # a LION or BLIP-2 file may hold the frozen parts too
     **{f"visual_encoder.{name}": "frozen: read from --vit" for name in (*EVA, *EVA_UNUSED)},
@@ -224,9 +226,14 @@ OLDER = {  # the same tensors under names that older files give them
 def translate(name: str, table: Table) -> str | None:
     """Our name of an official tensor, or, with a table of unused ones, the reason; None if no row knows it."""
     for theirs, ours in table.items():
-        if found := re.fullmatch(re.escape(theirs).replace(r"\{\}", r"(\d+)").replace(r"\*", "(.+)"), name):
+        if found := pattern(theirs).fullmatch(name):
             return ours.replace("*", "{}").format(*found.groups())
     return None
+
+
+@cache
+def pattern(row: str) -> re.Pattern:
+    return re.compile(re.escape(row).replace(r"\{\}", r"(\d+)").replace(r"\*", "(.+)"))
 
 
 def inverted(table: Table) -> Table:
@@ -258,7 +265,7 @@ class Source:
     def _shapes(self, file: Path) -> Iterator[tuple[str, torch.Size]]:
         if file.suffix == ".safetensors":
             with opened(file) as handle:
-                for name in handle.keys():  # noqa: SIM118: not a dict
+                for name in handle.keys():  # noqa: SIM118
                     yield name, torch.Size(handle.get_slice(name).get_shape())
         else:
             for name, tensor in self._pickle(file).items():
@@ -381,9 +388,13 @@ def chosen_config(config: Path | None, t5: Path, ram: bool) -> LionConfig:
         sizes = t5_sizes(t5)
         fitting = [c for c in PRESETS.values() if c.t5 == replace(T5Config(), **sizes)]
         if not fitting:
-            raise ValueError(f"{t5}/config.json: a T5 of width {sizes.get('width')} is neither XL nor XXL: give --config")
+            raise ValueError(
+                f"{t5}/config.json: a T5 of width {sizes.get('width')} is neither XL nor XXL: give --config"
+            )
         chosen = fitting[0]
-    wrong = {k: v for k, v in (t5_sizes(t5) if (t5 / "config.json").is_file() else {}).items() if getattr(chosen.t5, k) != v}
+    wrong = {
+        k: v for k, v in (t5_sizes(t5) if (t5 / "config.json").is_file() else {}).items() if getattr(chosen.t5, k) != v
+    }
     for name, value in wrong.items():
         raise ValueError(f"{t5}/config.json: the T5's {name} is {value}, the model's {getattr(chosen.t5, name)}")
     return chosen if ram else replace(chosen, ram=None)
@@ -444,7 +455,10 @@ def write_shards(
                 out.write(read(name).to(dtype).contiguous().flatten().view(torch.uint8).numpy().data)
                 bar.update()
     bar.close()
-    index = {"metadata": {"total_size": sum(s.numel() for s in plan.values()) * dtype.itemsize}, "weight_map": weight_map}
+    index = {
+        "metadata": {"total_size": sum(s.numel() for s in plan.values()) * dtype.itemsize},
+        "weight_map": weight_map,
+    }
     (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
 
 
@@ -486,7 +500,9 @@ def convert(args: argparse.Namespace) -> None:
     if args.ram and not (args.ram_tags and args.ram_thresholds):
         raise ValueError("--ram needs --ram-tags and --ram-thresholds, the two text files beside it")
     config = chosen_config(args.config, args.t5, ram=args.ram is not None)
-    texts = [args.bert / "vocab.txt", args.t5 / "tokenizer.json"] + [args.ram_tags, args.ram_thresholds] * bool(args.ram)
+    texts = [args.bert / "vocab.txt", args.t5 / "tokenizer.json"] + [args.ram_tags, args.ram_thresholds] * bool(
+        args.ram
+    )
     for path in texts:
         if not path.is_file():
             raise ValueError(f"{path}: no such file")
@@ -507,54 +523,43 @@ def convert(args: argparse.Namespace) -> None:
     filled: dict[str, tuple[Source, str]] = {}
     for source in sources:
         filled |= {ours: (source, name) for ours, name in source.targets(model.state_dict()).items()}
-    new = {} if args.lion else {name: tensor for name, tensor in fresh(config, model) if fits(name, filled, plan)}
+    new = {} if args.lion else {name: tensor for name, tensor in fresh(config, model) if name not in filled}
     missing = [name for name in plan if name not in filled and name not in new]
     if missing:
-        official = official_names(missing[0])
-        raise ValueError(f"no file holds {missing[0]} ({official}), and {len(missing) - 1} more are missing")
+        raise ValueError(f"no file holds {official_name(missing[0])}, and {len(missing) - 1} more are missing")
     for ours, (source, name) in filled.items():
         found, wanted = source.shapes[name], plan[ours]
-        if found != wanted and ours not in new:
+        if found != wanted and not (source.table is BERT and ours == WORDS and found[0] < wanted[0]):
             raise ValueError(
                 f"{source.path}: {name} has shape {tuple(found)}, this model needs {tuple(wanted)}: "
                 "do the files belong to one size (XL or XXL)?"
             )
     if new:
-        parts = sorted({name.split(".")[0] for name in new if name not in filled})
-        print(f"no --lion: {len(new)} tensors of {', '.join(parts)} are freshly initialised, for stage 1")
+        parts = ", ".join(sorted({name.split(".")[0] for name in new}))
+        print(f"no --lion: {len(new)} tensors of {parts} are freshly initialised, for stage 1")
 
     def read(ours: str) -> Tensor:
-        if ours not in filled:
+        if ours in new:
             return new[ours]
         source, name = filled[ours]
         tensor = source.read(name)
         check_values(tensor, name, source.path)
-        if ours in new:  # BERT's words and the one that LION adds
-            new[ours][: len(tensor)] = tensor
-            return new[ours]
-        return tensor
+        added = plan[ours][0] - len(tensor) if ours == WORDS else 0
+        return torch.cat((tensor, 0.02 * torch.randn(added, tensor.shape[1]))) if added else tensor
 
     with Aside(args.out) as folder:
         folder.mkdir()
         for name, path in zip(Text.FILES, texts, strict=False):
             shutil.copyfile(path, folder / name)
-        Lion.check_text(model, Text.from_folder(folder, tagger=config.ram is not None))
+        Text.from_folder(folder, tagger=config.ram is not None).check(config)
         (folder / "config.json").write_text(config.to_json())
         write_shards(folder, plan, dtype, read)
     size = sum(path.stat().st_size for path in args.out.iterdir())
     print(f"{args.out}: {len(plan)} tensors, {size / 1e9:.2f} GB in {args.dtype}")
 
 
-def fits(name: str, filled: Mapping[str, tuple[Source, str]], plan: Mapping[str, torch.Size]) -> bool:
-    """A fresh tensor is wanted where no file fills the place, or BERT's words fill it but for those LION adds."""
-    if name not in filled:
-        return True
-    source, theirs = filled[name]
-    return name == "qformer.words.weight" and source.table is BERT and len(source.read(theirs)) < plan[name][0]
-
-
-def official_names(ours: str) -> str:
-    return next((n for t in (EVA, T5, RAM, LION) if (n := translate(ours, inverted(t)))), "ours alone")
+def official_name(ours: str) -> str:
+    return next(name for table in (EVA, T5, RAM, LION) if (name := translate(ours, inverted(table))))
 
 
 # --- inspect, export
@@ -616,7 +621,7 @@ def guessed_config(kind: str, source: Source) -> LionConfig:
 def inspect_converted(folder: Path) -> int:
     model = Lion.from_pretrained(folder, dtype=None)
     for name, tensor in model.state_dict().items():
-        print(f"{name} {tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')} from {official_names(name)}")
+        print(f"{name} {tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')} from {official_name(name)}")
     count = sum(tensor.numel() for tensor in model.state_dict().values())
     print(f"{folder}: a whole LION, {len(model.state_dict())} tensors, {count / 1e6:.1f} M parameters")
     return 0

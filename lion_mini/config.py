@@ -101,6 +101,7 @@ class RamConfig:
     window: int = 12
     tag_width: int = 512
     tags: int = 4585
+    init_std: float = 0.02
     head: TagHeadConfig = field(default_factory=TagHeadConfig)
 
 

@@ -54,6 +54,17 @@ class Text:
         floors = [to_float(line, thresholds, i) for i, line in enumerate(read_lines(thresholds), 1)] if tagger else []
         return cls(WordPieceTokenizer.from_file(vocab), UnigramTokenizer.from_file(tokenizer), names, floors)
 
+    def check(self, config: LionConfig) -> None:
+        """The vocabularies fit the model's tables; else a ValueError with both numbers."""
+        if len(self.words) != config.qformer.vocab_size:
+            raise ValueError(f"vocab.txt has {len(self.words)} words, the Q-Former {config.qformer.vocab_size}")
+        if len(self.pieces) > config.t5.vocab_size:
+            raise ValueError(f"tokenizer.json has {len(self.pieces)} pieces, T5 only {config.t5.vocab_size}")
+        if config.ram:
+            for name, count in (("tag list", len(self.tags)), ("thresholds file", len(self.thresholds))):
+                if count != config.ram.tags:
+                    raise ValueError(f"the {name} has {count} lines, RAM {config.ram.tags} tags")
+
 
 @dataclass(frozen=True)
 class Answer:
@@ -102,20 +113,8 @@ class Lion(nn.Module):
         expected = model.state_dict()
         check_tensors(folder, {k: v.shape for k, v in tensors.items()}, {k: v.shape for k, v in expected.items()})
         model.load_state_dict(tensors, strict=True, assign=True)
-        model.check_text()
+        text.check(config)
         return model.eval().requires_grad_(False)
-
-    def check_text(self) -> None:
-        """The vocabularies fit the model's tables; else a ValueError with both numbers."""
-        text, config = self.text, self.config
-        if len(text.words) != config.qformer.vocab_size:
-            raise ValueError(f"vocab.txt has {len(text.words)} words, the Q-Former {config.qformer.vocab_size}")
-        if len(text.pieces) > config.t5.vocab_size:
-            raise ValueError(f"tokenizer.json has {len(text.pieces)} pieces, T5 only {config.t5.vocab_size}")
-        if config.ram:
-            for name, count in (("tag list", len(text.tags)), ("thresholds file", len(text.thresholds))):
-                if count != config.ram.tags:
-                    raise ValueError(f"the {name} has {count} lines, RAM {config.ram.tags} tags")
 
     @property
     def text(self) -> Text:
@@ -231,7 +230,7 @@ class Lion(nn.Module):
         return self.t5.predict(labels, self.t5.start(states, mask, task, labels.shape[1])), labels
 
     def answer_ids(self, answer: str) -> list[int]:
-        return [*self.text.pieces.encode(answer)[: self.config.max_answer_tokens - 1], EOS]
+        return [*self.text.pieces.encode(answer)[:-1][: self.config.max_answer_tokens - 1], EOS]
 
     # --- answering
 
@@ -287,7 +286,7 @@ class Lion(nn.Module):
         top_k: int | None = None,
         return_scores: bool = False,
     ) -> list[list[str]] | list[list[tuple[str, float]]]:
-        """RAM's tags of each picture, in the tag list's order, or the `top_k` best; each tag's own threshold by default."""
+        """RAM's tags of each picture in the tag list's order; `threshold` takes the place of each tag's own."""
         scored = self.scored_tags(images, threshold, top_k)
         return scored if return_scores else [[tag for tag, _ in tags] for tags in scored]
 
@@ -400,7 +399,7 @@ def read_shards(folder: Path, device: str | torch.device, dtype: torch.dtype | N
     for path in paths:
         try:
             with safe_open(path, framework="pt") as file:
-                for name in file.keys():  # noqa: SIM118: not a dict
+                for name in file.keys():  # noqa: SIM118
                     if name in tensors:
                         raise ValueError(f"{path}: {name} stands in another shard too")
                     tensors[name] = file.get_tensor(name).to(device, dtype)

@@ -23,8 +23,6 @@ from .bert import Attention, FeedForward, bert_init
 from .config import RamConfig, TagHeadConfig
 from .swin import Swin
 
-INIT_STD = 0.02
-
 
 class TagLayer(nn.Module):
     def __init__(self, config: TagHeadConfig, image_width: int):
@@ -44,6 +42,7 @@ class Ram(nn.Module):
 
     def __init__(self, config: RamConfig):
         super().__init__()
+        self.config = config
         self.swin = Swin(config)
         self.image_proj = nn.Linear(config.width * 2 ** (len(config.depths) - 1), config.tag_width)
         self.label_embed = nn.Parameter(torch.randn(config.tags, config.tag_width))
@@ -51,7 +50,7 @@ class Ram(nn.Module):
         self.head = nn.ModuleList(TagLayer(config.head, config.tag_width) for _ in range(config.head.depth))
         self.fc = nn.Linear(config.head.width, 1)
         for part in (self.swin, self.head):
-            part.apply(lambda module: bert_init(module, INIT_STD))
+            part.apply(lambda module: bert_init(module, config.init_std))
 
     def forward(self, image: Tensor) -> Tensor:  # (b, 3, s, s) -> (b, c), logits
         context = self.image_proj(self.swin(image))

@@ -1,16 +1,65 @@
 """What the tests share: the golden folder, the oracle, and parameters that hide nothing."""
 
 import importlib
+import json
 import os
+import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
-GOLDEN = Path(__file__).parent / "golden"
-KEYS = Path(__file__).parent / "keys"
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))  # the scripts stand beside the package
+
+import weights  # noqa: E402
+from lion_mini import Lion  # noqa: E402
+
+GOLDEN = ROOT / "tests" / "golden"
+KEYS = ROOT / "tests" / "keys"
+OFFICIAL = GOLDEN / "official"
+
+
+def convert(out: Path, **changes: object) -> int:
+    """weights.py convert on the golden files; `vit=path` uses another file, `lion=None` leaves one out."""
+    flags: dict[str, object] = {
+        "vit": OFFICIAL / "eva_vit_g.pth",
+        "t5": OFFICIAL / "flan-t5",
+        "bert": OFFICIAL / "bert-base-uncased",
+        "ram": OFFICIAL / "ram_swin_large_14m.pth",
+        "ram-tags": OFFICIAL / "ram_tag_list.txt",
+        "ram-thresholds": OFFICIAL / "ram_tag_list_threshold.txt",
+        "lion": OFFICIAL / "LION-FlanT5-XL.pth",
+        "config": GOLDEN / "sizes.json",
+        "out": out,
+    } | {name.replace("_", "-"): value for name, value in changes.items()}
+    return weights.main(["convert", *(part for k, v in flags.items() if v is not None for part in (f"--{k}", str(v)))])
+
+
+@pytest.fixture(scope="session")
+def golden_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("converted") / "golden"
+    assert convert(folder) == 0
+    return folder
+
+
+@pytest.fixture
+def golden_model(golden_folder: Path) -> Lion:
+    return Lion.from_pretrained(golden_folder)
+
+
+@pytest.fixture(scope="session")
+def numbers() -> dict[str, Tensor]:
+    return load_file(GOLDEN / "golden.safetensors")
+
+
+@pytest.fixture(scope="session")
+def facts() -> dict[str, Any]:
+    return json.loads((GOLDEN / "golden.json").read_text(encoding="utf-8"))
 
 
 def oracle(name: str = "transformers") -> ModuleType:

@@ -1,0 +1,232 @@
+"""Ask LION about pictures.
+
+    python infer.py photo.jpg --weights weights/xl                          a caption
+    python infer.py photo.jpg --weights weights/xl --ask "what is he holding?"
+    python infer.py photo.jpg --weights weights/xl --locate "the dog on the left"      a box, drawn
+    python infer.py photo.jpg --weights weights/xl --describe 0.1,0.2,0.4,0.9          what is in the box
+    python infer.py photos/ "more/*.png" --weights weights/xl --tags                   RAM's tags alone
+
+Answers are printed; `--out` (default: out) gets results.jsonl, one line per picture with tags, prompt, raw text,
+answer, box and score, and the pictures with their boxes. A picture that cannot be read is reported, and the others go
+on. Exit code 0: all is done; 1: some pictures failed; 2: nothing could be done.
+"""
+
+import argparse
+import glob
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+from lion_mini import GENERATION, Box, Lion
+from lion_mini.images import draw_boxes, open_image
+from lion_mini.lion import Answer
+from lion_mini.prompts import EVAL_TEMPLATES, render
+
+SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+DTYPES = {"stored": None, "float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Job:
+    """What to do with every picture."""
+
+    mode: str  # caption, ask, locate, describe or tags
+    text: str = ""
+    box: tuple[float, float, float, float] | None = None
+    pixels: bool = False
+
+    @property
+    def task(self) -> str:
+        return "region" if self.mode in ("locate", "describe") else "image"
+
+    def box_in(self, image: Image.Image) -> Box | None:
+        """The box that `--describe` gave, in fractions of this picture; ValueError if it is not inside."""
+        if self.box is None:
+            return None
+        across, down = image.size if self.pixels else (1, 1)
+        x1, y1, x2, y2 = self.box
+        return Box.checked(x1 / across, y1 / down, x2 / across, y2 / down)
+
+    def question(self, image: Image.Image) -> str:
+        if self.mode == "locate":
+            return render(EVAL_TEMPLATES["rec"], expression=self.text)
+        if self.mode == "ask":
+            return render(EVAL_TEMPLATES["vqa"], question=self.text)
+        box = self.box_in(image)
+        return EVAL_TEMPLATES["caption"] if box is None else render(EVAL_TEMPLATES["reg"], box=box)
+
+
+def job_from(args: argparse.Namespace) -> Job:
+    for flag in ("ask", "locate"):
+        text = getattr(args, flag)
+        if text is not None:
+            if not text.strip():
+                raise ValueError(f"--{flag} is empty: say what you want to know")
+            return Job(flag, text.strip())
+    if args.describe is None:
+        return Job("tags" if args.tags else "caption")
+    try:
+        x1, y1, x2, y2 = map(float, args.describe.split(","))
+    except ValueError:
+        raise ValueError(f"--describe {args.describe}: expected four numbers, x1,y1,x2,y2") from None
+    if not args.pixels:
+        Box.checked(x1, y1, x2, y2)
+    return Job("describe", box=(x1, y1, x2, y2), pixels=args.pixels)
+
+
+def find_images(patterns: Sequence[str]) -> list[Path]:
+    """Files, the pictures of folders, and what globs match, in order, each once."""
+    found: dict[Path, None] = {}
+    for pattern in patterns:
+        path = Path(pattern)
+        if path.is_dir():
+            names = sorted(p for p in path.iterdir() if p.suffix.lower() in SUFFIXES)
+        else:
+            names = [path] if path.exists() else sorted(Path(p) for p in glob.glob(pattern, recursive=True))
+        if not names:
+            raise ValueError(f"{pattern}: no {'picture in this folder' if path.is_dir() else 'such file or folder'}")
+        found |= dict.fromkeys(names)
+    return list(found)
+
+
+def record(job: Job, path: Path, image: Image.Image, answer: Answer) -> dict:
+    """One line of results.jsonl; boxes as fractions and as pixels of the upright picture."""
+    box = Box.parse(answer.text) if job.mode == "locate" else job.box_in(image)
+    return {
+        "image": str(path),
+        "tags": [[tag, round(score, 4)] for tag, score in answer.tags],
+        "prompt": answer.prompt,
+        "text": answer.text,
+        "answer": (box.to_text() if box else None) if job.mode == "locate" else answer.text,
+        "box": None if box is None else [box.x1, box.y1, box.x2, box.y2],
+        "box_pixels": None if box is None else [round(x, 1) for x in box.to_pixels(*image.size)],
+        "score": round(answer.score, 4),
+    }
+
+
+def readable(job: Job, line: dict) -> str:
+    if job.mode == "tags":
+        return ", ".join(tag for tag, _ in line["tags"]) or "(no tags)"
+    if job.mode != "locate":
+        return line["answer"] or "(an empty answer)"
+    if line["box"] is None:
+        return f"no box: the answer was {line['text']!r}"
+    return f"{line['answer']}, pixels {line['box_pixels']}"
+
+
+def look(
+    model: Lion, job: Job, paths: Sequence[Path], args: argparse.Namespace
+) -> Iterator[tuple[Path, Image.Image | None, dict | str]]:
+    """Per path its picture and result, or None and what was wrong; `--batch-size` pictures are answered at a time."""
+    settings = GENERATION["official" if args.official else {"ask": "answer"}.get(job.mode, job.mode)]
+    given = None if args.use_tags is None else [tag.strip() for tag in args.use_tags.split(",") if tag.strip()]
+    for start in range(0, len(paths), args.batch_size):
+        readable_ones = []
+        for path in paths[start : start + args.batch_size]:
+            try:
+                image = open_image(path)
+                readable_ones.append((path, image, job.question(image)))
+            except ValueError as error:
+                yield path, None, str(error) if str(path) in str(error) else f"{path}: {error}"
+        if not readable_ones:
+            continue
+        names, images, questions = zip(*readable_ones, strict=True)
+        if job.mode == "tags":
+            tagged = model.scored_tags(images)
+            answers = [Answer(", ".join(tag for tag, _ in tags), "", tags, 0.0) for tags in tagged]
+        else:
+            tags = None if given is None else [given] * len(images)
+            answers = model.respond(images, questions, [job.task] * len(images), settings, tags)
+        for path, image, answer in zip(names, images, answers, strict=True):
+            yield path, image, record(job, path, image, answer)
+
+
+def check(args: argparse.Namespace) -> None:
+    if args.weights is None:
+        raise ValueError(
+            "no weights: make some from the official files with `python weights.py convert` "
+            "(README, Porting official checkpoints) and name the folder with --weights"
+        )
+    if args.dtype not in DTYPES:
+        raise ValueError(f"--dtype {args.dtype}: there are {', '.join(DTYPES)}; T5 overflows in float16")
+    if args.batch_size < 1:
+        raise ValueError(f"--batch-size must be at least 1, not {args.batch_size}")
+    if args.use_tags is not None and not args.use_tags.strip(" ,"):
+        raise ValueError("--use-tags is empty: for no tags at all say --no-tags")
+
+
+def run(args: argparse.Namespace) -> int:
+    job = job_from(args)
+    check(args)
+    paths = find_images(args.images)
+    model = Lion.from_pretrained(args.weights, args.device, DTYPES[args.dtype])
+    if args.no_tags:
+        model.config = replace(model.config, tags="none")
+    failed, out = 0, None
+    drawn: set[str] = set()
+    bar = tqdm(total=len(paths), unit="image", disable=None if len(paths) > 1 else True)
+    for path, image, line in look(model, job, paths, args):
+        bar.update()
+        if image is None or isinstance(line, str):
+            if len(paths) == 1:
+                raise ValueError(str(line))
+            failed += 1
+            tqdm.write(str(line), file=sys.stderr)
+            continue
+        if out is None:
+            args.out.mkdir(parents=True, exist_ok=True)
+            out = open(args.out / "results.jsonl", "w", encoding="utf-8")  # noqa: SIM115
+        out.write(json.dumps(line, ensure_ascii=False) + "\n")
+        out.flush()
+        tqdm.write(f"{path}: {readable(job, line)}")
+        if line["box"] is not None:
+            name = path.stem if path.stem not in drawn else f"{path.stem}-{len(drawn)}"
+            drawn.add(name)
+            label = job.text if job.mode == "locate" else line["answer"]
+            draw_boxes(image, [(Box(*line["box"]), label)]).save(args.out / f"{name}-box.png")
+    bar.close()
+    if out is not None:
+        out.close()
+        tqdm.write(
+            f"{args.out / 'results.jsonl'}: {len(paths) - failed} pictures" + f", {failed} failed" * (failed > 0)
+        )
+    return int(failed > 0)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("images", nargs="+", help="pictures, folders or globs")
+    mode = parser.add_mutually_exclusive_group()
+    mode.add_argument("--caption", action="store_true", help="describe the picture in a sentence (the default)")
+    mode.add_argument("--ask", metavar="QUESTION", help="answer a question")
+    mode.add_argument("--locate", metavar="EXPRESSION", help="find what the words refer to")
+    mode.add_argument("--describe", metavar="X1,Y1,X2,Y2", help="say what is in the box, in fractions of the picture")
+    mode.add_argument("--tags", action="store_true", help="only RAM's tags")
+    parser.add_argument("--pixels", action="store_true", help="--describe gives pixels of the upright picture")
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("--use-tags", metavar='"A, B"', help="these tags in place of RAM's")
+    source.add_argument("--no-tags", action="store_true", help="ask without tags")
+    parser.add_argument(
+        "--official", action="store_true", help="the release's settings: 5 beams, repetition penalty 1.5"
+    )
+    parser.add_argument("--weights", type=Path, help="a folder that weights.py convert or train.py wrote")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", default="stored", help=f"{', '.join(DTYPES)}; default: as the weights are stored")
+    parser.add_argument("--batch-size", type=int, default=8, help="pictures at a time")
+    parser.add_argument("--out", type=Path, default=Path("out"), help="folder of results.jsonl and drawn boxes")
+    args = parser.parse_args(argv)
+    try:
+        return run(args)
+    except (ValueError, OSError) as error:
+        print(f"infer.py: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

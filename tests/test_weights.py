@@ -1,0 +1,486 @@
+"""The port: nothing of a checkpoint is lost, nothing invented, and a file that is wrong stops with one sentence."""
+
+import itertools
+import json
+import pickle
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import GOLDEN, KEYS, OFFICIAL, convert, relative
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+import weights
+from lion_mini import Lion, LionConfig
+from lion_mini.config import IGNORE, PRESETS
+
+FILES = {
+    size: {
+        "eva_vit_g_39_blocks": "EVA",
+        f"flan_t5_{size}": "T5",
+        "ram_swin_large_14m": "RAM",
+        f"lion_flant5_{size}_trainable": "LION",
+    }
+    for size in ("xl", "xxl")
+}
+TABLES = ["EVA", "T5", "RAM", "LION"]
+
+
+def manifest(file: str) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor of an official file; a scalar's shape is empty."""
+    lines = (KEYS / f"{file}.txt").read_text().splitlines()
+    rows = [line.split() for line in lines if not line.startswith("#")]
+    return {name: tuple(map(int, shape[0].split("x"))) if shape else () for name, *shape in rows}
+
+
+def on_meta(config: LionConfig) -> dict[str, Tensor]:
+    with torch.device("meta"):
+        return Lion(config).state_dict()
+
+
+# --- the real sizes, without the files
+
+
+@pytest.mark.parametrize("size", ["xl", "xxl"])
+def test_every_official_tensor_has_a_place_and_every_place_a_tensor(size: str) -> None:
+    model = on_meta(PRESETS[size])
+    filled: dict[str, str] = {}
+    for file, table in FILES[size].items():
+        for name, shape in manifest(file).items():
+            ours = weights.translate(name, getattr(weights, table))
+            if ours is None:
+                assert weights.translate(name, getattr(weights, f"{table}_UNUSED")), f"{file}: {name} is in no table"
+                continue
+            assert ours in model, f"{file}: {name} leads to {ours}, which is no tensor of the model"
+            assert ours not in filled, f"{file}: {name} and {filled[ours]} lead to {ours}"
+            assert tuple(model[ours].shape) == shape, f"{file}: {name}"
+            filled[ours] = name
+    assert set(filled) == set(model)
+
+
+def test_parameter_counts_are_the_papers() -> None:
+    """LION-4B and LION-12B without the tagger, and the part that trains."""
+    for size, total, trained in (("xl", 4.117e9, 281.6e6), ("xxl", 12.442e9, 320.4e6)):
+        model = {name: tensor.numel() for name, tensor in on_meta(PRESETS[size]).items() if not name.startswith("ram.")}
+        assert sum(model.values()) == pytest.approx(total, rel=1e-3)
+        ours = [name for name in model if weights.translate(name, weights.inverted(weights.LION))]
+        assert sum(model[name] for name in ours) == pytest.approx(trained, rel=1e-3)
+
+
+def test_no_name_fits_two_rows() -> None:
+    """Otherwise the order of a table's rows would matter."""
+    for size in FILES:
+        for file, table in FILES[size].items():
+            rows = {**getattr(weights, table), **getattr(weights, f"{table}_UNUSED")}
+            for name in manifest(file):
+                assert sum(weights.pattern(row).fullmatch(name) is not None for row in rows) == 1, name
+
+
+# --- every row matters
+
+
+def outputs(model: Lion, numbers: dict[str, Tensor], part: str) -> list[Tensor]:
+    """What the golden numbers know of one part of the model, both batches."""
+    found = []
+    for i in (0, 1):
+        g = {name.removeprefix(f"s{i}."): value for name, value in numbers.items() if name.startswith(f"s{i}.")}
+        taps = [g[f"vit_block{block}"] for block in model.config.taps]
+        if part == "EVA":
+            found.append(relative_to(model.vit(g["image"])[0], g["vit_out"]))
+            continue
+        assert model.qformer is not None
+        assert model.aggregator is not None
+        ids = g["bert_input_ids"]
+        hidden = model.qformer.attend(g["vit_out"], ids, ids != 0)
+        tokens = torch.cat((model.qformer(g["vit_out"], ids, ids != 0), model.aggregator(taps)), dim=1)
+        words, mask = model.t5.shared(g["t5_input_ids"]), g["t5_attention_mask"].bool()
+        place = g["t5_input_ids"] == model.text.pieces.special["<extra_id_0>"]
+        words = torch.where(place[..., None], model.soft_prompt, words) if model.soft_prompt is not None else words
+        mask = torch.nn.functional.pad(mask, (tokens.shape[1], 0), value=True)
+        task = torch.full((len(ids),), 1 - i)
+        states = model.t5.encode(torch.cat((tokens, words), dim=1), mask, task)
+        labels = g["labels"].masked_fill(g["labels"] == 0, IGNORE)
+        logits = model.t5.predict(labels, model.t5.start(states, mask, task, labels.shape[1]))
+        real = labels != IGNORE
+        found += [relative_to(hidden, g["qformer"]), relative_to(logits[real], g["logits"][real])]
+        found.append((cross_entropy(logits[real], labels[real]) - g["loss"][0]).abs())
+    return found
+
+
+def relative_to(found: Tensor, expected: Tensor) -> Tensor:
+    return torch.tensor(relative(found, expected))
+
+
+@pytest.mark.parametrize("table", TABLES)
+def test_swapping_two_rows_is_seen(table: str, golden_model: Lion, numbers: dict[str, Tensor]) -> None:
+    """Each pair of rows, their targets swapped: a shape of the real model differs, or a golden number does."""
+    rows = list(getattr(weights, table).values())
+    official = weights.inverted(getattr(weights, table))
+    shapes = [{k: v.shape for k, v in on_meta(PRESETS[size]).items()} for size in ("xl", "xxl")]
+    state = golden_model.state_dict()
+
+    def names(row: str, of: dict) -> list[str]:
+        return [name for name in of if weights.pattern(row).fullmatch(name)]
+
+    def swapped(name: str, a: str, b: str) -> str | None:
+        """Where the tensor called `name` would land with the targets of a and b swapped."""
+        return weights.translate(name, {a: b, b: a})
+
+    def forward() -> list[Tensor]:
+        if table == "RAM":
+            assert golden_model.ram is not None
+            return [
+                relative_to(golden_model.ram.swin(numbers["ram.image"]), numbers["ram.swin"]),
+                relative_to(golden_model.ram(numbers["ram.image"]), numbers["ram.logits"]),
+            ]
+        return outputs(golden_model, numbers, table)
+
+    with torch.inference_mode():
+        assert all(value < 1e-4 for value in forward())
+        tried = 0
+        for a, b in itertools.combinations(rows, 2):
+            if a.count("{}") != b.count("{}") or a.count("*") != b.count("*"):
+                continue  # numbers or endings left over: such a row cannot even be read
+            places = [(name, swapped(name, a, b)) for row in (a, b) for name in names(row, state)]
+            if any(to not in state or state[name].shape != state[to].shape for name, to in places):
+                real = [(n, swapped(n, a, b)) for row in (a, b) for n in names(row, shapes[0])]
+                assert any(to not in of or of[n] != of[to] for n, to in real for of in shapes), (a, b)
+                continue
+            before = {name: state[name].clone() for name, _ in places}
+            for name, to in places:
+                assert to is not None
+                state[to].copy_(before[name])
+            assert any(not value < 1e-4 for value in forward()), f"{official[a]} and {official[b]} can be swapped"
+            for name, value in before.items():
+                state[name].copy_(value)
+            tried += 1
+        assert all(value < 1e-4 for value in forward())
+    assert tried > 1
+
+
+# --- there and back
+
+
+def test_convert_and_export_give_back_the_official_file(golden_folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "LION.pth"
+    assert weights.main(["export", str(golden_folder), "--out", str(out)]) == 0
+    found = torch.load(out, weights_only=True)["model"]
+    expected = torch.load(OFFICIAL / "LION-FlanT5-XL.pth", weights_only=True)["model"]
+    assert set(found) == set(expected)
+    for name, tensor in expected.items():
+        assert torch.equal(found[name].float(), tensor.float()), name
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_converted_folder_holds_everything(golden_folder: Path) -> None:
+    index = json.loads((golden_folder / "model.safetensors.index.json").read_text())
+    tensors = load_file(golden_folder / "model-00001-of-00001.safetensors")
+    assert set(index["weight_map"]) == set(tensors) == set(on_meta(Lion.from_pretrained(golden_folder).config))
+    for name in ("config.json", "vocab.txt", "tokenizer.json", "ram_tag_list.txt", "ram_tag_list_threshold.txt"):
+        assert (golden_folder / name).is_file()
+    eva = torch.load(OFFICIAL / "eva_vit_g.pth", weights_only=True)
+    assert torch.equal(tensors["vit.blocks.3.attn.o.weight"], eva["blocks.3.attn.proj.weight"].float())
+
+
+def test_shards(tmp_path: Path) -> None:
+    values = {f"t{i}": torch.randn(i + 1, 7) for i in range(9)}
+    weights.write_shards(
+        tmp_path, {k: v.shape for k, v in values.items()}, torch.float32, values.__getitem__, limit=400
+    )
+    files = sorted(tmp_path.glob("*.safetensors"))
+    assert len(files) > 2
+    assert all(file.stat().st_size < 400 + 700 for file in files)
+    found = {k: v for file in files for k, v in load_file(file).items()}
+    assert set(found) == set(values)
+    assert all(torch.equal(found[name], values[name]) for name in values)
+
+
+def test_bfloat16(tmp_path: Path, golden_folder: Path) -> None:
+    assert convert(tmp_path / "half", dtype="bfloat16") == 0
+    model, full = Lion.from_pretrained(tmp_path / "half", dtype=None), Lion.from_pretrained(golden_folder)
+    for (name, half), whole in zip(model.state_dict().items(), full.state_dict().values(), strict=True):
+        assert half.dtype == torch.bfloat16
+        assert torch.equal(half, whole.bfloat16()), name
+    assert Lion.from_pretrained(tmp_path / "half").t5.shared.weight.dtype == torch.float32
+
+
+def test_other_layouts_of_the_same_files(tmp_path: Path, golden_folder: Path) -> None:
+    """A bare dictionary, the old torch format, one T5 file or sharded .bin, aliases present, frozen parts included."""
+    expected = Lion.from_pretrained(golden_folder).state_dict()
+    t5 = load_file(OFFICIAL / "flan-t5" / "model-00001-of-00002.safetensors")
+    t5 |= load_file(OFFICIAL / "flan-t5" / "model-00002-of-00002.safetensors")
+    lion = torch.load(OFFICIAL / "LION-FlanT5-XL.pth", weights_only=True)["model"]
+    eva = torch.load(OFFICIAL / "eva_vit_g.pth", weights_only=True)
+    for name in ("one", "bins"):
+        (tmp_path / name).mkdir()
+        for text in ("config.json", "tokenizer.json"):
+            shutil.copy(OFFICIAL / "flan-t5" / text, tmp_path / name)
+    t5["encoder.embed_tokens.weight"] = t5["shared.weight"].clone()
+    save_file(t5, tmp_path / "one" / "model.safetensors")
+    names = sorted(t5)
+    parts = {"a.bin": names[: len(names) // 2], "b.bin": names[len(names) // 2 :]}
+    for file, part in parts.items():
+        torch.save({name: t5[name] for name in part}, tmp_path / "bins" / file)
+    index = {"weight_map": {name: file for file, part in parts.items() for name in part}}
+    (tmp_path / "bins" / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    frozen = {f"visual_encoder.{k}": v for k, v in eva.items()} | {f"t5_model.{k}": v for k, v in t5.items()}
+    torch.save(lion | frozen, tmp_path / "lion.pth")
+    torch.save({"model": eva}, tmp_path / "eva.pth", _use_new_zipfile_serialization=False)
+    for name in ("one", "bins"):
+        out = tmp_path / f"out-{name}"
+        assert convert(out, t5=tmp_path / name, lion=tmp_path / "lion.pth", vit=tmp_path / "eva.pth") == 0
+        found = Lion.from_pretrained(out).state_dict()
+        assert all(torch.equal(found[key], expected[key]) for key in expected)
+
+
+# --- a start without LION's file
+
+
+def bert_folder(tmp_path: Path, config: LionConfig, older: bool = False) -> tuple[Path, dict[str, Tensor]]:
+    """bert-base-uncased at the golden size: one word fewer than LION has, norms under their old names if asked."""
+    width, generator = config.qformer.width, torch.Generator().manual_seed(0)
+    tensors = {}
+    for name, tensor in on_meta(config).items():
+        theirs = weights.translate(name, weights.inverted(weights.BERT))
+        if theirs is not None:
+            tensors[theirs] = torch.randn(tensor.shape, generator=generator)
+    tensors["bert.embeddings.word_embeddings.weight"] = torch.randn(config.qformer.vocab_size - 1, width)
+    tensors["bert.embeddings.token_type_embeddings.weight"] = torch.randn(2, width)
+    tensors["cls.predictions.bias"] = torch.randn(config.qformer.vocab_size - 1)
+    folder = tmp_path / "bert"
+    folder.mkdir()
+    shutil.copy(OFFICIAL / "bert-base-uncased" / "vocab.txt", folder)
+    renamed = {
+        k.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta") if older else k: v
+        for k, v in tensors.items()
+    }
+    save_file(renamed, folder / "model.safetensors")
+    return folder, tensors
+
+
+@pytest.mark.parametrize("older", [False, True])
+def test_stage_1_starts_from_bert(tmp_path: Path, older: bool, capsys: pytest.CaptureFixture) -> None:
+    config = LionConfig.from_json((GOLDEN / "sizes.json").read_text())
+    folder, bert = bert_folder(tmp_path, config, older)
+    assert convert(tmp_path / "out", lion=None, bert=folder, ram=None, ram_tags=None, ram_thresholds=None) == 0
+    assert "freshly initialised" in capsys.readouterr().out
+    model = Lion.from_pretrained(tmp_path / "out")
+    assert model.ram is None
+    found = model.state_dict()
+    words = bert["bert.embeddings.word_embeddings.weight"]
+    assert torch.equal(found["qformer.words.weight"][: len(words)], words)
+    assert found["qformer.words.weight"][len(words) :].abs().max() < 0.2
+    wi = bert["bert.encoder.layer.1.intermediate.dense.weight"]
+    assert torch.equal(found["qformer.layers.1.ff.wi.weight"], wi)
+    assert torch.equal(found["qformer.layers.1.ff_query.wi.weight"], wi)
+    assert torch.equal(found["qformer.norm.bias"], bert["bert.embeddings.LayerNorm.bias"])
+    assert not found["t5.encoder.0.ff.adapters.adapters.1.up.weight"].any()
+
+
+def test_stage_1_starts_from_blip2(tmp_path: Path) -> None:
+    lion = torch.load(OFFICIAL / "LION-FlanT5-XL.pth", weights_only=True)["model"]
+    blip2 = {k: v for k, v in lion.items() if k.startswith(("Qformer", "query_tokens", "ln_vision", "t5_proj"))}
+    torch.save({"model": blip2 | {"Qformer.cls.predictions.bias": torch.zeros(3)}}, tmp_path / "blip2.pth")
+    assert convert(tmp_path / "out", lion=None, blip2=tmp_path / "blip2.pth") == 0
+    found = Lion.from_pretrained(tmp_path / "out").state_dict()
+    for name, tensor in blip2.items():
+        if (ours := weights.translate(name, weights.BLIP2)) is not None:
+            assert torch.equal(found[ours], tensor.float()), name
+
+
+# --- inspect
+
+
+def test_inspect(golden_folder: Path, capsys: pytest.CaptureFixture) -> None:
+    sizes = ["--config", str(GOLDEN / "sizes.json")]
+    assert weights.main(["inspect", str(OFFICIAL / "LION-FlanT5-XL.pth"), *sizes]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].endswith("LION, 225 tensors")
+    assert "query_tokens (1, 8, 24) -> qformer.queries" in lines
+    assert any(line.startswith(weights.POSITION_IDS) and "not used" in line for line in lines)
+    for path in ("eva_vit_g.pth", "flan-t5", "ram_swin_large_14m.pth"):
+        assert weights.main(["inspect", str(OFFICIAL / path), *sizes]) == 0
+    assert weights.main(["inspect", str(golden_folder)]) == 0
+    assert "a whole LION" in capsys.readouterr().out
+
+
+def test_inspect_says_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    lion = torch.load(OFFICIAL / "LION-FlanT5-XL.pth", weights_only=True)["model"]
+    lion["surprise"] = lion.pop("query_tokens")
+    torch.save(lion, tmp_path / "lion.pth")
+    sizes = ["--config", str(GOLDEN / "sizes.json")]
+    assert weights.main(["inspect", str(tmp_path / "lion.pth"), *sizes]) == 1
+    out = capsys.readouterr().out
+    assert "surprise (1, 8, 24) UNKNOWN" in out
+    assert "query_tokens MISSING, for qformer.queries" in out
+
+
+# --- wrong files: one sentence, exit code 2, nothing left behind
+
+
+def changed(tmp_path: Path, file: str, change: Callable[[dict], None]) -> Path:
+    data = torch.load(OFFICIAL / file, weights_only=True)
+    change(data.get("model", data))
+    torch.save(data, tmp_path / file)
+    return tmp_path / file
+
+
+class Evil:
+    def __reduce__(self) -> tuple:
+        return (print, ("this ran",))
+
+
+def evil(tmp_path: Path) -> dict:
+    with open(tmp_path / "evil.pth", "wb") as file:
+        pickle.dump({"model": Evil()}, file)
+    torch.save({"model": {"query_tokens": torch.zeros(1)}, "config": Evil()}, tmp_path / "evil2.pth")
+    return {"lion": tmp_path / "evil2.pth"}
+
+
+def truncated(name: str) -> Callable[[Path], dict]:
+    def make(tmp_path: Path) -> dict:
+        source = OFFICIAL / name
+        (tmp_path / source.name).write_bytes(source.read_bytes()[: source.stat().st_size // 2])
+        return {"lion" if "LION" in name else "vit": tmp_path / source.name}
+
+    return make
+
+
+def truncated_shard(tmp_path: Path) -> dict:
+    shutil.copytree(OFFICIAL / "flan-t5", tmp_path / "t5")
+    shard = tmp_path / "t5" / "model-00002-of-00002.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-100])
+    return {"t5": tmp_path / "t5"}
+
+
+def missing_shard(tmp_path: Path) -> dict:
+    shutil.copytree(OFFICIAL / "flan-t5", tmp_path / "t5")
+    (tmp_path / "t5" / "model-00002-of-00002.safetensors").unlink()
+    return {"t5": tmp_path / "t5"}
+
+
+def other_t5(tmp_path: Path) -> dict:
+    """A T5 that is wider than the one this LION was trained with."""
+    sizes = json.loads((GOLDEN / "sizes.json").read_text())
+    sizes["t5"]["width"] = 48
+    (tmp_path / "sizes.json").write_text(json.dumps(sizes))
+    (tmp_path / "t5").mkdir()
+    shutil.copy(OFFICIAL / "flan-t5" / "tokenizer.json", tmp_path / "t5")
+    wide = on_meta(LionConfig.from_json(json.dumps(sizes)))
+    named = {weights.translate(name, weights.inverted(weights.T5)): tensor.shape for name, tensor in wide.items()}
+    tensors = {name: torch.ones(shape) for name, shape in named.items() if name is not None}
+    save_file(tensors, tmp_path / "t5" / "model.safetensors")
+    return {"t5": tmp_path / "t5", "config": tmp_path / "sizes.json"}
+
+
+def t5_config(tmp_path: Path) -> dict:
+    shutil.copytree(OFFICIAL / "flan-t5", tmp_path / "t5")
+    data = json.loads((tmp_path / "t5" / "config.json").read_text())
+    (tmp_path / "t5" / "config.json").write_text(json.dumps(data | {"d_model": 4096}))
+    return {"t5": tmp_path / "t5"}
+
+
+def text_file(name: str, flag: str, text: str) -> Callable[[Path], dict]:
+    def make(tmp_path: Path) -> dict:
+        (tmp_path / name).write_text(text)
+        return {flag: tmp_path / name}
+
+    return make
+
+
+def lion_with(change: Callable[[dict], object]) -> Callable[[Path], dict]:
+    return lambda tmp_path: {"lion": changed(tmp_path, "LION-FlanT5-XL.pth", change)}  # type: ignore[arg-type]
+
+
+BAD = {
+    "missing file": (lambda _: {"vit": "nowhere.pth"}, "nowhere.pth: no such file"),
+    "missing folder": (lambda _: {"t5": "nowhere"}, "nowhere"),
+    "truncated pth": (truncated("LION-FlanT5-XL.pth"), "LION-FlanT5-XL.pth is not a whole torch checkpoint"),
+    "truncated vit": (truncated("eva_vit_g.pth"), "eva_vit_g.pth is not a whole torch checkpoint"),
+    "truncated shard": (truncated_shard, "model-00002-of-00002.safetensors is not a whole safetensors file"),
+    "missing shard": (missing_shard, "which is not there"),
+    "code in a pickle": (evil, "could run code, and is refused"),
+    "old pickle": (lambda p: evil(p) and {"lion": p / "evil.pth"}, "evil.pth"),
+    "another T5": (other_t5, "soft_prompt_hint has shape (24,), this model needs (48,)"),
+    "T5 of another size": (t5_config, "the T5's width is 4096, the model's 24"),
+    "shape": (lion_with(lambda d: d.update(query_tokens=torch.zeros(1, 9, 24))), "query_tokens has shape (1, 9, 24)"),
+    "unknown": (lion_with(lambda d: d.update(surprise=torch.zeros(2))), "unknown tensor surprise"),
+    "missing": (lion_with(lambda d: d.pop("ln_vision.bias")), "no file holds ln_vision.bias"),
+    "NaN": (lion_with(lambda d: d["t5_proj.bias"].fill_(torch.nan)), "t5_proj.bias holds NaN"),
+    "not a tensor": (lion_with(lambda d: d.update(query_tokens="x")), "'query_tokens' is a str"),
+    "label_embed": (
+        lambda p: {"ram": changed(p, "ram_swin_large_14m.pth", lambda d: d["label_embed"].zero_())},
+        "label_embed is all zero",
+    ),
+    "gguf": (text_file("lion.gguf", "lion", "GGUF"), "not '.gguf'"),
+    "no tags": (text_file("tags.txt", "ram_tags", ""), "the tag list has 0 lines, RAM 24 tags"),
+    "few tags": (text_file("tags.txt", "ram_tags", "a\nb\n"), "the tag list has 2 lines, RAM 24 tags"),
+    "few thresholds": (text_file("t.txt", "ram_thresholds", "0.5\n"), "the thresholds file has 1 lines, RAM 24 tags"),
+    "thresholds in words": (text_file("t.txt", "ram_thresholds", "high\n"), "line 1: expected a number, found 'high'"),
+    "config": (text_file("c.json", "config", '{"vit": {"depht": 3}}'), "config.vit.depht is unknown"),
+    "half precision": (lambda _: {"dtype": "float16"}, "T5 overflows in float16"),
+    "no thresholds": (lambda _: {"ram_thresholds": None}, "--ram needs --ram-tags and --ram-thresholds"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input(name: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    make, words = BAD[name]
+    changes = make(tmp_path)
+    before = sorted(tmp_path.iterdir())
+    assert convert(tmp_path / "out", **changes) == 2
+    out, error = capsys.readouterr()
+    assert words in error
+    assert "this ran" not in out
+    said = [line for line in error.splitlines() if not line.startswith("convert:")]
+    assert len(said) == 1, error
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_an_existing_folder_is_not_touched(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "precious").write_text("x")
+    assert convert(tmp_path / "out") == 2
+    assert "exists already" in capsys.readouterr().err
+    assert (tmp_path / "out" / "precious").read_text() == "x"
+
+
+SHARD = "model-00001-of-00001.safetensors"
+
+
+def resaved(change: Callable[[dict], object]) -> Callable[[Path], object]:
+    def damage(folder: Path) -> None:
+        tensors = load_file(folder / SHARD)
+        change(tensors)
+        save_file(tensors, folder / SHARD)
+
+    return damage
+
+
+DAMAGES: dict[str, Callable[[Path], object]] = {
+    "has no config.json": lambda f: (f / "config.json").unlink(),
+    "holds no .safetensors file": lambda f: (f / SHARD).unlink(),
+    "not a whole safetensors file": lambda f: (f / SHARD).write_bytes((f / SHARD).read_bytes()[:-50]),
+    "soft_prompt is missing": resaved(lambda t: t.pop("soft_prompt")),
+    "x belongs to no part": resaved(lambda t: t.update(x=torch.zeros(1))),
+    r"soft_prompt has shape \(1,\)": resaved(lambda t: t.update(soft_prompt=torch.zeros(1))),
+    "vocab.txt has 6 words": lambda f: (f / "vocab.txt").write_text("[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\n"),
+}
+
+
+@pytest.mark.parametrize("words", DAMAGES)
+def test_a_damaged_converted_folder(words: str, tmp_path: Path, golden_folder: Path) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(golden_folder, folder)
+    DAMAGES[words](folder)
+    with pytest.raises(ValueError, match=words):
+        Lion.from_pretrained(folder)
+
+
+def test_half_precision_is_refused(golden_folder: Path) -> None:
+    with pytest.raises(ValueError, match="overflow"):
+        Lion.from_pretrained(golden_folder, dtype=torch.float16)
