@@ -13,8 +13,8 @@
 
 The ablations of the paper: --no-aggregator, --tags plain, --tags none, --no-router, --single-stage.
 
-A run's folder gets `metrics.jsonl`, `loss.png`, `samples.png` and `checkpoints/`; when it is done, `config.json` and the
-weights, which `Lion.from_pretrained`, infer.py and `weights.py export` read. What the records of `--data` look like
+A run's folder gets `metrics.jsonl`, `loss.png`, `samples.png` and `checkpoints/`; when it is done, `config.json` and
+the weights, which `Lion.from_pretrained`, infer.py and `weights.py export` read. What the records of `--data` look like
 stands in lion_mini/data.py. Everything is a function of --seed: the order of the data, crops, dropout.
 """
 
@@ -86,7 +86,7 @@ STAGES = {  # Appendix A; stage 4 as the release's config has it
              model={"visual_input": "all", "adapters": 2, "tags": "soft"}),
     4: Stage(tuple(PARTS), ("image", "region"), 64, 60_000, 1e-5),
 }  # fmt: skip
-# Small models learn faster. A token mean would starve two-token answers beside captions; with FlanT5's pieces it does not.
+# Small models bear larger rates. A mean over tokens would starve the toy's two-token answers beside its captions.
 TOY = {
     1: replace(STAGES[1], batch=192, steps=600, lr=1e-3, warmup=50, mean="samples"),
     2: replace(STAGES[2], batch=192, steps=1500, lr=2e-3, warmup=50, mean="samples", constant={}),
@@ -163,7 +163,7 @@ def begin(
     plan = model.state_dict()
     sources = [read_shards(folder, "cpu", None) for folder in init]
     if len(init) == 2:
-        found = merge(*sources, adapters=config.adapters)
+        found = merge(sources[0], sources[1], config.adapters)
         for name in ("vit.positions", "t5.shared.weight"):
             if not torch.equal(sources[0][name], sources[1][name]):
                 raise ValueError(f"{init[0]} and {init[1]} do not belong together: their {name} differ")
@@ -182,7 +182,7 @@ def begin(
     # What trains is copied: what was read is only mapped, and belongs to the folder it came from.
     state = {name: t.to(dtype) if part_of(name) is None else t.float().clone() for name, t in tensors.items()}
     model.load_state_dict(state, strict=True, assign=True)
-    model.check_text()
+    text.check(config)
     return model, origin
 
 
@@ -221,7 +221,7 @@ class Team:
 
     rank: int = 0
     size: int = 1
-    device: torch.device = torch.device("cpu")
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
     def total(self, values: Tensor) -> Tensor:
         if self.size > 1:
@@ -294,7 +294,7 @@ def save(
     settings: Mapping[str, Any],
     keep: int,
 ) -> None:
-    """A checkpoint, complete or not there at all; without the room for it, the ones before stay and training goes on."""
+    """A checkpoint, whole or not there at all; without room for it, those before stay and training goes on."""
     target, aside = folder / f"step-{state.step:08}", folder / f".step-{state.step:08}"
     if target.exists():
         return
@@ -408,7 +408,9 @@ def overview(model: Lion, trained: Mapping[str, Tensor], origin: Mapping[str, st
     memory = (stored + 12 * learns) / 2**20  # gradient and two moments beside each weight that trains
     total = sum(sizes.values())
     rows.append(f"  {learns:,} of {total:,} parameters train; {memory:,.0f} MB on {device} before any picture")
-    rows.append(f"  {stage.steps} steps of {stage.batch} samples ({' and '.join(stage.tasks)} level), rate {stage.lr:g}")
+    rows.append(
+        f"  {stage.steps} steps of {stage.batch} samples ({' and '.join(stage.tasks)} level), rate {stage.lr:g}"
+    )
     return "\n".join(rows)
 
 
@@ -461,7 +463,9 @@ def draw_samples(model: Lion, sources: Sequence[Source], out: Path, count: int =
         boxes = [(box, label, color) for label, words, color in found if (box := Box.parse(words))]
         picture.paste(draw_boxes(example.image, boxes).resize((side - 4, side - 4)), (x + 2, y + 2))
         for row, line in enumerate((example.question, f"true: {example.answer}", f"said: {text}")):
-            draw.text((x + 4, y + side + 22 * row), line.encode("latin-1", "replace").decode("latin-1")[:56], "black", font)
+            draw.text(
+                (x + 4, y + side + 22 * row), line.encode("latin-1", "replace").decode("latin-1")[:56], "black", font
+            )
     picture.save(out)
 
 
@@ -472,7 +476,9 @@ class Stop(Exception):
     """SIGTERM or Ctrl-C came; the run is saved."""
 
 
-def learn(number: int, stage: Stage, init: Sequence[Path], new: Sequence[str], out: Path, args: argparse.Namespace, team: Team) -> None:
+def learn(
+    number: int, stage: Stage, init: Sequence[Path], new: Sequence[str], out: Path, args: argparse.Namespace, team: Team
+) -> None:
     """Train one stage, or go on with it, and write its result to `out`."""
     lead = team.rank == 0
     frozen = torch.bfloat16 if args.bf16 and team.device.type == "cuda" else torch.float32
@@ -486,10 +492,22 @@ def learn(number: int, stage: Stage, init: Sequence[Path], new: Sequence[str], o
     size = args.micro_batch or stage.batch // team.size
     rounds, rest = divmod(stage.batch, size * team.size)
     if rest or not rounds:
-        raise ValueError(f"a batch of {stage.batch} cannot be shared by {team.size} processes in micro-batches of {size}")
+        raise ValueError(
+            f"a batch of {stage.batch} cannot be shared by {team.size} processes in micro-batches of {size}"
+        )
 
-    settings = json.loads(json.dumps({**asdict(stage), "stage": number, "seed": args.seed, "bf16": args.bf16,
-                "data": args.data, "ratios": args.ratios}))
+    settings = json.loads(
+        json.dumps(
+            {
+                **asdict(stage),
+                "stage": number,
+                "seed": args.seed,
+                "bf16": args.bf16,
+                "data": args.data,
+                "ratios": args.ratios,
+            }
+        )
+    )
     out.mkdir(parents=True, exist_ok=True)
     state = State()
     if args.resume:
@@ -504,9 +522,17 @@ def learn(number: int, stage: Stage, init: Sequence[Path], new: Sequence[str], o
 
     first = state.step * rounds * team.size
     order = range(first + team.rank, stage.steps * rounds * team.size, team.size)
-    stream: Iterator[Batch] = iter(loader(MicroBatches(Mixture(sources, args.ratios, args.seed), size, model.config.vit.image_size), order, args.workers))
-    bar = tqdm(total=stage.steps, initial=state.step, desc=f"stage {number}", unit="step", disable=None if lead else True)
-    begun, before = time.monotonic(), state.seconds
+    stream: Iterator[Batch] = iter(
+        loader(
+            MicroBatches(Mixture(sources, args.ratios, args.seed), size, model.config.vit.image_size),
+            order,
+            args.workers,
+        )
+    )
+    bar = tqdm(
+        total=stage.steps, initial=state.step, desc=f"stage {number}", unit="step", disable=None if lead else True
+    )
+    begun, before, resumed = time.monotonic(), state.seconds, state.step
     while state.step < stage.steps:
         step = state.step
         for group in optimizer.param_groups:
@@ -533,7 +559,8 @@ def learn(number: int, stage: Stage, init: Sequence[Path], new: Sequence[str], o
         wrong: list[str] = []
         for turn, batch in enumerate(batches):
             # Dropout is a function of the micro-batch, not of which process has it or of what went before.
-            torch.manual_seed(random.Random(f"{args.seed} {order[0] * 0 + first_of(step, rounds, turn, team)}").getrandbits(63))
+            number_of_it = (step * rounds + turn) * team.size + team.rank
+            torch.manual_seed(random.Random(f"{args.seed} {number_of_it}").getrandbits(63))
             if not batch.names:
                 continue
             with torch.autocast(team.device.type, torch.bfloat16, enabled=args.bf16):
@@ -553,16 +580,27 @@ def learn(number: int, stage: Stage, init: Sequence[Path], new: Sequence[str], o
             if lead:
                 say(f"step {step} skipped, its loss is {loss_value}: {names or 'no record by itself'}")
             if state.in_a_row == IN_A_ROW:
-                raise ValueError(f"the loss was no number {IN_A_ROW} times in a row: lower --lr or look at these records")
+                raise ValueError(
+                    f"the loss was no number {IN_A_ROW} times in a row: lower --lr or look at these records"
+                )
 
         state.step += 1
         state.seconds = before + time.monotonic() - begun
         if not lead:
             continue
         lr = max(group["lr"] for group in optimizer.param_groups)
-        speed = stage.batch * (state.step - bar.initial) / (state.seconds - before)
-        line = {"stage": number, "step": state.step, "loss": loss_value, "lr": lr, "norm": norm, "tokens": tokens,
-                "samples_per_second": round(speed, 2), "bad": state.bad, "skipped": state.skipped}
+        speed = stage.batch * (state.step - resumed) / (state.seconds - before)
+        line = {
+            "stage": number,
+            "step": state.step,
+            "loss": loss_value,
+            "lr": lr,
+            "norm": norm,
+            "tokens": tokens,
+            "samples_per_second": round(speed, 2),
+            "bad": state.bad,
+            "skipped": state.skipped,
+        }
         with open(metrics, "a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
         bar.set_postfix(loss=f"{loss_value:.3f}", lr=f"{lr:.1e}", samples_s=f"{speed:.1f}", refresh=False)
@@ -577,7 +615,9 @@ def learn(number: int, stage: Stage, init: Sequence[Path], new: Sequence[str], o
     if lead:
         before_it = {LionConfig.from_json((f / "config.json").read_text(encoding="utf-8")).made_by: 0 for f in init}
         command = f"stage {number}: {shlex.join(['train.py', *sys.argv[1:]])}, seed {args.seed}, {state.step} steps, "
-        write_result(out, init[0], model, "\n".join([*filter(None, before_it), command + f"{state.seconds / 60:.1f} minutes"]))
+        write_result(
+            out, init[0], model, "\n".join([*filter(None, before_it), command + f"{state.seconds / 60:.1f} minutes"])
+        )
         say(f"stage {number} is done: {out}")
     team.gather(None)
 
@@ -596,3 +636,142 @@ def sources_of(stage: Stage, args: argparse.Namespace, held_out: bool = False) -
 
 
 SIGNALS: list[int] = []  # what has come so far; looked at between two steps
+
+
+# --- the command line
+
+
+def runs(args: argparse.Namespace, team: Team) -> Iterator[tuple[int, Stage, list[Path], list[str], Path]]:
+    """The stages that the arguments ask for: number, recipe, folders to begin with, parts to begin anew, result."""
+    toy = args.data == ["toy"]
+    table = {number: ablated(stage, args) for number, stage in (TOY if toy else STAGES).items()}
+    if args.stage:
+        init = [TINY if str(path) == "tiny" else path for path in args.init]
+        if len(init) != 1 and not (args.stage == 3 and len(init) == 2):
+            raise ValueError(f"--init takes one folder, or for stage 3 those of stages 1 and 2, not {len(init)}")
+        yield args.stage, overridden(table[args.stage], args), init, [], args.out
+        return
+    if not toy or args.init:
+        raise ValueError("--data and --init are for one stage: say which with --stage")
+    start = args.out / "stage0" if args.from_scratch or args.quick else TINY
+    if start != TINY and not (start / "config.json").exists() and team.rank == 0:
+        from lion_mini import stage0  # type: ignore[attr-defined]  # comes with the toy's weights
+
+        stage0.run(start, args.quick, args.seed)
+    team.gather(None)
+    one, two, three = (args.out / f"stage{number}" for number in (1, 2, 3))
+    everything = list(PARTS)  # the tiny folder in the package is trained to the end: only what is frozen is taken
+    if args.single_stage:
+        steps = sum(table[number].steps for number in (1, 2, 3))
+        yield 3, overridden(replace(table[3], steps=steps), args), [start], everything, three
+        return
+    yield 1, overridden(table[1], args), [start], everything, one
+    # Without the aggregator, stage 2 has the image level's eyes: it learns its adapters behind stage 1's Q-Former.
+    yield 2, overridden(table[2], args), [one if args.no_aggregator else start], everything[1:], two
+    yield 3, overridden(table[3], args), [one, two], [], three
+
+
+def ablated(stage: Stage, args: argparse.Namespace) -> Stage:
+    model = dict(stage.model)
+    if args.no_aggregator and model:
+        model["visual_input"] = "image"
+    if model.get("tags") == "soft":
+        model["tags"] = args.tags
+    if args.no_router and model:
+        model["adapters"] = 1
+    return replace(stage, model=model)
+
+
+def overridden(stage: Stage, args: argparse.Namespace) -> Stage:
+    """The recipe with what the command line says otherwise."""
+    given = {name: getattr(args, name) for name in ("batch", "steps", "lr", "warmup", "mean")}
+    if args.quick:
+        given |= {"batch": given["batch"] or 16, "steps": given["steps"] or 6}
+    return replace(stage, **{name: value for name, value in given.items() if value is not None})
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    what = parser.add_argument_group("what")
+    what.add_argument("--stage", type=int, choices=sorted(STAGES), help="one stage; default: the toy's 1, 2, 3")
+    what.add_argument(
+        "--init", type=Path, nargs="+", default=[], help="folder to begin with; two for stage 3; or: tiny"
+    )
+    what.add_argument("--data", nargs="+", default=["toy"], help="files of records, or: toy")
+    what.add_argument("--ratios", type=float, nargs="+", help="how much of each file; default: every record as often")
+    what.add_argument("--images", type=Path, default=Path(), help="the folder that the records' images are in")
+    what.add_argument("--held-out", nargs="+", help="files of records for samples.png")
+    what.add_argument("--out", type=Path, default=Path("runs/toy"), help="folder of the run")
+    what.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --out")
+    what.add_argument("--from-scratch", action="store_true", help="the toy's stage 0 first")
+    what.add_argument("--quick", action="store_true", help="all of the toy's stages with a few steps each")
+    how = parser.add_argument_group("how, if not as the stage's table says")
+    for flag, kind in (("batch", int), ("steps", int), ("lr", float), ("warmup", int)):
+        how.add_argument(f"--{flag}", type=kind)
+    how.add_argument("--mean", choices=("tokens", "samples"), help="the loss of a batch is the mean over these")
+    how.add_argument("--clip", type=float, default=1.0, help="the most that the gradients' norm may be")
+    how.add_argument("--seed", type=int, default=0)
+    parts = parser.add_argument_group("ablations")
+    parts.add_argument("--no-aggregator", action="store_true", help="image-level visual tokens only")
+    parts.add_argument("--tags", choices=("soft", "plain", "none"), default="soft", help="plain: no soft prompt")
+    parts.add_argument("--no-router", action="store_true", help="both adapters added, for both levels")
+    parts.add_argument("--single-stage", action="store_true", help="everything at once, for as many steps")
+    machine = parser.add_argument_group("the machine")
+    machine.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    machine.add_argument("--micro-batch", type=int, help="samples at a time and process; the batch stays what it is")
+    machine.add_argument("--workers", type=int, default=0, help="processes that read pictures ahead")
+    machine.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=True, help="bfloat16 autocast")
+    machine.add_argument("--recompute", action="store_true", help="gradient checkpointing: slower, in less memory")
+    machine.add_argument("--save-every", type=int, default=200, help="steps between checkpoints")
+    machine.add_argument("--keep", type=int, default=2, help="how many checkpoints stay")
+    machine.add_argument("--draw-every", type=int, default=100, help="steps between loss.png and samples.png")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse(argv)
+    if "RANK" in os.environ and "MASTER_ADDR" in os.environ:  # torchrun started us
+        dist.init_process_group("nccl" if args.device == "cuda" else "gloo")
+        if args.device == "cuda":
+            args.device = f"cuda:{os.environ['LOCAL_RANK']}"
+            torch.cuda.set_device(args.device)
+    team = Team(device=torch.device(args.device))
+    if dist.is_initialized():
+        team = replace(team, rank=dist.get_rank(), size=dist.get_world_size())
+    SIGNALS.clear()
+    for name in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(name, heard)
+    try:
+        for number, stage, init, new, out in runs(args, team):
+            if (out / "config.json").exists():
+                if not args.resume:
+                    raise ValueError(
+                        f"{out} holds a finished stage: choose another --out, or --resume to go on after it"
+                    )
+                continue
+            if (out / "checkpoints").exists() and not args.resume:
+                raise ValueError(
+                    f"{out} holds a run that was stopped: --resume goes on with it, or choose another --out"
+                )
+            learn(number, stage, init, new, out, args, team)
+    except Stop:
+        return 128 + SIGNALS[0] if SIGNALS else 1
+    except (ValueError, OSError) as error:
+        if team.rank == 0 or "records are bad" not in str(error):
+            print(f"train.py: {error}", file=sys.stderr)
+        return 2
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    return 0
+
+
+def heard(number: int, _: object) -> None:
+    """Finish the step, save and go; whoever asks twice does not want to wait for that."""
+    if SIGNALS:
+        raise KeyboardInterrupt
+    SIGNALS.append(number)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -122,6 +122,7 @@ class LionConfig:
     max_question_tokens: int = 128  # what the Q-Former reads, always
     max_prompt_tokens: int = 128  # what T5 reads, in training only
     max_answer_tokens: int = 128  # in training only
+    made_by: str = ""  # the commands, seeds and hours that trained the weights beside this config
 
     def __post_init__(self) -> None:
         for name, values in (("visual_input", ("image", "region", "all")), ("tags", ("soft", "plain", "none"))):

@@ -33,6 +33,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from . import toy
 from .images import augment, lion_transform, open_image
 from .prompts import PLACEHOLDER, TASK_OF, Box
 
@@ -138,7 +139,7 @@ def check(record: Any) -> dict[str, Any]:
     if isinstance(answer, list):
         answer = answer[0] if answer else ""
     if isinstance(tags, str):
-        tags = [tag for tag in tags.split(", ") if tag]
+        tags = split_tags(tags)
     if not isinstance(image, str):
         raise ValueError("it has no image")
     if not isinstance(question, str) or not question.strip():
@@ -159,29 +160,32 @@ def check(record: Any) -> dict[str, Any]:
     return {"image": image, "question": question, "answer": answer, "tags": tags, "task": task}
 
 
+def split_tags(tags: str) -> list[str]:
+    return [tag for tag in tags.split(", ") if tag]
+
+
 class Toy:
     """The shapes world, drawn when asked: scene `index`, and one of its questions, every kind equally often."""
 
     augments = False  # its questions know left from right, and where the edges are
 
-    def __init__(self, tasks: Sequence[str], split: str = "train", scenes: int = 1_000_000):
+    def __init__(self, tasks: Sequence[str], split: toy.Split = "train", scenes: int = 200_000):
         self.tasks, self.split, self.scenes = tasks, split, scenes
 
     def __len__(self) -> int:
         return self.scenes
 
     def read(self, index: int, rng: random.Random) -> Example:
-        from . import toy
-
         scene = toy.scene(index, self.split)
-        kinds: dict[tuple[str, str], list[dict[str, Any]]] = {}
-        for record in toy.records(scene, rng):
-            if TASK_OF[record["kind"]] in self.tasks:
-                kinds.setdefault((record["kind"], record.get("subkind", "")), []).append(record)
-        record = rng.choice(kinds[rng.choice(sorted(kinds))])
-        task = TASK_OF[record["kind"]]
+        kinds = [kind for kind in toy.KINDS if TASK_OF[kind] in self.tasks]
+        found: dict[tuple[str, str], list[toy.Record]] = {}
+        for record in toy.records(scene, rng, kinds):
+            found.setdefault((record["kind"], record["subkind"]), []).append(record)
+        record = rng.choice(found[rng.choice(sorted(found))])
         name = f"toy scene {index} of {self.split}"
-        return Example(scene.image, record["question"], record["answer"], record["tags"], task, name)
+        return Example(
+            scene.image, record["question"], record["answer"], split_tags(record["tags"]), TASK_OF[record["kind"]], name
+        )
 
 
 class Mixture:
@@ -252,8 +256,15 @@ class MicroBatches(Dataset):
 
 
 def collate(examples: Sequence[Example], pixels: Sequence[Tensor], bad: Sequence[str], size: int) -> Batch:
-    columns = ([getattr(e, field) for e in examples] for field in ("question", "answer", "tags", "task", "name"))
-    return Batch(torch.stack([*pixels]) if pixels else torch.empty(0, 3, size, size), *columns, [*bad])
+    return Batch(
+        torch.stack([*pixels]) if pixels else torch.empty(0, 3, size, size),
+        [example.question for example in examples],
+        [example.answer for example in examples],
+        [example.tags for example in examples],
+        [example.task for example in examples],
+        [example.name for example in examples],
+        [*bad],
+    )
 
 
 def loader(batches: MicroBatches, numbers: Iterable[int], workers: int) -> DataLoader:
@@ -262,6 +273,6 @@ def loader(batches: MicroBatches, numbers: Iterable[int], workers: int) -> DataL
 
 
 def quiet(worker: int) -> None:
-    """Ctrl-C reaches every process of a terminal: what it means is for the main one to say, workers go on until told."""
+    """Ctrl-C reaches every process of a terminal; what it means is for the main one to say, and workers go on."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
