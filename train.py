@@ -435,7 +435,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 def gathered(args: argparse.Namespace) -> Team:
     """This process alone, or those that torchrun started."""
-    if "TORCHELASTIC_RUN_ID" not in os.environ:
+    if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
         return Team(device=torch.device(args.device))
     device = torch.device(args.device)
     if device.type == "cuda":

@@ -61,7 +61,7 @@ def save(
     keep: int,
     say: Say,
 ) -> None:
-    """One more checkpoint, of which the last `keep` stay. If it cannot be written, that is said, and nothing is lost."""
+    """One more checkpoint, of which the last `keep` stay. If it cannot be written, that is said and all else stays."""
     target, aside = folder / f"step-{state.step:08}", folder / f".step-{state.step:08}"
     if target.exists():
         return
@@ -127,7 +127,7 @@ def restore(
 
 
 def write_result(out: Path, init: Path, model: Lion, made_by: str) -> None:
-    """What `Lion.from_pretrained` opens, in the dtype of the frozen parts, whose file is shared with `init` if it can be."""
+    """What `Lion.from_pretrained` opens, in the dtype of the frozen parts; their file is shared with `init`."""
     frozen = {name for name in model.state_dict() if part_of(name) is None}
     source = init / "frozen.safetensors"
     if not source.is_file() or names(source) != frozen:
