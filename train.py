@@ -83,8 +83,8 @@ class Team:
 
 def share_of_loss(model: Lion, batch: Batch, mean: str, count: float) -> Tensor:
     """What a micro-batch adds to the loss of the whole batch, which has `count` tokens (or samples) in all."""
-    tags: list[Any] = list(batch.tags)
-    untagged = [i for i, one in enumerate(tags) if one is None]
+    tags = [one or [] for one in batch.tags]
+    untagged = [i for i, one in enumerate(batch.tags) if one is None]
     if untagged and model.config.tags != "none":
         for i, found in zip(untagged, model.tag_pixels(batch.pixels[untagged]), strict=True):
             tags[i] = found

@@ -150,6 +150,9 @@ def begin(
     for name, tensor in fresh(config, model):
         if name not in tensors:
             tensors[name], origin[part_of(name) or ""] = tensor, "new"
+    if not stage.model and "new" in origin.values():
+        parts = ", ".join(part for part, where in origin.items() if where == "new")
+        raise ValueError(f"{init[0]} has no {parts}: fine-tuning begins with a whole LION, which stage 3 makes")
     check_tensors(init[0], {name: tensor.shape for name, tensor in tensors.items()}, plan)
     # What was read is only mapped and belongs to the file: what trains must be a copy.
     tensors = {name: t.to(dtype) if part_of(name) is None else t.float().clone() for name, t in tensors.items()}
