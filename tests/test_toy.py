@@ -111,8 +111,10 @@ def test_training_and_held_out_scenes_never_meet() -> None:
 
 def test_pictures_fit_the_model() -> None:
     width, height = scene(0, "train").image.size
-    assert width == height and width % PRESETS["tiny"].vit.image_size == 0
-    assert PRESETS["tiny"].ram is not None and PRESETS["tiny"].ram.tags == len(toy.TAGS)
+    assert width == height
+    assert width % PRESETS["tiny"].vit.image_size == 0
+    assert PRESETS["tiny"].ram is not None
+    assert PRESETS["tiny"].ram.tags == len(toy.TAGS)
 
 
 def test_scenes_are_as_promised() -> None:
@@ -133,8 +135,10 @@ def test_boxes_are_where_the_colour_is() -> None:
         far = np.abs(pixels - np.array(toy.COLOURS[thing.colour])).max(-1) < 60
         x1, y1, x2, y2 = (round(v) for v in thing.box.to_pixels(*s.image.size))
         rows, columns = np.nonzero(far[y1:y2, x1:x2])
-        assert rows.min() <= 1 and rows.max() >= y2 - y1 - 2
-        assert columns.min() <= 1 and columns.max() >= x2 - x1 - 2
+        assert rows.min() <= 1
+        assert rows.max() >= y2 - y1 - 2
+        assert columns.min() <= 1
+        assert columns.max() >= x2 - x1 - 2
         ground = np.ones(far.shape, bool)
         for other in s.things:
             a, b, c, d = (round(v) for v in other.box.to_pixels(*s.image.size))
