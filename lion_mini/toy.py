@@ -233,8 +233,8 @@ def questions(things: Sequence[Thing], rng: random.Random) -> Iterator[tuple[str
                 if len(_with(things, words)) == 1:
                     choices.append((" ".join(words), getattr(thing, kind)))
         if choices:
-            words, answer = rng.choice(choices)
-            yield kind, f"What {kind} is the {words}?", answer
+            named, answer = rng.choice(choices)
+            yield kind, f"What {kind} is the {named}?", answer
 
     for kind, pick in (("comparison", _comparisons), ("relation", _relations)):
         answers = pick(things)
@@ -278,17 +278,21 @@ def tags(things: Sequence[Thing], rng: random.Random) -> list[str]:
     return [tag for tag in TAGS if rng.random() >= (MISSED if tag in true else 1 - INVENTED)]
 
 
-def records(scene: Scene, rng: random.Random, kinds: Collection[str] = KINDS) -> list[Record]:
+def records(
+    scene: Scene, rng: random.Random, kinds: Collection[str] = KINDS, template: int | None = None
+) -> list[Record]:
     """One record per kind (for vqa per sub-kind), as data.py's sources give them, and what it is about: `kind`,
-    and for vqa, `subkind`. The instruction is one of the paper's, or the one of its benchmarks, chosen by `rng`."""
+    and for vqa, `subkind`. The instruction is one of the paper's, or the one of its benchmarks: which, says `rng`,
+    or `template` for all, counted round, so that a batch has instructions of one length."""
     things = scene.things
     said = ", ".join(tags(things, rng))
     found: list[Record] = []
 
     def add(kind: str, answer: str, subkind: str = "", /, **fields: str | Box) -> None:
         choices = [*TEMPLATES[kind], *([EVAL_TEMPLATES[kind]] if kind in EVAL_TEMPLATES else [])]
+        chosen = rng.choice(choices) if template is None else choices[template % len(choices)]
         found.append({
-            "kind": kind, "subkind": subkind, "question": render(rng.choice(choices), **fields), "answer": answer,
+            "kind": kind, "subkind": subkind, "question": render(chosen, **fields), "answer": answer,
             "category": f"{TASK_OF[kind]}_level", "tags": said,
         })  # fmt: skip
 
