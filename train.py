@@ -42,7 +42,7 @@ from torch import Tensor
 from torch.optim import AdamW
 from tqdm import tqdm
 
-from lion_mini import GENERATION, Box, Lion
+from lion_mini import GENERATION, Box, Lion, stage0
 from lion_mini.checkpoint import State, history, restore, save, write_result
 from lion_mini.config import IGNORE
 from lion_mini.data import Batch, MicroBatches, Mixture, Records, Source, Toy, collate, loader
@@ -362,10 +362,10 @@ def plan(args: argparse.Namespace, team: Team) -> Iterator[tuple[int, Stage, lis
     start, (one, two, three) = TINY, (args.out / f"stage{number}" for number in (1, 2, 3))
     if args.from_scratch or args.quick:
         start = args.out / "stage0"
-        if team.rank == 0 and not (start / "config.json").exists():
-            from lion_mini import stage0  # type: ignore[attr-defined]
-
-            stage0.run(start, args.quick, args.seed)
+        if team.rank == 0 and not start.exists():
+            aside = args.out / ".stage0"
+            stage0.run(aside, args.quick, args.seed, lambda name, figures: say(f"{name}: {figures}"))
+            aside.rename(start)
         team.wait()
     all_parts = list(PARTS)  # the package's folder holds a LION trained to the end: only what is frozen is wanted of it
     if args.single_stage:

@@ -129,8 +129,8 @@ def restore(
 def write_result(out: Path, init: Path, model: Lion, made_by: str) -> None:
     """What `Lion.from_pretrained` opens, in the dtype of the frozen parts; their file is shared with `init`."""
     frozen = {name for name in model.state_dict() if part_of(name) is None}
-    source = init / "frozen.safetensors"
-    if not source.is_file() or names(source) != frozen:
+    source = next((path for path in init.glob("*.safetensors") if names(path) == frozen), None)
+    if source is None:
         found = read_shards(init, "cpu", None)
         source = out / ".frozen.safetensors"
         save_file({name: found[name] for name in sorted(frozen)}, source)

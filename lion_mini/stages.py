@@ -145,7 +145,8 @@ def begin(
 
     plan = {name: tensor.shape for name, tensor in model.state_dict().items()}
     tensors = {name: tensor for name, tensor in found.items() if name in plan and part_of(name) not in new}
-    origin = {part_of(name) or name.split(".")[0]: " + ".join(map(str, init)) for name in tensors}
+    where = {"aggregator": init[-1], "projector": init[-1], "adapters": " + ".join(map(str, init))}
+    origin = {part: str(where.get(part, init[0])) for part in (part_of(name) or name.split(".")[0] for name in tensors)}
     torch.manual_seed(seed)
     for name, tensor in fresh(config, model):
         if name not in tensors:

@@ -468,7 +468,7 @@ def test_killed_and_resumed(stage0: Path, data: Path, whole: Path, tmp_path: Pat
         assert finish(launch(command(3, stage0, data, tmp_path / "whole"), log, 2)) == [0, 0], log.read_text()
         whole = tmp_path / "whole"
     started = launch(argv, log, processes)
-    wait_for_step(tmp_path / "run", random.randint(2, 6))
+    wait_for_step(tmp_path / "run", random.randint(3, 6))
     for process in started:
         process.kill()
     assert -signal.SIGKILL in finish(started), log.read_text()
