@@ -220,7 +220,7 @@ def learn(
     model, origin = begin(stage, init, args.seed, new, frozen)
     model.to(device).t5.recompute = args.recompute
     trained = choose(model, stage)
-    optimizer = AdamW(groups(trained, stage), lr=0.0, betas=(0.9, 0.999), foreach=True)
+    optimizer = AdamW(groups(trained, stage), lr=0.0, betas=(0.9, 0.999), fused=True)
     gradients = Gradients(list(trained.values()), device)
     size = args.micro_batch or stage.batch // team.size
     if size < 1 or stage.batch % (size * team.size):

@@ -119,8 +119,9 @@ def restore(
         for group in optimizer.param_groups:
             for name, parameter in zip(group["names"], group["params"], strict=True):
                 if f"step {name}" in found:
-                    one = {kind: found[f"{kind} {name}"] for kind in MOMENTS}
-                    optimizer.state[parameter] = one | {kind: one[kind].to(parameter.device) for kind in MOMENTS[:2]}
+                    optimizer.state[parameter] = {
+                        kind: found[f"{kind} {name}"].to(parameter.device) for kind in MOMENTS
+                    }
         say(f"going on from {path}")
         return state
     return None

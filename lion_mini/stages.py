@@ -155,8 +155,11 @@ def begin(
         parts = ", ".join(part for part, where in origin.items() if where == "new")
         raise ValueError(f"{init[0]} has no {parts}: fine-tuning begins with a whole LION, which stage 3 makes")
     check_tensors(init[0], {name: tensor.shape for name, tensor in tensors.items()}, plan)
-    # What was read is only mapped and belongs to the file: what trains must be a copy.
-    tensors = {name: t.to(dtype) if part_of(name) is None else t.float().clone() for name, t in tensors.items()}
+    # What was read is only mapped and belongs to the file: what trains must be a copy. Of what is frozen, norms and T5's
+    # words stay in float32, and with them the sums along its layers.
+    for name, tensor in tensors.items():
+        precise = tensor.ndim < 2 or name == "t5.shared.weight"
+        tensors[name] = tensor.float().clone() if part_of(name) else tensor.to(torch.float32 if precise else dtype)
     model.load_state_dict(tensors, strict=True, assign=True)
     return model, origin
 
