@@ -124,7 +124,6 @@ def look(
     model: Lion, job: Job, paths: Sequence[Path], args: argparse.Namespace
 ) -> Iterator[tuple[Path, Image.Image | None, dict | str]]:
     """Per path its picture and result, or None and what was wrong; `--batch-size` pictures are answered at a time."""
-    settings = GENERATION["official" if args.official else {"ask": "answer"}.get(job.mode, job.mode)]
     given = None if args.use_tags is None else [tag.strip() for tag in args.use_tags.split(",") if tag.strip()]
     for start in range(0, len(paths), args.batch_size):
         readable_ones = []
@@ -142,6 +141,7 @@ def look(
             answers = [Answer(", ".join(tag for tag, _ in tags), "", tags, 0.0) for tags in tagged]
         else:
             tags = None if given is None else [given] * len(images)
+            settings = GENERATION["official" if args.official else "answer" if job.mode == "ask" else job.mode]
             answers = model.respond(images, questions, [job.task] * len(images), settings, tags)
         for path, image, answer in zip(names, images, answers, strict=True):
             yield path, image, record(job, path, image, answer)

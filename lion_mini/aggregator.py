@@ -40,9 +40,9 @@ class Aggregator(nn.Module):
         self.norm = nn.LayerNorm(width, eps=1e-5)
         self.proj = Mlp(width, config.projector_ratio * width, out_width)
         self.blocks.apply(lambda module: bert_init(module, config.init_std))
-        for block in self.blocks:
-            for output in (block.attn.o, block.cross_attn.o, block.ff.wo):
-                nn.init.zeros_(output.weight)
+        for name, parameter in self.blocks.named_parameters():
+            if name.endswith((".o.weight", ".wo.weight")):
+                nn.init.zeros_(parameter)
 
     def fuse(self, taps: Sequence[Tensor]) -> Tensor:  # taps x (b, n, d) -> (b, n, d)
         x, *earlier = taps

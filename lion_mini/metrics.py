@@ -76,8 +76,7 @@ def cider(
     for tokens, image in zip(ptb_tokenize(list(hypotheses)), counted, strict=True):
         hypothesis, total = weigh(_grams(tokens)), 0.0
         for reference in image:
-            # coco-caption measures a caption by its bigrams, so that nothing and one word are equally long
-            gap = max(0, len(tokens) - 1) - sum(reference[1].values())
+            gap = len(tokens) - sum(reference[0].values())
             closeness = math.exp(-(gap**2) / (2 * 6**2))
             for (c, c_norm), (r, r_norm) in zip(hypothesis, weigh(reference), strict=True):
                 if c_norm and r_norm:

@@ -93,7 +93,7 @@ class _Splitter:
             if token.single_word and (_in_word(text[:start][-1:]) or _in_word(text[end:][:1])):
                 continue
             if token.lstrip:
-                start = max(done, len(text[:start].rstrip(_SPACE)))
+                start = len(text[:start].rstrip(_SPACE))
             if token.rstrip:
                 end = len(text) - len(text[end:].lstrip(_SPACE))
             if done < start:
@@ -145,21 +145,17 @@ class _Precompiled:
 
     def find(self, text: str) -> str | None:
         """What the *shortest* rule that begins `text` makes of all of it: the accent on a ligature is lost."""
-        node = _offset(self.units[0])
+        node = self.units[0] >> 10
         for byte in _utf8(text):
             node ^= byte
             if node >= len(self.units) or self.units[node] & 0x800000FF != byte:
                 return None
             rule_ends = self.units[node] >> 8 & 1
-            node ^= _offset(self.units[node])
+            node ^= self.units[node] >> 10
             if rule_ends:
                 start = self.units[node] & 0x7FFFFFFF
                 return self.strings[start : self.strings.index(b"\0", start)].decode()
         return None
-
-
-def _offset(unit: int) -> int:
-    return unit >> 10 << (8 if unit >> 9 & 1 else 0)
 
 
 def _utf8(text: str) -> bytes:
@@ -210,7 +206,7 @@ class _Metaspace:
         if not self.split:
             return [(text, first)]
         head, *rest = text.split(self.mark)
-        return [(head, first)] * bool(head) + [(self.mark + word, False) for word in rest]
+        return [(head, first), *((self.mark + word, False) for word in rest)]
 
 
 # --- reading them

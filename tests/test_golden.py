@@ -14,10 +14,11 @@ from lion_mini import Generation, Lion
 from lion_mini.config import IGNORE
 
 BATCHES = [0, 1]  # image level, region level
+Batch = tuple[Tensor, list[str], list[str], list[str]]  # pixels, questions, tags, tasks
 SETTINGS = ("default", "greedy", "greedy_rep", "beam3_lp2", "beam5_lpneg", "beam4_min8", "beam4_ret3")
 
 
-def inputs(facts: dict[str, Any], numbers: dict[str, Tensor], i: int) -> tuple:
+def inputs(facts: dict[str, Any], numbers: dict[str, Tensor], i: int) -> Batch:
     sample = facts["samples"][i]
     task = "region" if sample["category"] == "region_level" else "image"
     return numbers[f"s{i}.image"], sample["question"], sample["tags"], [task] * len(sample["question"])
@@ -127,12 +128,12 @@ def test_every_setting_is_tested(facts: dict) -> None:
 # --- batches
 
 
-def both(facts: dict, numbers: dict[str, Tensor]) -> tuple:
+def both(facts: dict, numbers: dict[str, Tensor]) -> Batch:
     """The two batches as one, tasks interleaved, prompts and questions of different lengths."""
-    (pixels, *texts), (more_pixels, *more_texts) = (inputs(facts, numbers, i) for i in BATCHES)
+    first, second = (inputs(facts, numbers, i) for i in BATCHES)
     order = [0, 2, 1, 3]
-    pixels = torch.cat((pixels, more_pixels))[order]
-    questions, tags, tasks = ([[*a, *b][j] for j in order] for a, b in zip(texts, more_texts, strict=True))
+    pixels = torch.cat((first[0], second[0]))[order]
+    questions, tags, tasks = ([[*a, *b][j] for j in order] for a, b in zip(first[1:], second[1:], strict=True))
     return pixels, questions, tags, tasks
 
 

@@ -81,6 +81,7 @@ def test_ptb_tokens_beyond_the_fixture() -> None:
         "12:30-1:00 or 1/2-inch ½cup 2½": "12:30 -1:00 or 1/2-inch 1/2 cup 2 1/2",
         "3.5ft a.1 7.up 5.a .5": "3.5 ft a. 1 7 up 5 a .5",
         "shouldn't've I'd've y'all's d'or": "should n't 've i 'd 've y' all 's d'or",
+        "R&B black&white": "r&b black & white",
         "a...b c..d stop!Stop man/woman.The": "a. b c. d stop!stop man/woman the",
         "Dr.Pepper Dr. Pepper no.5 Sat. Apr.": "dr.pepper dr. pepper no. 5 sat apr.",
         ":) *a* ** a__b @@ £5 5€ 10°": ":-rrb- * a * ** a __ b @@ # 5 5 $ 10 °",

@@ -1,0 +1,159 @@
+"""The port at its real size, without the official files: random weights under every official name.
+
+    LION_ASSETS=… python tests/rehearse.py --size xl
+
+writes the five files as they are published (names and shapes from tests/keys, ViT in float16, FlanT5 in float32 and two
+shards, the rest in float32), converts them to bfloat16, opens the result and asks it two things about a photo. Each
+step is a process of its own; printed are its seconds, its peak of resident memory and the bytes that it wrote.
+The vocabularies and the photo come from LION_ASSETS. XL needs 40 GB of disk.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import weights  # noqa: E402
+from lion_mini.config import PRESETS  # noqa: E402
+
+FILES = {"eva": "eva_vit_g.pth", "lion": "LION.pth", "ram": "ram_swin_large_14m.pth"}
+
+
+def manifest(name: str) -> dict[str, torch.Size]:
+    lines = (ROOT / "tests" / "keys" / f"{name}.txt").read_text().splitlines()
+    rows = [line.split() for line in lines if not line.startswith("#")]
+    return {name: torch.Size(map(int, shape[0].split("x")) if shape else []) for name, *shape in rows}
+
+
+def value(name: str, shape: torch.Size) -> Tensor:
+    """A tensor that keeps signals of order one on their way: matrices by fan-in, norms near one, biases near zero."""
+    if name.endswith(("position_ids", "position_index")):
+        return torch.zeros(shape, dtype=torch.long)
+    if len(shape) > 1:
+        return torch.randn(shape) / shape[1:].numel() ** 0.5
+    norm = "norm" in name.lower() and name.endswith("weight")
+    return torch.randn(shape) * 0.02 + float(norm)
+
+
+def write(size: str, folder: Path) -> None:
+    """The official layout."""
+    assets = Path(os.environ["LION_ASSETS"])
+    torch.manual_seed(0)
+    for kind, name in (
+        ("eva", "eva_vit_g_39_blocks"),
+        ("ram", "ram_swin_large_14m"),
+        ("lion", f"lion_flant5_{size}_trainable"),
+    ):
+        tensors = {k: value(k, s) for k, s in manifest(name).items()}
+        if kind == "eva":
+            tensors = {k: v.half() for k, v in tensors.items()}
+        torch.save(tensors if kind == "eva" else {"model": tensors}, folder / FILES[kind])
+        del tensors
+    t5, config = folder / "t5", PRESETS[size].t5
+    t5.mkdir()
+    plan = {k: s for k, s in manifest(f"flan_t5_{size}").items() if "embed_tokens" not in k}
+    half = sum(shape.numel() for shape in plan.values()) * 4 // 2 + 2**28
+    weights.write_shards(t5, plan, torch.float32, lambda name: value(name, plan[name]), limit=half)
+    sizes = {
+        "d_model": config.width, "d_kv": config.head_width, "num_heads": config.heads, "d_ff": config.mlp_width,
+        "num_layers": config.encoder_depth, "num_decoder_layers": config.decoder_depth, "vocab_size": config.vocab_size,
+    }  # fmt: skip
+    (t5 / "config.json").write_text(json.dumps(sizes))
+    shutil.copy(assets / "t5_tokenizer.json", t5 / "tokenizer.json")
+    (folder / "bert").mkdir()
+    shutil.copy(assets / "bert_vocab.txt", folder / "bert" / "vocab.txt")
+    for name in ("ram_tag_list.txt", "ram_tag_list_threshold.txt"):
+        shutil.copy(assets / name, folder)
+
+
+def answer(folder: Path) -> None:
+    """Open the model, answer a question, locate a thing."""
+    from lion_mini import GENERATION, Lion
+    from lion_mini.images import open_image
+    from lion_mini.prompts import EVAL_TEMPLATES, render
+
+    start = time.perf_counter()
+    model = Lion.from_pretrained(folder, dtype=None)
+    print(f"  opened in {time.perf_counter() - start:.1f} s", flush=True)
+    photo = open_image(sorted((Path(os.environ["LION_ASSETS"]) / "photos").iterdir())[0])
+    for kind, prompt, task in (
+        ("answer", render(EVAL_TEMPLATES["vqa"], question="what is the man holding?"), "image"),
+        ("locate", render(EVAL_TEMPLATES["rec"], expression="the dog on the left"), "region"),
+    ):
+        start = time.perf_counter()
+        reply = model.respond([photo], [prompt], [task], GENERATION[kind])[0]
+        print(
+            f"  {kind} in {time.perf_counter() - start:.1f} s: {reply.text[:60]!r}, score {reply.score:.2f}, "
+            f"{len(reply.tags)} tags",
+            flush=True,
+        )
+
+
+def step(name: str, command: list[str], written: Path) -> tuple[float, float, float]:
+    """Seconds, peak memory and bytes of one process."""
+    start = time.perf_counter()
+    process = subprocess.Popen([sys.executable, *command], cwd=ROOT)
+    _, status, usage = os.wait4(process.pid, 0)
+    seconds = time.perf_counter() - start
+    if status:
+        sys.exit(f"{name} failed with exit code {os.waitstatus_to_exitcode(status)}")
+    size = sum(path.stat().st_size for path in walk(written))
+    print(
+        f"{name:10} {seconds:8.0f} s   peak {usage.ru_maxrss / 1e6 * 1.024:6.2f} GB   {size / 1e9:6.2f} GB on disk",
+        flush=True,
+    )
+    return seconds, usage.ru_maxrss * 1024 / 1e9, size / 1e9
+
+
+def walk(folder: Path) -> Iterator[Path]:
+    return (path for path in folder.rglob("*") if path.is_file())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", choices=["xl", "xxl"], default="xl")
+    parser.add_argument("--folder", type=Path, help="where to write; a temporary folder by default")
+    parser.add_argument("--step", choices=["write", "answer"], help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if "LION_ASSETS" not in os.environ:
+        sys.exit("rehearse.py: set LION_ASSETS to the folder with the real vocabularies and photos/")
+    if args.step == "write":
+        return write(args.size, args.folder)
+    if args.step == "answer":
+        return answer(args.folder)
+    work = Path(tempfile.mkdtemp(dir=args.folder))
+    official, out = work / "official", work / "converted"
+    official.mkdir()
+    try:
+        me = ["tests/rehearse.py", "--size", args.size]
+        step("write", [*me, "--step", "write", "--folder", str(official)], official)
+        command = [
+            "weights.py", "convert", "--vit", official / FILES["eva"], "--t5", official / "t5",
+            "--bert", official / "bert", "--ram", official / FILES["ram"], "--ram-tags", official / "ram_tag_list.txt",
+            "--ram-thresholds", official / "ram_tag_list_threshold.txt", "--lion", official / FILES["lion"],
+            "--out", out, "--dtype", "bfloat16",
+        ]  # fmt: skip
+        _, memory, _ = step("convert", [str(part) for part in command], out)
+        shutil.rmtree(official)
+        _, running, disk = step("answer", [*me, "--step", "answer", "--folder", str(out)], out)
+        print(
+            f"convert peak {memory:.2f} GB; load and answer peak {running / disk:.3f} x the {disk:.2f} GB of the model"
+        )
+    finally:
+        shutil.rmtree(work)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,229 @@
+"""infer.py as a person calls it: answers, files, and what it says when something is wrong."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from conftest import GOLDEN
+from PIL import Image
+
+import infer
+from lion_mini import GENERATION, Box, Lion
+from lion_mini.images import lion_transform, open_image
+from lion_mini.lion import Answer
+
+PHOTO = GOLDEN / "photo.png"
+Run = Callable[..., tuple[int, str, str, list[dict]]]
+
+
+@pytest.fixture
+def run(tmp_path: Path, golden_folder: Path, capsys: pytest.CaptureFixture) -> Run:
+    """infer.py with the golden weights: exit code, both streams and the lines of results.jsonl."""
+
+    def call(*args: object, weights: bool = True) -> tuple[int, str, str, list[dict]]:
+        flags = ["--out", tmp_path / "out", *(["--weights", golden_folder] if weights else [])]
+        code = infer.main([str(part) for part in [*args, *flags]])
+        out, error = capsys.readouterr()
+        results = tmp_path / "out" / "results.jsonl"
+        lines = [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
+        return code, out, error, lines
+
+    return call
+
+
+def test_caption_is_the_default(run: Run, golden_folder: Path) -> None:
+    code, out, _, (line,) = run(PHOTO)
+    assert code == 0
+    model = Lion.from_pretrained(golden_folder)
+    assert line["answer"] == line["text"] == model.caption(open_image(PHOTO))
+    assert line["prompt"].endswith("A short image description:")
+    assert line["box"] is None
+    assert line["score"] < 0
+    tags = [tag for tag, _ in line["tags"]]
+    assert tags == model.tag([open_image(PHOTO)])[0]
+    assert f"[{', '.join(tags)}]" in line["prompt"]
+    assert f"{PHOTO}: {line['answer']}" in out
+
+
+def test_ask_and_the_score(run: Run, golden_folder: Path) -> None:
+    _, _, _, (line,) = run(PHOTO, "--ask", "what is this?", "--use-tags", "dog, man")
+    assert line["tags"] == [["dog", 1.0], ["man", 1.0]]
+    assert line["prompt"].endswith("[dog, man]. Question: what is this? Short answer:")
+    model = Lion.from_pretrained(golden_folder)
+    asked = ["Question: what is this? Short answer:"]
+    settings = GENERATION["answer"]
+    assert line["text"] == model.respond([open_image(PHOTO)], asked, ["image"], settings, [["dog", "man"]])[0].text
+    _, _, _, (bare,) = run(PHOTO, "--ask", "what is this?", "--no-tags")
+    assert bare["prompt"] == "Question: what is this? Short answer:"
+    assert bare["tags"] == []
+
+
+def test_score_is_the_mean_log_probability(golden_folder: Path) -> None:
+    model = Lion.from_pretrained(golden_folder)
+    image, question = open_image(PHOTO), "what is this?"
+    settings = GENERATION["answer"]
+    reply = model.respond([image], [question], ["image"], settings, [["dog"]])[0]
+    pixels = lion_transform(image, model.config.vit.image_size)[None]
+    ids = model.generate_ids(pixels, [question], [["dog"]], ["image"], settings)[0, 1:]
+    states, mask, task = model.see(pixels, [question], [["dog"]], ["image"])
+    logits = model.t5.predict(ids[None], model.t5.start(states, mask, task, len(ids)))[0]
+    expected = logits.log_softmax(-1).gather(1, ids[:, None]).mean()
+    assert reply.score == pytest.approx(expected.item(), rel=1e-4)
+
+
+def test_locate_without_a_box_says_so(run: Run) -> None:
+    code, out, _, (line,) = run(PHOTO, "--locate", "the dog")
+    assert code == 0
+    assert line["answer"] is None
+    assert line["box"] is None
+    assert "no box: the answer was" in out
+
+
+def test_locate_draws_the_box(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A random model writes no box, so one is put into its mouth."""
+    text = "Answer: [0.250,0.500,0.750,1.000]"
+    monkeypatch.setattr(Lion, "respond", lambda *_: [Answer(text, "where?", [("dog", 0.9)], -0.5)])
+    code, out, _, (line,) = run(PHOTO, "--locate", "the dog")
+    width, height = open_image(PHOTO).size
+    assert code == 0
+    assert line["text"] == text
+    assert line["answer"] == "[0.250,0.500,0.750,1.000]"
+    assert line["box"] == [0.25, 0.5, 0.75, 1.0]
+    assert line["box_pixels"] == [width / 4, height / 2, width * 3 / 4, height]
+    assert "[0.250,0.500,0.750,1.000], pixels" in out
+    drawn = Image.open(tmp_path / "out" / "photo-box.png")
+    assert min(drawn.size) >= 200
+    assert drawn.convert("RGB").tobytes() != open_image(PHOTO).resize(drawn.size).tobytes()
+
+
+def test_describe_in_fractions_and_pixels(run: Run, tmp_path: Path) -> None:
+    width, height = open_image(PHOTO).size
+    _, _, _, (line,) = run(PHOTO, "--describe", "0.25,0.5,0.75,1.0")
+    assert line["box"] == [0.25, 0.5, 0.75, 1.0]
+    assert "[0.250,0.500,0.750,1.000]" in line["prompt"]
+    assert (tmp_path / "out" / "photo-box.png").exists()
+    _, _, _, (same,) = run(PHOTO, "--pixels", "--describe", f"{width / 4},{height / 2},{width * 3 / 4},{height}")
+    assert same["text"] == line["text"]
+    assert same["box"] == line["box"]
+
+
+def test_tags_alone(run: Run) -> None:
+    code, out, _, (line,) = run(PHOTO, "--tags")
+    assert code == 0
+    assert ", ".join(tag for tag, _ in line["tags"]) in out
+    assert all(0 < score < 1 for _, score in line["tags"])
+
+
+def test_official_settings(run: Run, golden_folder: Path) -> None:
+    settings = GENERATION["official"]
+    assert (settings.beams, settings.repetition_penalty, settings.max_new_tokens) == (5, 1.5, 256)
+    _, _, _, (line,) = run(PHOTO, "--ask", "what?", "--use-tags", "dog", "--official")
+    expected = Lion.from_pretrained(golden_folder).respond(
+        [open_image(PHOTO)], ["Question: what? Short answer:"], ["image"], settings, [["dog"]]
+    )[0]
+    assert line["text"] == expected.text
+    assert line["score"] == pytest.approx(expected.score, abs=1e-3)
+
+
+# --- folders, and pictures that nobody planned for
+
+
+def odd_pictures(folder: Path) -> dict[str, bool]:
+    """Name -> can be read."""
+    folder.mkdir()
+    rgb = Image.open(PHOTO).convert("RGB")
+    rgb.convert("CMYK").save(folder / "cmyk.jpg")
+    rgb.convert("P").save(folder / "palette.png")
+    rgb.convert("RGBA").save(folder / "alpha.png")
+    Image.new("I;16", (40, 30), 40000).save(folder / "sixteen.png")
+    Image.new("RGB", (1, 1), "red").save(folder / "one.png")
+    Image.new("RGB", (20000, 12), "blue").save(folder / "wide.png")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    rgb.save(folder / "rotated.jpg", exif=exif)
+    rgb.save(folder / "whole.jpg")
+    (folder / "truncated.jpg").write_bytes((folder / "whole.jpg").read_bytes()[:900])
+    (folder / "text.jpg").write_text("no picture")
+    (folder / "notes.txt").write_text("not looked at")
+    names = ("cmyk.jpg", "palette.png", "alpha.png", "sixteen.png", "one.png", "wide.png", "rotated.jpg", "whole.jpg")
+    return dict.fromkeys(names, True) | {"truncated.jpg": False, "text.jpg": False}
+
+
+@pytest.mark.parametrize("batch", [1, 3, 100])
+def test_a_folder_with_bad_pictures(run: Run, tmp_path: Path, batch: int) -> None:
+    names = odd_pictures(tmp_path / "in")
+    code, out, error, lines = run(tmp_path / "in", "--batch-size", batch, "--describe", "0.1,0.1,0.6,0.9")
+    assert code == 1
+    assert {Path(line["image"]).name for line in lines} == {name for name, good in names.items() if good}
+    for name in ("truncated.jpg", "text.jpg"):
+        assert sum(name in line for line in error.splitlines()) == 1
+    assert "8 pictures, 2 failed" in out
+    width, height = Image.open(PHOTO).size
+    rotated = next(line for line in lines if "rotated" in line["image"])
+    assert rotated["box_pixels"] == pytest.approx([0.1 * height, 0.1 * width, 0.6 * height, 0.9 * width], abs=0.06)
+    assert len(list((tmp_path / "out").glob("*-box.png"))) == 8
+
+
+def test_batches_answer_like_each_alone(run: Run, tmp_path: Path) -> None:
+    odd_pictures(tmp_path / "in")
+    _, _, _, alone = run(tmp_path / "in", "--batch-size", 1)
+    _, _, _, together = run(tmp_path / "in", "--batch-size", 100)
+    assert [line["text"] for line in alone] == [line["text"] for line in together]
+
+
+def test_globs_and_several_paths(run: Run, tmp_path: Path) -> None:
+    odd_pictures(tmp_path / "in")
+    code, _, _, lines = run(tmp_path / "in" / "*a*.png", tmp_path / "in" / "alpha.png", PHOTO, "--tags")
+    assert code == 0
+    assert [Path(line["image"]).name for line in lines] == ["alpha.png", "palette.png", "photo.png"]
+
+
+WRONG: dict[str, tuple[list[object], str]] = {
+    "no such file": (["nowhere.jpg"], "nowhere.jpg: no such file or folder"),
+    "empty question": ([PHOTO, "--ask", "  "], "--ask is empty"),
+    "empty expression": ([PHOTO, "--locate", ""], "--locate is empty"),
+    "placeholder": ([PHOTO, "--ask", "who <extra_id_0>?"], "<extra_id_0>"),
+    "inverted box": ([PHOTO, "--describe", "0.5,0.1,0.2,0.9"], "x1 0.5 must be left of x2 0.2"),
+    "box outside": ([PHOTO, "--describe", "0.5,0.1,1.2,0.9"], "outside the image"),
+    "pixels outside": ([PHOTO, "--pixels", "--describe", "5,5,9000,50"], "outside the image"),
+    "no box": ([PHOTO, "--describe", "left"], "expected four numbers"),
+    "code for a box": ([PHOTO, "--describe", "__import__('os'),0,1,1"], "expected four numbers"),
+    "not a picture": ([Path(__file__)], "is not an image"),
+    "dtype": ([PHOTO, "--dtype", "float16"], "T5 overflows in float16"),
+    "no batch": ([PHOTO, "--batch-size", 0], "--batch-size must be at least 1"),
+    "no tags": ([PHOTO, "--use-tags", " , "], "--use-tags is empty"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_bad_input(run: Run, name: str, tmp_path: Path) -> None:
+    arguments, words = WRONG[name]
+    code, out, error, lines = run(*arguments)
+    assert code == 2
+    assert len(error.splitlines()) == 1
+    assert words in error
+    assert out == ""
+    assert not lines
+    assert not (tmp_path / "out").exists()
+
+
+def test_no_weights(run: Run, tmp_path: Path) -> None:
+    code, _, error, _ = run(PHOTO, weights=False)
+    assert code == 2
+    assert len(error.splitlines()) == 1
+    assert "weights.py convert" in error
+    code, _, error, _ = run(PHOTO, "--weights", tmp_path, weights=False)
+    assert code == 2
+    assert "has no config.json" in error
+
+
+def test_long_question(run: Run) -> None:
+    code, _, _, (line,) = run(PHOTO, "--ask", "is it a dog? " * 770, "--use-tags", "dog")
+    assert code == 0
+    assert len(line["prompt"]) > 10000
+
+
+def test_a_box_is_never_evaluated() -> None:
+    for text in ("[__import__('os').system('true'),0,0,1]", "[0.1,0.2,0.3]", "", "[1e9,0,0,1]"):
+        assert Box.parse(text) is None
