@@ -15,7 +15,7 @@ batch, a run resumes without having saved its data's state, and however many pro
     batch      |__ 0 __||__ 1 __||__ 2          micro-batches of 2: 0 1 | 2 3 | ...  process r of w takes r, r + w, ...
 
 Compatible with the release's datasets/jsonl_vqa.py, but for its accidents: a region-level picture is never cropped or
-mirrored, and a category that is neither level is an error.                              next: toy.py
+mirrored, and a category that is neither level is an error.                              next: stages.py
 """
 
 import json

@@ -8,7 +8,7 @@
 Learning both levels at once makes them disturb each other; so stages 1 and 2 start side by side from the same frozen
 ViT, FlanT5 and RAM, and stage 3 joins their results: stage 1's adapter becomes adapter 1, stage 2's adapter 0, and the
 router begins as if they were still apart. The release published no stage but the last; its names are in weights.py.
-next: train.py
+next: checkpoint.py
 """
 
 import math
@@ -155,8 +155,8 @@ def begin(
         parts = ", ".join(part for part, where in origin.items() if where == "new")
         raise ValueError(f"{init[0]} has no {parts}: fine-tuning begins with a whole LION, which stage 3 makes")
     check_tensors(init[0], {name: tensor.shape for name, tensor in tensors.items()}, plan)
-    # What was read is only mapped and belongs to the file: what trains must be a copy. Of what is frozen, norms and T5's
-    # words stay in float32, and with them the sums along its layers.
+    # What was read is only mapped and belongs to the file: what trains must be a copy. Of what is frozen, norms and
+    # T5's words stay in float32, and with them the sums along its layers.
     for name, tensor in tensors.items():
         precise = tensor.ndim < 2 or name == "t5.shared.weight"
         tensors[name] = tensor.float().clone() if part_of(name) else tensor.to(torch.float32 if precise else dtype)

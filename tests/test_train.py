@@ -290,6 +290,18 @@ def test_loss_and_gradients_are_the_releases(
     assert gradients.flat[:-1].norm().item() == pytest.approx(1e-3, rel=1e-3)
 
 
+def test_recompute_runs_each_layer_again(golden_model: Lion, facts: dict[str, Any], numbers: dict[str, Tensor]) -> None:
+    choose(golden_model, STAGES[3])
+    runs = []
+    layer: Any = golden_model.t5.encoder[1]
+    layer.register_forward_pre_hook(lambda *_: runs.append(1))
+    for recompute, expected in ((False, 1), (True, 2)):
+        golden_model.t5.recompute = recompute
+        runs.clear()
+        train.share_of_loss(golden_model, golden_batch(facts, numbers, 0), "tokens", 10).backward()
+        assert len(runs) == expected
+
+
 @pytest.mark.parametrize("mean", ["tokens", "samples"])
 def test_micro_batches_add_up_to_the_batch(
     golden_model: Lion, facts: dict[str, Any], numbers: dict[str, Tensor], mean: str
