@@ -30,7 +30,9 @@ import sys
 import textwrap
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +41,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.optim import AdamW
 from tqdm import tqdm
 
@@ -204,10 +207,10 @@ SIGNALS: list[int] = []  # those that came; looked at between two steps
 
 
 def heard(number: int, _: object) -> None:
-    """Finish the step, save and go; whoever asks twice does not want to wait for that."""
-    if SIGNALS:
-        raise KeyboardInterrupt
+    """Finish the step, save and go. A terminal's Ctrl-C comes twice under torchrun; who asks three times means it."""
     SIGNALS.append(number)
+    if len(SIGNALS) > 2:
+        raise KeyboardInterrupt
 
 
 def learn(
@@ -216,6 +219,8 @@ def learn(
     """Train a stage from where `out`'s checkpoints are, and write its result there."""
     lead, device = team.rank == 0, team.device
     half = torch.autocast(device.type, torch.bfloat16, enabled=args.bf16)
+    # Backwards, the CPU's flash attention takes twice as long in bfloat16 as plain matrix products do.
+    kernels = partial(sdpa_kernel, SDPBackend.MATH) if device.type == "cpu" else nullcontext
     frozen = torch.bfloat16 if args.bf16 and device.type != "cpu" else torch.float32
     model, origin = begin(stage, init, args.seed, new, frozen)
     model.to(device).t5.recompute = args.recompute
@@ -276,9 +281,10 @@ def learn(
                 continue
             # Dropout belongs to the micro-batch: not to the process that has it, nor to what was drawn before.
             torch.manual_seed(random.Random(f"{args.seed} {i}").getrandbits(63))
-            with half:
-                loss = share_of_loss(model, batch, stage.mean, words if stage.mean == "tokens" else usable)
-            loss.backward()
+            with kernels():
+                with half:
+                    loss = share_of_loss(model, batch, stage.mean, words if stage.mean == "tokens" else usable)
+                loss.backward()
             gradients.flat[-1] += loss.detach()
             if not torch.isfinite(loss):
                 culprits += batch.names
@@ -448,21 +454,26 @@ def gathered(args: argparse.Namespace) -> Team:
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse(sys.argv[1:] if argv is None else argv)
     SIGNALS.clear()
-    for name in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(name, heard)
+    usual = {name: signal.getsignal(name) for name in (signal.SIGINT, signal.SIGTERM)}
     team = gathered(args)
     try:
         for number, stage, init, new, out in plan(args, team):
+            for name in usual:  # not before: stage 0 has nothing to save
+                signal.signal(name, heard)
             if not args.resume and any((out / name).exists() for name in ("checkpoints", "config.json")):
                 raise ValueError(f"{out} holds a run already: --resume goes on with it, or choose another --out")
             if not (out / "config.json").exists():
                 learn(number, stage, init, new, out, args, team)
     except Stopped:
         return 128 + (SIGNALS[0] if SIGNALS else signal.SIGTERM)
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
     except (ValueError, OSError) as error:
         print(f"train.py: {error}", file=sys.stderr)
         return 2
     finally:
+        for name, handler in usual.items():
+            signal.signal(name, handler)
         if dist.is_initialized():
             dist.destroy_process_group()
     return 0

@@ -576,12 +576,13 @@ def test_disk_full(
 def test_two_processes_are_one_with_twice_the_rounds(stage0: Path, data: Path, tmp_path: Path) -> None:
     """Dropout included, since it belongs to the micro-batch; an epoch of 48 is 12 batches of 4."""
     alone, together, log = tmp_path / "alone", tmp_path / "together", tmp_path / "log"
-    more = ["--steps", 12, "--micro-batch", 1, "--mean", "tokens"]
+    more = ["--steps", 12, "--micro-batch", 1, "--mean", "tokens", "--lr", 0.001]
     assert train.main(command(3, stage0, data, alone, *more)) == 0
     assert finish(launch(command(3, stage0, data, together, *more), log, 2)) == [0, 0], log.read_text()
     assert [line["loss"] for line in logged(alone)] == pytest.approx([x["loss"] for x in logged(together)], rel=1e-5)
     assert [line["tokens"] for line in logged(alone)] == [line["tokens"] for line in logged(together)]
-    one, two = trained(alone), trained(together)
+    one, two, start = trained(alone), trained(together), begin(STAGES[3], [stage0], seed=0)[0].state_dict()
+    assert max((tensor - start[name]).abs().max() for name, tensor in one.items()) > 5e-3  # a thousand times as far
     for name, tensor in one.items():
         assert (tensor - two[name]).abs().max() < 1e-5, name
 
