@@ -5,6 +5,8 @@
     python infer.py photo.jpg --weights weights/xl --locate "the dog on the left"      a box, drawn
     python infer.py photo.jpg --weights weights/xl --describe 0.1,0.2,0.4,0.9          what is in the box
     python infer.py photos/ "more/*.png" --weights weights/xl --tags                   RAM's tags alone
+    python infer.py --tags --data train.json --images coco --out tagged.jsonl --weights weights/xl
+                                        a training set's records with RAM's tags, one per line; goes on where it stopped
 
 Answers are printed; `--out` (default: out) gets results.jsonl, one line per picture with tags, prompt, raw text,
 answer, box and score, and the pictures with their boxes. A picture that cannot be read is reported, and the others go
@@ -18,12 +20,15 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
-from tqdm import tqdm
+from tqdm import tqdm, trange
 
 from lion_mini import GENERATION, Box, Lion
+from lion_mini.data import Records
+from lion_mini.data import check as check_record
 from lion_mini.images import draw_boxes, open_image
 from lion_mini.lion import Answer
 from lion_mini.prompts import EVAL_TEMPLATES, render
@@ -147,7 +152,76 @@ def look(
             yield path, image, record(job, path, image, answer)
 
 
+def tag_records(args: argparse.Namespace) -> int:
+    """Write the records of `--data` to `--out`, one per line in their order, with a field `tags` where they had none.
+
+    Pictures that several records share are looked at once. A record whose picture cannot be read stays as it is.
+    """
+    if args.data.resolve() == args.out.resolve():
+        raise ValueError(f"--out {args.out} is the file that --data reads: choose another")
+    source = Records(args.data, args.root, ("image", "region"))
+    done = resume_after(args.out, source)
+    model = Lion.from_pretrained(args.weights, args.device, DTYPES[args.dtype])
+    known: dict[Path, Any] = {}
+    failed = 0
+    with open(args.out, "a", encoding="utf-8") as out:
+        for start in trange(done, len(source), args.batch_size, unit_scale=args.batch_size, disable=None):
+            records: list[tuple[Any, Path | None]] = []
+            images: dict[Path, Image.Image] = {}
+            for i in range(start, min(start + args.batch_size, len(source))):
+                record, path = whole_record(source, i), None
+                try:
+                    fields = check_record(record)
+                    path = None if fields["tags"] is not None else args.root / fields["image"]
+                    if path is not None and path not in known:
+                        images[path], known[path] = open_image(path), []
+                except ValueError as error:
+                    failed, path = failed + 1, None
+                    tqdm.write(f"{args.data}, record {i + 1}: {error}", file=sys.stderr)
+                records.append((record, path))
+            if images:
+                known |= zip(images, model.tag(list(images.values())), strict=True)
+            for record, path in records:
+                out.write(json.dumps(record | {"tags": known[path]} if path else record, ensure_ascii=False) + "\n")
+            out.flush()
+    tqdm.write(f"{args.out}: {len(source)} records" + f", {failed} of them untagged" * (failed > 0))
+    return int(failed > 0)
+
+
+def resume_after(out: Path, source: Records) -> int:
+    """How many records `out` has already; the line that was being written when a run ended is cut off."""
+    if not out.exists():
+        out.parent.mkdir(parents=True, exist_ok=True)
+        return 0
+    with open(out, "rb+") as file:
+        whole = [line for line in file if line.endswith(b"\n")]
+        file.truncate(sum(map(len, whole)))
+    if whole and len(whole) <= len(source):
+        record, written = whole_record(source, len(whole) - 1), json.loads(whole[-1])
+        if without_tags(record) == without_tags(written):
+            return len(whole)
+    if whole:
+        raise ValueError(f"--out {out} holds something else than the first records of --data: choose another file")
+    return 0
+
+
+def whole_record(source: Records, index: int) -> Any:
+    """The record as it stands in the file; a line that is no JSON is an empty one."""
+    try:
+        return source.raw(index)
+    except ValueError:
+        return {}
+
+
+def without_tags(record: Any) -> Any:
+    return {key: value for key, value in record.items() if key != "tags"} if isinstance(record, dict) else record
+
+
 def check(args: argparse.Namespace) -> None:
+    if bool(args.images) == (args.data is not None):
+        raise ValueError("give pictures to look at, or a file of records with --data")
+    if args.data is not None and not args.tags:
+        raise ValueError("--data is for --tags: it adds them to a training set's records")
     if args.weights is None:
         raise ValueError(
             "no weights: make some from the official files with `python weights.py convert` "
@@ -164,6 +238,8 @@ def check(args: argparse.Namespace) -> None:
 def run(args: argparse.Namespace) -> int:
     job = job_from(args)
     check(args)
+    if args.data is not None:
+        return tag_records(args)
     paths = find_images(args.images)
     model = Lion.from_pretrained(args.weights, args.device, DTYPES[args.dtype])
     if args.no_tags:
@@ -201,13 +277,15 @@ def run(args: argparse.Namespace) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("images", nargs="+", help="pictures, folders or globs")
+    parser.add_argument("images", nargs="*", help="pictures, folders or globs")
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--caption", action="store_true", help="describe the picture in a sentence (the default)")
     mode.add_argument("--ask", metavar="QUESTION", help="answer a question")
     mode.add_argument("--locate", metavar="EXPRESSION", help="find what the words refer to")
     mode.add_argument("--describe", metavar="X1,Y1,X2,Y2", help="say what is in the box, in fractions of the picture")
     mode.add_argument("--tags", action="store_true", help="only RAM's tags")
+    parser.add_argument("--data", type=Path, help="with --tags: a file of training records, JSON or JSON lines, to tag")
+    parser.add_argument("--images", type=Path, dest="root", default=Path(), help="the folder of --data's pictures")
     parser.add_argument("--pixels", action="store_true", help="--describe gives pixels of the upright picture")
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--use-tags", metavar='"A, B"', help="these tags in place of RAM's")
@@ -219,7 +297,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", default="stored", help=f"{', '.join(DTYPES)}; default: as the weights are stored")
     parser.add_argument("--batch-size", type=int, default=8, help="pictures at a time")
-    parser.add_argument("--out", type=Path, default=Path("out"), help="folder of results.jsonl and drawn boxes")
+    parser.add_argument(
+        "--out", type=Path, default=Path("out"), help="folder of results.jsonl and drawn boxes, or file"
+    )
     args = parser.parse_args(argv)
     try:
         return run(args)

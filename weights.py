@@ -31,11 +31,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from tqdm import tqdm
 
-from lion_mini.adapters import MixtureOfAdapters
-from lion_mini.aggregator import Aggregator
 from lion_mini.config import PRESETS, LionConfig, T5Config
 from lion_mini.lion import Lion, Text
-from lion_mini.qformer import QFormer
+from lion_mini.stages import fresh
 
 Table = Mapping[str, str]
 
@@ -398,24 +396,6 @@ def chosen_config(config: Path | None, t5: Path, ram: bool) -> LionConfig:
     for name, value in wrong.items():
         raise ValueError(f"{t5}/config.json: the T5's {name} is {value}, the model's {getattr(chosen.t5, name)}")
     return chosen if ram else replace(chosen, ram=None)
-
-
-def fresh(config: LionConfig, model: Lion) -> Iterator[tuple[str, Tensor]]:
-    """Newly initialised values of all that LION trains."""
-    width = config.t5.width
-    parts: dict[str, torch.nn.Module] = {}
-    if model.qformer is not None:
-        parts["qformer"] = QFormer(config.qformer, config.vit.width, width)
-    if model.aggregator is not None:
-        parts["aggregator"] = Aggregator(config.aggregator, config.vit.width, len(config.taps), width)
-    for name, module in model.named_modules():
-        if isinstance(module, MixtureOfAdapters):
-            parts[name] = MixtureOfAdapters(width, config.adapter_width, config.adapters)
-    for name, part in parts.items():
-        for rest, tensor in part.state_dict().items():
-            yield f"{name}.{rest}", tensor
-    if model.soft_prompt is not None:
-        yield "soft_prompt", torch.randn(width)
 
 
 def check_values(tensor: Tensor, name: str, path: Path) -> None:

@@ -122,6 +122,7 @@ class LionConfig:
     max_question_tokens: int = 128  # what the Q-Former reads, always
     max_prompt_tokens: int = 128  # what T5 reads, in training only
     max_answer_tokens: int = 128  # in training only
+    made_by: str = ""  # the commands, seeds and hours that trained the weights beside this config
 
     def __post_init__(self) -> None:
         for name, values in (("visual_input", ("image", "region", "all")), ("tags", ("soft", "plain", "none"))):
@@ -194,11 +195,11 @@ PRESETS = {
     "tiny": LionConfig(
         vit=VitConfig(image_size=48, patch_size=8, width=128, depth=6, heads=4, mlp_width=512),
         taps=(5, 4, 2),
-        qformer=QFormerConfig(width=128, depth=3, heads=4, mlp_width=256, queries=12, vocab_size=256, max_positions=64),
+        qformer=QFormerConfig(width=128, depth=3, heads=4, mlp_width=256, queries=12, vocab_size=512, max_positions=64),
         aggregator=AggregatorConfig(heads=4, mlp_width=256),
         t5=T5Config(width=128, head_width=32, heads=4, mlp_width=256, encoder_depth=3, decoder_depth=3, vocab_size=512),
         ram=RamConfig(
-            image_size=64, width=24, depths=(2, 2), heads=(2, 4), window=4, tag_width=48, tags=32,
+            image_size=64, width=24, depths=(2, 2), heads=(2, 4), window=4, tag_width=48, tags=12,
             head=TagHeadConfig(width=48, depth=1, heads=4, mlp_width=96),
         ),
     ),

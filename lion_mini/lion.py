@@ -116,6 +116,13 @@ class Lion(nn.Module):
         text.check(config)
         return model.eval().requires_grad_(False)
 
+    def train(self, mode: bool = True) -> "Lion":
+        """As ever, but what is frozen stays in eval mode: only a part that learns may drop anything out."""
+        super().train(mode)
+        for module in self.modules():
+            module.training = mode and any(parameter.requires_grad for parameter in module.parameters())
+        return self
+
     @property
     def text(self) -> Text:
         if self._text is None:

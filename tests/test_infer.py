@@ -227,3 +227,60 @@ def test_long_question(run: Run) -> None:
 def test_a_box_is_never_evaluated() -> None:
     for text in ("[__import__('os').system('true'),0,0,1]", "[0.1,0.2,0.3]", "", "[1e9,0,0,1]"):
         assert Box.parse(text) is None
+
+
+# --- the tags of a training set
+
+
+def test_tags_for_a_training_set(
+    golden_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the records' order and form, each picture looked at once, and after an interruption only what is missing."""
+    for i in range(3):
+        Image.open(PHOTO).rotate(90 * i).save(tmp_path / f"{i}.png")
+    records: list[dict] = [{"image": f"{i % 3}.png", "question": f"what? {i}", "answer": ["a"]} for i in range(7)]
+    records[2]["tags"] = "given, already"
+    records[4]["image"] = "missing.png"
+    records[5]["tags"] = None
+    lines = [*map(json.dumps, records), "no json"]
+    data, out = tmp_path / "data.jsonl", tmp_path / "sub" / "tagged.jsonl"
+    data.write_text("\n".join(lines))
+    argv = ["--tags", "--data", data, "--images", tmp_path, "--out", out, "--weights", golden_folder, "--batch-size", 2]
+    looked: list[int] = []
+    tag = Lion.tag
+
+    def counted(self: Lion, images: list[Image.Image]) -> list:
+        looked.append(len(images))
+        return tag(self, images)
+
+    monkeypatch.setattr(Lion, "tag", counted)
+    assert infer.main([*map(str, argv)]) == 1
+    error = capsys.readouterr().err
+    assert f"{data}, record 5: " in error
+    assert "missing.png" in error
+    assert f"{data}, record 8: " in error
+    assert sum(looked) == 3
+    tagged = out.read_text()
+    written = [json.loads(line) for line in tagged.splitlines()]
+    model = Lion.from_pretrained(golden_folder)
+    expected = [tag(model, [open_image(tmp_path / f"{i}.png")])[0] for i in range(3)]
+    for i, record in enumerate(records):
+        assert written[i] == (record if i in (2, 4) else record | {"tags": expected[i % 3]})
+    assert written[7] == {}
+
+    whole = tagged.splitlines(keepends=True)
+    out.write_text("".join(whole[:3]) + whole[3][:9])
+    looked.clear()
+    assert infer.main([*map(str, argv)]) == 1
+    assert out.read_text() == tagged
+    assert sum(looked) == 2  # of records 4 to 8 only two pictures are new
+    data.write_text(lines[1])
+    for words, flags in (
+        ("holds something else than the first records of --data", argv),
+        ("is the file that --data reads", [*argv, "--out", data]),
+        ("--data is for --tags", argv[1:]),
+        ("give pictures to look at, or a file of records", [PHOTO, *argv]),
+        ("give pictures to look at", argv[-4:]),
+    ):
+        assert infer.main([*map(str, flags)]) == 2
+        assert words in capsys.readouterr().err

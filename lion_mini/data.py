@@ -1,0 +1,278 @@
+"""Training data: files of records, or the toy world, become batches in an order that is a pure function of the seed.
+
+A record is what the release trains from, in a JSON list or one per line; a line may be used without the ones before it:
+
+    {"image": "coco/1.jpg", "question": "Find the dog and give ...", "answer": "Answer: [0.440,0.060,0.650,0.367]",
+     "category": "region_level", "tags": ["dog", "man"]}
+
+`image_path` or `image_id` may stand for `image`, a list of answers means its first one, `tags` may be joined already,
+and without `tags` RAM is asked during training. `question` is the whole instruction, its template filled in.
+
+Nothing here remembers where it was. Sample p of a run is found from the seed and p alone, so any process can make any
+batch, a run resumes without having saved its data's state, and however many processes share a batch, it is the same:
+
+    position   0 1 2 3 4 5 6 7 8 | 9 ...        epoch 0, a shuffle of (seed, 0): every record once | epoch 1 ...
+    batch      |__ 0 __||__ 1 __||__ 2          micro-batches of 2: 0 1 | 2 3 | ...  process r of w takes r, r + w, ...
+
+Compatible with the release's datasets/jsonl_vqa.py, but for its accidents: a region-level picture is never cropped or
+mirrored, and a category that is neither level is an error.                              next: stages.py
+"""
+
+import json
+import random
+import re
+import signal
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from . import toy
+from .images import augment, lion_transform, open_image
+from .prompts import PLACEHOLDER, TASK_OF, Box
+
+CATEGORIES = TASK_OF | {
+    **dict.fromkeys(("image", "image_level"), "image"),
+    **dict.fromkeys(("ref", "region", "region_level", "grounding"), "region"),
+}
+_NUMBERS = re.compile(r"\[[-+0-9.eE\s]*,[-+0-9.eE,\s]*\]")  # what can only be meant as a box
+
+
+@dataclass(frozen=True)
+class Example:
+    """One question about one picture, with the answer to learn; `tags=None` means that RAM has to look."""
+
+    image: Image.Image
+    question: str
+    answer: str
+    tags: list[str] | None
+    task: str
+    name: str  # where it comes from, for messages
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Examples side by side, as `Lion.logits` takes them, and a sentence for each one that could not be read."""
+
+    pixels: Tensor  # (b, 3, s, s)
+    questions: list[str]
+    answers: list[str]
+    tags: list[list[str] | None]
+    tasks: list[str]
+    names: list[str]
+    bad: list[str]
+
+
+class Source(Protocol):
+    augments: bool  # whether image-level pictures may be cropped and mirrored
+
+    def __len__(self) -> int: ...
+
+    def read(self, index: int, rng: random.Random) -> Example:
+        """The example; a ValueError, in one sentence with its place, if there is something wrong with it."""
+
+
+class Records:
+    """A file of records. Lines are only indexed at first and read when their turn comes; a JSON list is kept whole."""
+
+    augments = True
+
+    def __init__(self, path: Path, root: Path, tasks: Sequence[str]):
+        self.path, self.root, self.tasks = path, root, tasks
+        self.whole: list[Any] | None = None
+        self.starts = np.empty(0, np.int64)
+        try:
+            with open(path, "rb") as file:
+                first = file.read(4096).lstrip()[:1]
+                file.seek(0)
+                if first == b"[":
+                    self.whole = json.load(file)
+                else:
+                    starts = np.cumsum([0, *map(len, file)])[:-1]
+                    file.seek(0)
+                    self.starts = starts[[bool(line.strip()) for line in file]]
+        except OSError as error:
+            raise ValueError(f"the data file {path} cannot be read: {error.strerror}") from None
+        except ValueError as error:
+            raise ValueError(f"the data file {path} is not JSON: {error}") from None
+        if not len(self):
+            raise ValueError(f"the data file {path} holds no record")
+
+    def __len__(self) -> int:
+        return len(self.starts) if self.whole is None else len(self.whole)
+
+    def read(self, index: int, rng: random.Random) -> Example:
+        name = f"{self.path}, record {index + 1}"
+        try:
+            fields = check(self.raw(index))
+            if fields["task"] not in self.tasks:
+                raise ValueError(f"is {fields['task']}-level, which this stage does not train")
+            return Example(open_image(self.root / fields.pop("image")), name=name, **fields)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
+
+    def raw(self, index: int) -> Any:
+        if self.whole is not None:
+            return self.whole[index]
+        with open(self.path, "rb") as file:
+            file.seek(self.starts[index])
+            line = file.readline()
+        try:
+            return json.loads(line)
+        except ValueError as error:
+            raise ValueError(f"not JSON: {error}") from None
+
+
+def check(record: Any) -> dict[str, Any]:
+    """A record's fields in our names, by the release's rules; ValueError for what nobody could train from."""
+    if not isinstance(record, dict):
+        raise ValueError(f"a record is a JSON object, not {record!r:.40}")
+    image = next((record[key] for key in ("image", "image_path", "image_id") if record.get(key)), None)
+    question, answer, tags = record.get("question"), record.get("answer", ""), record.get("tags")
+    category = record.get("category", "image_level")
+    if isinstance(answer, list):
+        answer = answer[0] if answer else ""
+    if isinstance(tags, str):
+        tags = split_tags(tags)
+    if not isinstance(image, str):
+        raise ValueError("it has no image")
+    if not isinstance(question, str) or not question.strip():
+        raise ValueError("it has no question")
+    if PLACEHOLDER in question:
+        raise ValueError(f"its question holds {PLACEHOLDER}, the soft prompt's place")
+    if not isinstance(answer, str):
+        raise ValueError(f"its answer is {answer!r:.40}, not text")
+    if tags is not None and not (isinstance(tags, list) and all(isinstance(tag, str) for tag in tags)):
+        raise ValueError(f"its tags are {tags!r:.40}, not a list of texts")
+    if not isinstance(category, str) or category.lower().strip() not in CATEGORIES:
+        raise ValueError(f"its category {category!r:.40} is neither image_level nor region_level")
+    task = CATEGORIES[category.lower().strip()]
+    for text in _NUMBERS.findall(f"{question} {answer}") if task == "region" else ():
+        box = Box.parse(text)
+        if box is None or not box.area:
+            raise ValueError(f"{text} is no box of fractions from 0 to 1")
+    return {"image": image, "question": question, "answer": answer, "tags": tags, "task": task}
+
+
+def split_tags(tags: str) -> list[str]:
+    return [tag for tag in tags.split(", ") if tag]
+
+
+class Toy:
+    """The shapes world, drawn when asked: scene `index`, and one of its questions, every kind equally often."""
+
+    augments = False  # its questions know left from right, and where the edges are
+
+    def __init__(self, tasks: Sequence[str], split: toy.Split = "train", scenes: int = 200_000):
+        self.tasks, self.split, self.scenes = tasks, split, scenes
+
+    def __len__(self) -> int:
+        return self.scenes
+
+    def read(self, index: int, rng: random.Random) -> Example:
+        scene = toy.scene(index, self.split)
+        kinds = [kind for kind in toy.KINDS if TASK_OF[kind] in self.tasks]
+        found: dict[tuple[str, str], list[toy.Record]] = {}
+        for record in toy.records(scene, rng, kinds):
+            found.setdefault((record["kind"], record["subkind"]), []).append(record)
+        record = rng.choice(found[rng.choice(sorted(found))])
+        name = f"toy scene {index} of {self.split}"
+        return Example(
+            scene.image, record["question"], record["answer"], split_tags(record["tags"]), TASK_OF[record["kind"]], name
+        )
+
+
+class Mixture:
+    """Several sources in the order of one seed: `at(p)` says which record of which source stands at position p.
+
+    An epoch is as long as all sources together. With ratios each has its share of it: a small source comes several
+    times, a large one goes on in the next epoch where it stopped. Without, every record comes exactly once.
+    """
+
+    def __init__(self, sources: Sequence[Source], ratios: Sequence[float] | None, seed: int):
+        self.sources, self.seed = sources, seed
+        sizes = np.array([len(source) for source in sources])
+        self.length = int(sizes.sum())
+        shares = sizes / self.length
+        if ratios is not None:
+            if len(ratios) != len(sources) or min(ratios) <= 0:
+                raise ValueError(f"ratios must be {len(sources)} numbers above 0, one per file, not {list(ratios)}")
+            shares = np.array(ratios) / sum(ratios)
+        self.bounds = np.concatenate(([0.0], np.cumsum(shares)[:-1], [1.0]))
+        self._epoch, self._plan = -1, np.empty((0, 2), np.int64)
+
+    def drawn(self, epochs: int) -> np.ndarray:  # -> (sources,)
+        """How many samples each source has given after so many epochs."""
+        return np.diff(np.rint(self.bounds * (self.length * epochs)).astype(np.int64))
+
+    def plan(self, epoch: int) -> np.ndarray:  # -> (length, 2)
+        """The epoch's samples in order: number of the source, and of the record in it."""
+        if epoch != self._epoch:
+            rows = []
+            for i, (first, last) in enumerate(zip(self.drawn(epoch), self.drawn(epoch + 1), strict=True)):
+                size = len(self.sources[i])
+                passes = range(first // size, -(-last // size))
+                order = [np.random.default_rng((self.seed, 1 + i, n)).permutation(size) for n in passes]
+                start = passes.start * size
+                chosen = np.concatenate([*order, np.empty(0, np.int64)])[first - start : last - start]
+                rows.append(np.stack((np.full_like(chosen, i), chosen), axis=1))
+            self._plan = np.random.default_rng((self.seed, 0, epoch)).permutation(np.concatenate(rows))
+            self._epoch = epoch
+        return self._plan
+
+    def at(self, position: int) -> tuple[int, int, int]:  # -> epoch, source, record
+        epoch, offset = divmod(position, self.length)
+        source, index = self.plan(epoch)[offset].tolist()
+        return epoch, source, index
+
+
+class MicroBatches(Dataset):
+    """Micro-batch g of a run: the samples at positions g * size and following."""
+
+    def __init__(self, mixture: Mixture, size: int, image_size: int):
+        self.mixture, self.size, self.image_size = mixture, size, image_size
+
+    def __getitem__(self, g: int) -> Batch:
+        examples, pixels, bad = [], [], []
+        for position in range(g * self.size, (g + 1) * self.size):
+            epoch, number, index = self.mixture.at(position)
+            source, rng = self.mixture.sources[number], random.Random(f"{self.mixture.seed} {epoch} {number} {index}")
+            try:
+                example = source.read(index, rng)
+            except ValueError as error:
+                bad.append(str(error))
+                continue
+            mirrored = source.augments and example.task == "image"
+            size = self.image_size
+            pixels.append(augment(example.image, size, rng) if mirrored else lion_transform(example.image, size))
+            examples.append(example)
+        return collate(examples, pixels, bad, self.image_size)
+
+
+def collate(examples: Sequence[Example], pixels: Sequence[Tensor], bad: Sequence[str], size: int) -> Batch:
+    return Batch(
+        torch.stack([*pixels]) if pixels else torch.empty(0, 3, size, size),
+        [example.question for example in examples],
+        [example.answer for example in examples],
+        [example.tags for example in examples],
+        [example.task for example in examples],
+        [example.name for example in examples],
+        [*bad],
+    )
+
+
+def loader(batches: MicroBatches, numbers: Iterable[int], workers: int) -> DataLoader:
+    """These micro-batches in this order, made by so many worker processes ahead of time, or by none when asked for."""
+    return DataLoader(batches, batch_size=None, sampler=[*numbers], num_workers=workers, worker_init_fn=quiet)
+
+
+def quiet(worker: int) -> None:
+    """Ctrl-C reaches every process of a terminal; what it means is for the main one to say, and workers go on."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)

@@ -1,0 +1,380 @@
+"""Stage 0, for the toy only: stand-ins for what LION downloads, an EVA-CLIP ViT, a FlanT5 and RAM, on the shapes world.
+
+LION begins with three models that others trained. Nobody trained any on coloured shapes, so this file does, in the
+way that costs least, and then freezes them as the paper does:
+
+    ViT    says of every patch which shape, colour, size and box lie there       (in place of EVA-CLIP's captions)
+    T5     answers about the frozen ViT's tokens through a linear projector      (in place of FlanT5 and of BLIP-2,
+           that is thrown away: it learns the language, to look, and to write     whose Q-Former it has read before)
+           the coordinates it sees; stages 1 to 3 must earn their way with new eyes
+    RAM    says which tags apply; asymmetric loss, arXiv 2009.14119
+
+    `python -m lion_mini.stage0 --out out/stage0`                                         next: train.py
+"""
+
+import argparse
+import math
+import random
+import time
+from collections.abc import Callable, Sequence
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from tqdm import trange
+
+from . import toy
+from .config import IGNORE, PAD, PRESETS, LionConfig
+from .images import lion_transform, ram_transform
+from .prompts import tag_sentence
+from .ram import Ram
+from .t5 import T5
+from .tokenizers import UnigramTokenizer
+from .vit import Vit
+
+POOL = 12000  # scenes, drawn once
+STEPS = {"vit": 800, "t5": 3000, "ram": 600}
+Log = Callable[[str, dict[str, float]], None]
+
+
+def schedule(step: int, steps: int, peak: float, warmup: int = 50) -> float:
+    """Linear warm-up, then half a cosine to a fiftieth."""
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    return peak * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup))))
+
+
+def optimise(model: nn.Module, loss: Callable[[int], Tensor], steps: int, peak: float, name: str, log: Log) -> None:
+    """AdamW for so many steps; bfloat16 autocast halves their time."""
+    decay = [p for p in model.parameters() if p.dim() > 1]
+    others = [p for p in model.parameters() if p.dim() <= 1]
+    groups = [{"params": decay, "weight_decay": 0.02}, {"params": others, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=peak, betas=(0.9, 0.98))
+    model.train()
+    start, mean = time.perf_counter(), 0.0
+    bar = trange(steps, desc=name, unit="step", disable=None)
+    for step in bar:
+        for group in optimizer.param_groups:
+            group["lr"] = schedule(step, steps, peak)
+        optimizer.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):  # the CPU's flash kernel is slower
+            value = loss(step)
+        value.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        mean = value.item() if step == 0 else 0.98 * mean + 0.02 * value.item()
+        bar.set_postfix(loss=f"{mean:.3f}")
+        if step % 50 == 49:
+            log(name, {"step": step + 1, "loss": mean, "seconds": time.perf_counter() - start})
+    model.eval()
+
+
+class Pool:
+    """Scenes drawn once; questions about them are new in every step."""
+
+    def __init__(self, count: int, split: toy.Split, config: LionConfig, first: int = 0):
+        assert config.ram
+        self.scenes = [toy.scene(seed, split) for seed in range(first, first + count)]
+        size, ram_size = config.vit.image_size, config.ram.image_size
+        self.pixels = torch.empty(count, 3, size, size, dtype=torch.bfloat16)
+        self.ram_pixels = torch.empty(count, 3, ram_size, ram_size, dtype=torch.bfloat16)
+        for i, scene in enumerate(self.scenes):
+            self.pixels[i] = lion_transform(scene.image, size)
+            self.ram_pixels[i] = ram_transform(scene.image, ram_size)
+            del scene.__dict__["image"]
+        side = size // config.vit.patch_size
+        self.owner = torch.from_numpy(np.stack([owners(scene, side) for scene in self.scenes]))  # (b, n)
+
+
+def owners(scene: toy.Scene, side: int) -> np.ndarray:  # -> (side * side)
+    """For every patch the number of the thing that fills most of it, -1 where there is none."""
+    edges = np.arange(side) * toy.GRID / side
+    step = toy.GRID / side
+    best, owner = np.zeros((side, side)), np.full((side, side), -1)
+    for i, t in enumerate(scene.things):
+        wide = (np.minimum(edges + step, t.left + t.side) - np.maximum(edges, t.left)).clip(0)
+        high = (np.minimum(edges + step, t.top + t.side) - np.maximum(edges, t.top)).clip(0)
+        area = high[:, None] * wide
+        owner[area > best] = i
+        best = np.maximum(best, area)
+    return owner.reshape(-1)
+
+
+# --- the eye
+
+FIELDS = (len(toy.SHAPES) + 1, len(toy.COLOURS), len(toy.SIDES), *[toy.GRID + 1] * 4)  # the last shape is: none
+
+
+def patch_labels(pool: Pool) -> Tensor:  # -> (b, n, fields), IGNORE for what background has not
+    shapes, colours, sizes = toy.SHAPES, tuple(toy.COLOURS), tuple(toy.SIDES)
+    table = torch.full((len(pool.scenes), 6, len(FIELDS)), IGNORE)  # row -1 is the background
+    table[:, -1, 0] = len(shapes)
+    for i, scene in enumerate(pool.scenes):
+        for j, t in enumerate(scene.things):
+            box = (t.left, t.top, t.left + t.side, t.top + t.side)
+            table[i, j] = torch.tensor([shapes.index(t.shape), colours.index(t.colour), sizes.index(t.size), *box])
+    return torch.stack([rows[owner] for rows, owner in zip(table, pool.owner, strict=True)])
+
+
+def train_vit(config: LionConfig, pool: Pool, test: Pool, steps: int, log: Log) -> Vit:
+    vit = Vit(config.vit)
+    nn.init.normal_(vit.positions, std=0.3)
+    head = nn.Sequential(nn.LayerNorm(config.vit.width), nn.Linear(config.vit.width, sum(FIELDS)))
+    labels = patch_labels(pool)
+
+    def loss(step: int) -> Tensor:
+        rows = torch.randint(len(pool.pixels), (64,))
+        logits = head(vit(pool.pixels[rows].float())[0][:, 1:]).float().split(FIELDS, dim=-1)
+        wanted = labels[rows]
+        losses = [
+            F.cross_entropy(one.flatten(0, 1), wanted[..., i].flatten(), ignore_index=IGNORE)
+            for i, one in enumerate(logits)
+        ]
+        return torch.stack(losses).sum()
+
+    optimise(nn.ModuleList((vit, head)), loss, steps, 2e-3, "vit", log)
+    vit.to(torch.bfloat16).float()  # as it will be stored: what comes next must know it so
+    wanted = patch_labels(test)
+    with torch.inference_mode():
+        found = head(vit(test.pixels.float())[0][:, 1:]).split(FIELDS, dim=-1)
+    guess = torch.stack([one.argmax(-1) for one in found], dim=-1)
+    counted = wanted != IGNORE
+    right = ((guess == wanted) & counted).sum((0, 1)) / counted.sum((0, 1))
+    names = ("shape", "colour", "size", "x1", "y1", "x2", "y2")
+    log("vit, held out", dict(zip(names, right.tolist(), strict=True)))
+    return vit
+
+
+# --- the language model
+
+SHARES = {
+    "existence": 1.2, "counting": 1.0, "colour": 1.2, "shape": 1.2, "comparison": 0.8, "relation": 1.0,
+    "caption": 0.5, "vqg": 0.15, "dialogue": 0.8, "rec": 2.5, "reg": 0.7,
+}  # fmt: skip
+SCENES, QUESTIONS = 32, 4  # of a step
+
+
+def grounded(scene: toy.Scene) -> toy.Record:
+    """All that is there with its boxes: much to learn from one picture. Only stage 0 asks this."""
+    said = ", ".join(f"{t.size} {t.name} {t.box.to_text()}" for t in scene.things)
+    return {"kind": "grounded", "subkind": "", "question": "Describe the image with coordinates.", "answer": said}
+
+
+class Reader(nn.Module):
+    """T5 and the projector through which it learns to look."""
+
+    def __init__(self, config: LionConfig, pieces: UnigramTokenizer):
+        super().__init__()
+        self.t5 = T5(config.t5)
+        self.projector = nn.Sequential(nn.LayerNorm(config.vit.width), nn.Linear(config.vit.width, config.t5.width))
+        self.pieces = pieces
+        self.encode = cache(pieces.encode)
+
+    def start(self, features: Tensor, prompts: Sequence[str]) -> tuple[Tensor, Tensor, Tensor]:
+        """The encoder's input for the tokens of the ViT, (b, n, ·), and prompts: `T5.encode`'s arguments."""
+        ids = self.pad([self.encode(prompt) for prompt in prompts], PAD)
+        mask = F.pad(ids != PAD, (features.shape[1], 0), value=True)
+        x = torch.cat((self.projector(features), self.t5.shared(ids)), dim=1)
+        return x, mask, torch.zeros(len(ids), dtype=torch.long)
+
+    def pad(self, rows: Sequence[Sequence[int]], value: int) -> Tensor:
+        length = max(map(len, rows))
+        return torch.tensor([[*row, *[value] * (length - len(row))] for row in rows])
+
+    def forward(self, features: Tensor, prompts: Sequence[str], answers: Sequence[str]) -> tuple[Tensor, Tensor]:
+        x, mask, task = self.start(features, prompts)
+        labels = self.pad([self.encode(answer) for answer in answers], IGNORE)
+        states = self.t5.encode(x, mask, task)
+        return self.t5.predict(labels, self.t5.start(states, mask, task, labels.shape[1])), labels
+
+
+@torch.no_grad()
+def start_from_words(reader: Reader, features: Tensor, labels: Tensor) -> None:
+    """Let the projector begin as the least-squares map from the ViT's tokens to the embeddings of the words that
+    describe what lies there, coordinates turned by one rotation per place in a box. To a T5 that has to find out by
+    itself that the tokens are worth a look, a thousand steps pass before it sees anything."""
+    width, embedding = reader.t5.config.width, reader.t5.shared.weight
+    numbers = embedding[[reader.pieces.pieces[f"{i / toy.GRID:.3f}"][0] for i in range(toy.GRID + 1)]]
+    names = [[reader.pieces.encode(word)[0] for word in field] for field in (toy.SHAPES, toy.COLOURS, toy.SIDES)]
+    turned = [numbers @ torch.linalg.qr(torch.randn(width, width))[0] for _ in range(4)]
+    tables = [*(embedding[ids] for ids in names), *turned]
+    wanted = torch.zeros(*labels.shape[:2], width)
+    for i, table in enumerate(tables):
+        known = (labels[..., i] != IGNORE) & (labels[..., i] < len(table))
+        wanted[known] += 0.5 * table[labels[..., i][known]]
+    norm, linear = reader.projector
+    x = F.pad(norm(features[:, 1:].float()).flatten(0, 1), (0, 1), value=1.0)
+    solved = torch.linalg.lstsq(x, wanted.flatten(0, 1)).solution
+    linear.weight.copy_(solved[:-1].T)
+    linear.bias.copy_(solved[-1])
+
+
+def glimpse(owner: Tensor, few: bool, tokens: int) -> Tensor:  # (n,) -> (tokens,) or (1 + n,)
+    """Which of the ViT's tokens the T5 is shown, in any order, so that it goes by what they say, not by where they
+    stand. Half of the time it is all, as the aggregator will show it; else few, one for each thing and some of
+    the background, as a Q-Former might choose."""
+    order = torch.randperm(len(owner) + 1)
+    if not few:
+        return order
+    whose = F.pad(owner, (1, 0), value=-1)[order]
+    first = torch.cat([(whose == i).nonzero()[:1, 0] for i in range(int(owner.max()) + 1)])
+    rest = (whose == -1).nonzero()[: tokens - len(first), 0]
+    chosen = order[torch.cat((first, rest))]
+    chosen = F.pad(chosen, (0, tokens - len(chosen)), value=0)
+    return chosen[torch.randperm(tokens)]
+
+
+def asked(scene: toy.Scene, rng: random.Random, count: int, template: int) -> list[toy.Record]:
+    found = toy.records(scene, rng, template=template)
+    weights = [SHARES[r["subkind"] or r["kind"]] for r in found]
+    return rng.choices(found, weights, k=count)
+
+
+def prompt(record: toy.Record, tags: bool) -> str:
+    return (tag_sentence(record["tags"]) if tags and "tags" in record else "") + record["question"]
+
+
+@torch.inference_mode()
+def features_of(vit: Vit, pool: Pool) -> Tensor:
+    return torch.cat([vit(part.float())[0].bfloat16() for part in pool.pixels.split(500)])
+
+
+def train_t5(
+    config: LionConfig, vit: Vit, pool: Pool, test: Pool, pieces: UnigramTokenizer, steps: int, seed: int, log: Log
+) -> Reader:  # fmt: skip
+    reader, rng = Reader(config, pieces), random.Random(seed)
+    features, held_out = features_of(vit, pool), features_of(vit, test)
+    start_from_words(reader, features[:2000], patch_labels(pool)[:2000])
+    reader.t5.lm_head.weight.data.copy_(0.1 * reader.t5.shared.weight)  # to write a word that it reads is then easy
+
+    def loss(step: int) -> Tensor:
+        few, tagged, template = rng.random() < 0.6, rng.random() < 0.15, rng.randrange(30)
+        each = 1 if step % 10 == 9 else QUESTIONS  # long answers stand in batches of their own: less padding
+        rows = rng.sample(range(len(pool.scenes)), min(2 * SCENES if each == 1 else SCENES, len(pool.scenes)))
+        if each == 1:
+            records = [grounded(pool.scenes[row]) for row in rows]
+        else:
+            records = [record for row in rows for record in asked(pool.scenes[row], rng, each, template)]
+        rows = [row for row in rows for _ in range(each)]
+        seen = torch.stack([features[row][glimpse(pool.owner[row], few, config.qformer.queries)] for row in rows])
+        logits, labels = reader(seen.float(), [prompt(r, tagged) for r in records], [r["answer"] for r in records])
+        losses = F.cross_entropy(logits.float().transpose(1, 2), labels, ignore_index=IGNORE, reduction="none")
+        if step % 500 == 499:
+            log("t5, held out", score(reader, held_out, test, random.Random(0), few=False))
+            log("t5, held out, few", score(reader, held_out, test, random.Random(0), few=True))
+            reader.train()
+        return (losses.sum(1) / (labels != IGNORE).sum(1)).mean()  # else a long box outweighs a yes
+
+    optimise(reader, loss, steps, 1.6e-3, "t5", log)
+    log("t5, held out", score(reader, held_out, test, random.Random(0), few=False))
+    log("t5, held out, few", score(reader, held_out, test, random.Random(0), few=True))
+    return reader
+
+
+@torch.inference_mode()
+def score(reader: Reader, features: Tensor, pool: Pool, rng: random.Random, few: bool) -> dict[str, float]:
+    """The share of answers that greedy decoding would give word for word, per kind of question."""
+    right: dict[str, list[float]] = {}
+    for first in range(0, len(pool.scenes), 25):
+        part = range(first, min(first + 25, len(pool.scenes)))
+        pairs = [(row, r) for row in part for r in [*toy.records(pool.scenes[row], rng), grounded(pool.scenes[row])]]
+        seen = torch.stack([features[row][glimpse(pool.owner[row], few, 12)] for row, _ in pairs]).float()
+        with torch.autocast("cpu", torch.bfloat16):
+            logits, labels = reader(seen, [prompt(r, False) for _, r in pairs], [r["answer"] for _, r in pairs])
+        same = ((logits.argmax(-1) == labels) | (labels == IGNORE)).all(1)
+        for (_, r), yes in zip(pairs, same.tolist(), strict=True):
+            right.setdefault(r["subkind"] or r["kind"], []).append(yes)
+    return {kind: sum(found) / len(found) for kind, found in sorted(right.items())}
+
+
+# --- the tagger
+
+
+def asymmetric_loss(logits: Tensor, wanted: Tensor, focus: float = 4.0, margin: float = 0.05) -> Tensor:
+    """Cross-entropy per tag, in which an easy no, p ** focus, counts little, and one below the margin nothing."""
+    p = logits.sigmoid()
+    q = (p - margin).clamp_min(0)
+    yes = -wanted * p.clamp_min(1e-6).log()
+    no = -(1 - wanted) * q**focus * (1 - q).clamp_min(1e-6).log()
+    return (yes + no).sum(-1).mean()
+
+
+def train_ram(config: LionConfig, pool: Pool, test: Pool, steps: int, seed: int, log: Log) -> tuple[Ram, list[float]]:
+    """RAM, from tags as faulty as those of a real tagger's captions, and a threshold per tag for the best F1."""
+    assert config.ram
+    ram, rng = Ram(config.ram), random.Random(seed)
+    wanted = tag_table([toy.tags(scene.things, rng) for scene in pool.scenes])
+
+    def loss(step: int) -> Tensor:
+        rows = torch.randint(len(pool.scenes), (64,))
+        return asymmetric_loss(ram(pool.ram_pixels[rows].float()).float(), wanted[rows])
+
+    optimise(ram, loss, steps, 1e-3, "ram", log)
+    with torch.inference_mode():
+        thresholds = best_thresholds(ram(pool.ram_pixels[:1000].float()).sigmoid(), wanted[:1000])
+        truth = tag_table([sorted(set().union(*(t.words for t in scene.things))) for scene in test.scenes])
+        found = (ram(test.ram_pixels.float()).sigmoid() > torch.tensor(thresholds)).float()
+    hits = (found * truth).sum().item()
+    log("ram, held out", {"precision": hits / max(1.0, found.sum().item()), "recall": hits / truth.sum().item()})
+    return ram, thresholds
+
+
+def tag_table(said: Sequence[Sequence[str]]) -> Tensor:  # -> (b, c)
+    return torch.tensor([[float(tag in tags) for tag in toy.TAGS] for tags in said])
+
+
+def best_thresholds(scores: Tensor, wanted: Tensor) -> list[float]:  # (b, c), (b, c) -> c
+    """Per tag the score above which F1 = 2 hits / (found + wanted) is greatest."""
+    floors = torch.linspace(0.05, 0.95, 91)
+    found = (scores[None] > floors[:, None, None]).float()
+    f1 = 2 * (found * wanted).sum(1) / (found.sum(1) + wanted.sum(0)).clamp_min(1)
+    return [round(floor, 2) for floor in floors[f1.argmax(0)].tolist()]
+
+
+# --- all of it
+
+
+def run(out: str | Path, quick: bool = False, seed: int = 0, log: Log = lambda name, values: None) -> Path:
+    """Train the three and write them as a download would come: `model.safetensors` with the names that they have in
+    `Lion.state_dict()`, T5 without adapters, `config.json`, both tokenizers' files, tags and thresholds."""
+    folder, config = Path(out), PRESETS["tiny"]
+    toy.write_vocabularies(folder)
+    random_state = torch.get_rng_state()
+    torch.manual_seed(seed)
+    pool, test = Pool(200 if quick else POOL, "train", config), Pool(20 if quick else 300, "test", config)
+    steps = {"vit": 3, "t5": 5, "ram": 3} if quick else STEPS
+    vit = train_vit(config, pool, test, steps["vit"], log)
+    pieces = UnigramTokenizer.from_file(folder / "tokenizer.json")
+    reader = train_t5(config, vit, pool, test, pieces, steps["t5"], seed, log)
+    ram, thresholds = train_ram(config, pool, test, steps["ram"], seed, log)
+    parts = {"vit": vit, "t5": reader.t5, "ram": ram}
+    tensors = {f"{part}.{k}": v.bfloat16() for part, model in parts.items() for k, v in model.state_dict().items()}
+    save_file({k: v.contiguous() for k, v in tensors.items()}, folder / "model.safetensors")
+    (folder / "config.json").write_text(config.to_json() + "\n", encoding="utf-8")
+    (folder / "ram_tag_list_threshold.txt").write_text("".join(f"{t}\n" for t in thresholds), encoding="utf-8")
+    torch.set_rng_state(random_state)
+    return folder
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Train the toy's stand-ins for EVA-CLIP, FlanT5 and RAM.")
+    parser.add_argument("--out", type=Path, default=Path("out/stage0"))
+    parser.add_argument("--quick", action="store_true", help="a few steps each, to see that it runs")
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    started = time.perf_counter()
+
+    def log(name: str, values: dict[str, float]) -> None:
+        figures = "  ".join(f"{key} {value:.3f}" for key, value in values.items())
+        print(f"{time.perf_counter() - started:6.0f} s  {name}: {figures}", flush=True)
+
+    run(options.out, options.quick, options.seed, log)
+
+
+if __name__ == "__main__":
+    main()

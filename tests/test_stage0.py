@@ -1,0 +1,72 @@
+"""Stage 0 writes what a download would bring: the three stand-ins, whole, under LION's own names."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from lion_mini import stage0, toy
+from lion_mini.config import PRESETS, LionConfig
+from lion_mini.lion import Lion, Text
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return stage0.run(tmp_path_factory.mktemp("stage0"), quick=True)
+
+
+def test_it_fills_every_frozen_part(folder: Path) -> None:
+    config = LionConfig.from_json((folder / "config.json").read_text())
+    assert config == PRESETS["tiny"]
+    expected = Lion(config).state_dict()
+    found = load_file(folder / "model.safetensors")
+    frozen = {k for k in expected if k.split(".")[0] in ("vit", "t5", "ram") and ".adapters." not in k}
+    assert set(found) == frozen
+    assert all(found[name].shape == expected[name].shape for name in found)
+
+
+def test_its_vocabularies_fit(folder: Path) -> None:
+    config, text = PRESETS["tiny"], Text.from_folder(folder, tagger=True)
+    assert len(text.words) == config.qformer.vocab_size
+    assert len(text.pieces) <= config.t5.vocab_size
+    assert text.tags == list(toy.TAGS)
+    assert all(0 < threshold < 1 for threshold in text.thresholds)
+
+
+def test_it_leaves_the_random_numbers_alone(tmp_path: Path) -> None:
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    stage0.run(tmp_path, quick=True)
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_the_loss_of_tags_is_asymmetric() -> None:
+    """A surely right no costs nothing; a wrong yes costs less than a missed tag; all are finite."""
+    logits = torch.tensor([[-5.0], [1.0], [-1.0], [100.0]])
+    wanted = torch.tensor([[0.0], [0.0], [1.0], [0.0]])
+    sure, wrong, missed, extreme = (
+        stage0.asymmetric_loss(a[None], b[None]).item() for a, b in zip(logits, wanted, strict=True)
+    )
+    assert sure == 0 < wrong < missed
+    assert extreme < 20
+
+
+def test_every_patch_has_its_owner() -> None:
+    scene = toy.scene(0, "train")
+    owner = stage0.owners(scene, 6).reshape(6, 6)
+    for i, thing in enumerate(scene.things):
+        rows, columns = (owner == i).nonzero()
+        assert rows.min() * 4 >= thing.top - 3
+        assert (rows.max() + 1) * 4 <= thing.top + thing.side + 3
+        assert columns.min() * 4 >= thing.left - 3
+        assert (columns.max() + 1) * 4 <= thing.left + thing.side + 3
+
+
+def test_a_glimpse_of_few_shows_everything_once() -> None:
+    owner = torch.tensor([-1, 0, 0, 1, -1, -1, 2, 2, -1, -1])
+    chosen = stage0.glimpse(owner, few=True, tokens=6)
+    assert sorted(owner[chosen[chosen > 0] - 1].tolist())[-3:] == [0, 1, 2]
+    assert len(chosen) == 6
+    assert sorted(stage0.glimpse(owner, few=False, tokens=6).tolist()) == list(range(11))
