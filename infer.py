@@ -1,5 +1,6 @@
 """Ask LION about pictures.
 
+    python infer.py                                                         the built-in tiny LION, on a new scene
     python infer.py photo.jpg --weights weights/xl                          a caption
     python infer.py photo.jpg --weights weights/xl --ask "what is he holding?"
     python infer.py photo.jpg --weights weights/xl --locate "the dog on the left"      a box, drawn
@@ -16,6 +17,7 @@ on. Exit code 0: all is done; 1: some pictures failed; 2: nothing could be done.
 import argparse
 import glob
 import json
+import random
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -26,7 +28,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm, trange
 
-from lion_mini import GENERATION, Box, Lion
+from lion_mini import GENERATION, Box, Lion, toy
 from lion_mini.data import Records
 from lion_mini.data import check as check_record
 from lion_mini.images import draw_boxes, open_image
@@ -217,16 +219,47 @@ def without_tags(record: Any) -> Any:
     return {key: value for key, value in record.items() if key != "tags"} if isinstance(record, dict) else record
 
 
+def demonstrate(args: argparse.Namespace) -> int:
+    """Draw a scene that no training saw, and let the model say all that it can about it."""
+    seed = random.randrange(10**9) if args.seed is None else args.seed
+    scene = toy.scene(seed, "test")
+    model = Lion.from_pretrained(args.weights, args.device, DTYPES[args.dtype])
+    args.out.mkdir(parents=True, exist_ok=True)
+    scene.image.save(args.out / "scene.png")
+    rng = random.Random(seed)
+    thing = rng.choice(scene.things)
+    corners = thing.box.x1, thing.box.y1, thing.box.x2, thing.box.y2
+    _, question, truth = rng.choice(list(toy.questions(scene.things, rng)))
+    expression = toy.expression(scene.things, thing, rng)
+    jobs = [
+        (Job("tags"), ", ".join(sorted(set().union(*(t.words for t in scene.things))))),
+        (Job("caption"), toy.caption(scene.things)),
+        (Job("ask", question), truth),
+        (Job("locate", expression), thing.box.to_text()),
+        (Job("describe", box=corners), f"the {thing.size} {thing.name}"),
+    ]
+    tqdm.write(f"scene {seed}, drawn to {args.out / 'scene.png'}")
+    boxes = [(thing.box, "true", "#3cb44b")]
+    with open(args.out / "results.jsonl", "w", encoding="utf-8") as out:
+        for job, truth in jobs:
+            [(_, _, line)] = look(model, job, [args.out / "scene.png"], args)
+            if isinstance(line, str):
+                raise ValueError(line)
+            out.write(json.dumps(line, ensure_ascii=False) + "\n")
+            asked = job.text or (line["box"] and Box(*line["box"]).to_text()) or ""
+            tqdm.write(f"{job.mode:9} {asked:32} {readable(job, line)}   (true: {truth})")
+            if job.mode == "locate" and line["box"] is not None:
+                boxes.append((Box(*line["box"]), expression, "#e6194b"))
+    draw_boxes(scene.image, boxes).save(args.out / "scene-box.png")
+    tqdm.write(f"{args.out / 'scene-box.png'}: where {expression} is, and where the model sees it")
+    return 0
+
+
 def check(args: argparse.Namespace) -> None:
-    if bool(args.images) == (args.data is not None):
-        raise ValueError("give pictures to look at, or a file of records with --data")
+    if args.images and args.data is not None:
+        raise ValueError("give pictures to look at, or a file of records with --data, not both")
     if args.data is not None and not args.tags:
         raise ValueError("--data is for --tags: it adds them to a training set's records")
-    if args.weights is None:
-        raise ValueError(
-            "no weights: make some from the official files with `python weights.py convert` "
-            "(README, Porting official checkpoints) and name the folder with --weights"
-        )
     if args.dtype not in DTYPES:
         raise ValueError(f"--dtype {args.dtype}: there are {', '.join(DTYPES)}; T5 overflows in float16")
     if args.batch_size < 1:
@@ -240,6 +273,8 @@ def run(args: argparse.Namespace) -> int:
     check(args)
     if args.data is not None:
         return tag_records(args)
+    if not args.images:
+        return demonstrate(args)
     paths = find_images(args.images)
     model = Lion.from_pretrained(args.weights, args.device, DTYPES[args.dtype])
     if args.no_tags:
@@ -293,7 +328,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--official", action="store_true", help="the release's settings: 5 beams, repetition penalty 1.5"
     )
-    parser.add_argument("--weights", type=Path, help="a folder that weights.py convert or train.py wrote")
+    parser.add_argument("--weights", type=Path, default=Path("tiny"), help="a folder of weights.py or train.py")
+    parser.add_argument("--seed", type=int, help="which scene to draw where no picture is given; default: a new one")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", default="stored", help=f"{', '.join(DTYPES)}; default: as the weights are stored")
     parser.add_argument("--batch-size", type=int, default=8, help="pictures at a time")

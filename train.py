@@ -50,9 +50,9 @@ from lion_mini.checkpoint import State, history, restore, save, write_result
 from lion_mini.config import IGNORE
 from lion_mini.data import Batch, MicroBatches, Mixture, Records, Source, Toy, collate, loader
 from lion_mini.images import draw_boxes, lion_transform
+from lion_mini.lion import TINY
 from lion_mini.stages import PARTS, STAGES, TOY, Stage, begin, choose, groups, part_of, rate
 
-TINY = Path(__file__).parent / "lion_mini" / "assets" / "tiny"
 IN_A_ROW = 10  # so many losses that are no numbers end a run
 MOST_BAD = 0.05  # so do more unusable records than this share
 

@@ -15,23 +15,19 @@ Tensors travel one at a time, so memory stays far below a model's size; the fold
 """
 
 import argparse
-import json
-import os
-import pickle
 import re
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from tqdm import tqdm
 
 from lion_mini.config import PRESETS, LionConfig, T5Config
+from lion_mini.files import Aside, Tensors, read_json, write_shards
 from lion_mini.lion import Lion, Text
 from lion_mini.stages import fresh
 
@@ -239,51 +235,15 @@ def inverted(table: Table) -> Table:
     return {ours: theirs for theirs, ours in table.items()}
 
 
-# --- reading
+# --- the official files
 
 
-class Source:
-    """An official checkpoint file, or folder of shards, whose tensors are read one at a time."""
+class Source(Tensors):
+    """An official checkpoint with its tables."""
 
     def __init__(self, path: Path, table: Table, unused: Table):
-        self.path, self.table, self.unused = path, table, unused
-        self.where: dict[str, tuple[Path, str]] = {}  # by today's name: file, and name in the file
-        self.shapes: dict[str, torch.Size] = {}
-        self._pickles: dict[Path, dict[str, Tensor]] = {}
-        self._mapped = 0
-        for file in shards(path):
-            for theirs, shape in self._shapes(file):
-                name = theirs
-                for old, new in OLDER.items():
-                    name = name.replace(old, new)
-                if name in self.where:
-                    raise ValueError(f"{file}: {name} stands in {self.where[name][0].name} already")
-                self.where[name], self.shapes[name] = (file, theirs), shape
-
-    def _shapes(self, file: Path) -> Iterator[tuple[str, torch.Size]]:
-        if file.suffix == ".safetensors":
-            with opened(file) as handle:
-                for name in handle.keys():  # noqa: SIM118
-                    yield name, torch.Size(handle.get_slice(name).get_shape())
-        else:
-            for name, tensor in self._pickle(file).items():
-                yield name, tensor.shape
-
-    def _pickle(self, file: Path) -> dict[str, Tensor]:
-        if file not in self._pickles:
-            self._pickles[file] = unpickled(file)
-        return self._pickles[file]
-
-    def read(self, name: str) -> Tensor:
-        file, theirs = self.where[name]
-        if file.suffix == ".safetensors":
-            with opened(file) as handle:
-                return handle.get_tensor(theirs)
-        self._mapped += self.shapes[name].numel()
-        if self._mapped > 2**28:  # pages of a mapped file count as memory in use: let them go now and then
-            self._pickles.clear()
-            self._mapped = 0
-        return self._pickle(file)[theirs]
+        super().__init__(path, OLDER)
+        self.table, self.unused = table, unused
 
     def targets(self, model: Mapping[str, Tensor]) -> dict[str, str]:
         """Our name -> official name, for every tensor that the model uses; the rest must be declared unused."""
@@ -298,69 +258,6 @@ class Source:
             else:
                 found[ours] = name
         return found
-
-
-def shards(path: Path) -> list[Path]:
-    """The files of a checkpoint: itself, or those that the folder's index or the usual names point to."""
-    if path.is_file():
-        if path.suffix not in (".pth", ".pt", ".bin", ".safetensors"):
-            raise ValueError(f"{path}: a checkpoint is a .pth, .pt, .bin or .safetensors file, not {path.suffix!r}")
-        return [path]
-    if not path.is_dir():
-        raise ValueError(f"{path}: no such file or folder")
-    for stem in ("model.safetensors", "pytorch_model.bin"):
-        if (path / f"{stem}.index.json").is_file():
-            names = sorted(set(read_json(path / f"{stem}.index.json").get("weight_map", {}).values()))
-            missing = [name for name in names if not (path / name).is_file()]
-            if missing or not names:
-                raise ValueError(f"{path / stem}.index.json names {missing or 'no file'}, which is not there")
-            return [path / name for name in names]
-        if (path / stem).is_file():
-            return [path / stem]
-    raise ValueError(f"{path} holds no model.safetensors, no pytorch_model.bin and no index of shards")
-
-
-def opened(file: Path) -> safe_open:
-    try:
-        return safe_open(file, framework="pt")
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{file} is not a whole safetensors file: {error}") from None
-
-
-def unpickled(file: Path) -> dict[str, Tensor]:
-    """The tensors of a torch file, mapped rather than read where its format allows it; nothing in it can run."""
-    try:
-        try:
-            data = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-        except RuntimeError as error:
-            if "mmap can only be used" not in str(error):
-                raise
-            data = torch.load(file, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        why = str(error).strip().split("\n")[0]
-        raise ValueError(f"{file} holds more than tensors, which could run code, and is refused: {why}") from None
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        raise ValueError(f"{file} is not a whole torch checkpoint: {str(error).strip().split(chr(10))[0]}") from None
-    if isinstance(data, dict) and isinstance(data.get("model"), dict):
-        data = data["model"]
-    if not isinstance(data, dict) or not data:
-        raise ValueError(f"{file} holds a {type(data).__name__}, not a dictionary of tensors")
-    strange = [name for name, value in data.items() if not isinstance(value, Tensor)]
-    if strange:
-        raise ValueError(f"{file}: {strange[0]!r} is a {type(data[strange[0]]).__name__}, not a tensor")
-    return data
-
-
-def read_json(path: Path) -> dict:
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read: {error.strerror}") from None
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from None
-    if not isinstance(data, dict):
-        raise ValueError(f"{path} must hold a JSON object, found a {type(data).__name__}")
-    return data
 
 
 # --- convert
@@ -405,44 +302,6 @@ def check_values(tensor: Tensor, name: str, path: Path) -> None:
         raise ValueError(f"{path}: label_embed is all zero, so RAM would give every image the same tags")
 
 
-def write_shards(
-    folder: Path, plan: Mapping[str, torch.Size], dtype: torch.dtype, read: Callable[[str], Tensor], limit: int = 2**32
-) -> None:
-    """Safetensors files of at most `limit` bytes and their index, written tensor by tensor."""
-    groups: list[list[str]] = [[]]
-    room = limit
-    for name, shape in plan.items():
-        size = shape.numel() * dtype.itemsize
-        if groups[-1] and size > room:
-            groups.append([])
-            room = limit
-        groups[-1].append(name)
-        room -= size
-    weight_map = {}
-    bar = tqdm(total=len(plan), desc="convert", unit="tensor", disable=None)
-    for number, names in enumerate(groups, 1):
-        file = f"model-{number:05}-of-{len(groups):05}.safetensors"
-        header, end = {}, 0
-        for name in names:
-            start, end = end, end + plan[name].numel() * dtype.itemsize
-            header[name] = {"dtype": CODES[dtype], "shape": list(plan[name]), "data_offsets": [start, end]}
-            weight_map[name] = file
-        text = json.dumps(header).encode()
-        text += b" " * (-len(text) % 8)
-        with open(folder / file, "wb") as out:
-            out.write(len(text).to_bytes(8, "little") + text)
-            for name in names:
-                out.write(read(name).to(dtype).contiguous().flatten().view(torch.uint8).numpy().data)
-                bar.update()
-    bar.close()
-    index = {
-        "metadata": {"total_size": sum(s.numel() for s in plan.values()) * dtype.itemsize},
-        "weight_map": weight_map,
-    }
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
-
-
-CODES = {torch.float32: "F32", torch.bfloat16: "BF16"}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -451,28 +310,6 @@ def dtype_named(name: str) -> torch.dtype:
         why = "T5 overflows in float16; " if name == "float16" else ""
         raise ValueError(f"--dtype {name}: {why}there are {', '.join(DTYPES)}")
     return DTYPES[name]
-
-
-@dataclass
-class Aside:
-    """A path to write to; it takes its place when all is well, and is removed when not."""
-
-    out: Path
-
-    def __enter__(self) -> Path:
-        if self.out.exists():
-            raise ValueError(f"--out {self.out} exists already: remove it or choose another")
-        self.out.absolute().parent.mkdir(parents=True, exist_ok=True)
-        self.aside = self.out.with_name(f".{self.out.name}.{os.getpid()}")
-        return self.aside
-
-    def __exit__(self, kind: type | None, *_: object) -> None:
-        if kind is None:
-            self.aside.rename(self.out)
-        elif self.aside.is_dir():
-            shutil.rmtree(self.aside)
-        else:
-            self.aside.unlink(missing_ok=True)
 
 
 def convert(args: argparse.Namespace) -> None:

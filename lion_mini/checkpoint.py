@@ -23,7 +23,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.optim import Optimizer
 
-from .lion import Lion, Text, check_tensors, read_shards
+from .files import check_tensors, read_shards
+from .lion import Lion, Text
 from .stages import part_of, read_config
 
 MOMENTS = ("exp_avg", "exp_avg_sq", "step")  # what AdamW remembers of each parameter

@@ -18,12 +18,12 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from .adapters import TASKS
 from .aggregator import Aggregator
 from .config import EOS, IGNORE, PAD, LionConfig
+from .files import check_tensors, read_lines, read_shards, to_float
 from .generate import GENERATION, Generation, generate, log_likelihoods
 from .images import lion_transform, ram_from_lion, ram_transform
 from .prompts import EVAL_TEMPLATES, PLACEHOLDER, Box, render, tag_sentence
@@ -33,6 +33,7 @@ from .t5 import T5
 from .tokenizers import UnigramTokenizer, WordPieceTokenizer
 from .vit import Vit
 
+TINY = Path(__file__).parent / "assets" / "tiny"  # the weights that ship with the package, trained on toy.py
 Tags = Sequence[Sequence[str]] | Sequence[str]  # per sample a list, or a string in which they are already joined
 
 
@@ -96,13 +97,13 @@ class Lion(nn.Module):
     def from_pretrained(
         cls, folder: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = torch.float32
     ) -> "Lion":
-        """The model in a folder that `weights.py convert` or training wrote, in eval mode.
+        """The model in a folder that `weights.py convert` or training wrote, in eval mode; "tiny" is the built-in one.
 
         `dtype=None` keeps the stored one. float16 is refused: T5's feed-forward layers overflow in it.
         """
         if dtype == torch.float16:
             raise ValueError("T5 overflows in float16: use bfloat16, or float32")
-        folder = Path(folder)
+        folder = TINY if str(folder) == "tiny" else Path(folder)
         if not (folder / "config.json").is_file():
             raise ValueError(f"{folder} has no config.json: it is not a folder that weights.py convert wrote")
         config = LionConfig.from_json((folder / "config.json").read_text(encoding="utf-8"))
@@ -374,53 +375,3 @@ def check_questions(questions: Sequence[str]) -> None:
             raise ValueError(f"question {i} is empty")
         if PLACEHOLDER in question:
             raise ValueError(f"question {i} holds {PLACEHOLDER}, which is the soft prompt's place: take it out")
-
-
-def read_lines(path: Path) -> list[str]:
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise ValueError(f"{path} is not UTF-8 text") from None
-    lines = [line.strip() for line in lines]
-    while lines and not lines[-1]:
-        lines.pop()
-    return lines
-
-
-def to_float(line: str, path: Path, number: int) -> float:
-    try:
-        return float(line)
-    except ValueError:
-        raise ValueError(f"{path} line {number}: expected a number, found {line!r}") from None
-
-
-def read_shards(folder: Path, device: str | torch.device, dtype: torch.dtype | None) -> dict[str, Tensor]:
-    """Every tensor of the folder's safetensors files. On the CPU and in the stored dtype they are not read yet but
-    mapped: the first use of each brings it in from the disk, and the operating system may share or drop the pages."""
-    tensors: dict[str, Tensor] = {}
-    paths = sorted(folder.glob("*.safetensors"))
-    if not paths:
-        raise ValueError(f"{folder} holds no .safetensors file")
-    for path in paths:
-        try:
-            with safe_open(path, framework="pt") as file:
-                for name in file.keys():  # noqa: SIM118
-                    if name in tensors:
-                        raise ValueError(f"{path}: {name} stands in another shard too")
-                    tensors[name] = file.get_tensor(name).to(device, dtype)
-        except SafetensorError as error:
-            raise ValueError(f"{path} is not a whole safetensors file: {error}") from None
-    return tensors
-
-
-def check_tensors(where: object, found: dict[str, torch.Size], expected: dict[str, torch.Size]) -> None:
-    """Every tensor of the model is there, in its shape, and nothing else; else a ValueError that names the first."""
-    for name in sorted(expected.keys() - found.keys()):
-        raise ValueError(f"{where}: {name} is missing, and {len(expected.keys() - found.keys()) - 1} more")
-    for name in sorted(found.keys() - expected.keys()):
-        raise ValueError(f"{where}: {name} belongs to no part of this model")
-    for name, shape in expected.items():
-        if found[name] != shape:
-            raise ValueError(f"{where}: {name} has shape {tuple(found[name])}, the model {tuple(shape)}")

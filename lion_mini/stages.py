@@ -24,7 +24,8 @@ from torch import Tensor, nn
 from .adapters import MixtureOfAdapters
 from .aggregator import Aggregator
 from .config import LionConfig
-from .lion import Lion, Text, check_tensors, read_shards
+from .files import check_tensors, read_shards
+from .lion import Lion, Text
 from .qformer import QFormer
 
 PARTS = {  # all that LION ever trains, by its tensors' names; whatever else the model has is frozen

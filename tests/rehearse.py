@@ -25,8 +25,8 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import weights  # noqa: E402
 from lion_mini.config import PRESETS  # noqa: E402
+from lion_mini.files import write_shards  # noqa: E402
 
 FILES = {"eva": "eva_vit_g.pth", "lion": "LION.pth", "ram": "ram_swin_large_14m.pth"}
 
@@ -65,7 +65,7 @@ def write(size: str, folder: Path) -> None:
     t5.mkdir()
     plan = {k: s for k, s in manifest(f"flan_t5_{size}").items() if "embed_tokens" not in k}
     half = sum(shape.numel() for shape in plan.values()) * 4 // 2 + 2**28
-    weights.write_shards(t5, plan, torch.float32, lambda name: value(name, plan[name]), limit=half)
+    write_shards(t5, plan, torch.float32, lambda name: value(name, plan[name]), limit=half)
     sizes = {
         "d_model": config.width, "d_kv": config.head_width, "num_heads": config.heads, "d_ff": config.mlp_width,
         "num_layers": config.encoder_depth, "num_decoder_layers": config.decoder_depth, "vocab_size": config.vocab_size,

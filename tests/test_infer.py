@@ -208,13 +208,10 @@ def test_bad_input(run: Run, name: str, tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-def test_no_weights(run: Run, tmp_path: Path) -> None:
-    code, _, error, _ = run(PHOTO, weights=False)
-    assert code == 2
-    assert len(error.splitlines()) == 1
-    assert "weights.py convert" in error
+def test_not_a_folder_of_weights(run: Run, tmp_path: Path) -> None:
     code, _, error, _ = run(PHOTO, "--weights", tmp_path, weights=False)
     assert code == 2
+    assert len(error.splitlines()) == 1
     assert "has no config.json" in error
 
 

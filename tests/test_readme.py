@@ -8,6 +8,7 @@ import pytest
 from conftest import ROOT
 
 import lion_mini
+from lion_mini.stages import STAGES
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
@@ -34,6 +35,18 @@ def test_reading_order() -> None:
     for name, following in itertools.pairwise(names):
         text = (ROOT / "lion_mini" / f"{name}.py").read_text(encoding="utf-8")
         assert f"next: {following}.py" in text.split('"""')[1], name
+
+
+def stage_row(number: int) -> str:
+    stage = STAGES[number]
+    rates = f"{stage.lr:g} → {stage.floor:g}" + "".join(f"; {part} {lr:g}" for part, lr in stage.constant.items())
+    tasks = " and ".join(stage.tasks)
+    return f"| {number} | {', '.join(stage.trains)} | {tasks} | {stage.batch} | {stage.steps:,} | {rates} |"
+
+
+def test_recipes() -> None:
+    for number in STAGES:
+        assert stage_row(number) in README
 
 
 def test_files_that_are_named_exist() -> None:

@@ -17,6 +17,7 @@ from torch.nn.functional import cross_entropy
 import weights
 from lion_mini import Lion, LionConfig
 from lion_mini.config import IGNORE, PRESETS
+from lion_mini.files import write_shards
 
 FILES = {
     size: {
@@ -188,9 +189,7 @@ def test_converted_folder_holds_everything(golden_folder: Path) -> None:
 
 def test_shards(tmp_path: Path) -> None:
     values = {f"t{i}": torch.randn(i + 1, 7) for i in range(9)}
-    weights.write_shards(
-        tmp_path, {k: v.shape for k, v in values.items()}, torch.float32, values.__getitem__, limit=400
-    )
+    write_shards(tmp_path, {k: v.shape for k, v in values.items()}, torch.float32, values.__getitem__, limit=400)
     files = sorted(tmp_path.glob("*.safetensors"))
     assert len(files) > 2
     assert all(file.stat().st_size < 400 + 700 for file in files)
