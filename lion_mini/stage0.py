@@ -16,7 +16,7 @@ import argparse
 import math
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 
@@ -157,6 +157,10 @@ SHARES = {
     "caption": 0.5, "vqg": 0.15, "dialogue": 0.8, "rec": 2.5, "reg": 0.7,
 }  # fmt: skip
 SCENES, QUESTIONS = 32, 4  # of a step
+BARE = {
+    "caption": ["A short image description:"], "vqa": ["{question}"], "vqg": ["Question: {answer}"],
+    "dialogue": ["{question}"], "rec": ["Where is {expression}?"], "reg": ["What is at {box}?"],
+}  # fmt: skip
 
 
 def grounded(scene: toy.Scene) -> toy.Record:
@@ -229,8 +233,10 @@ def glimpse(owner: Tensor, few: bool, tokens: int) -> Tensor:  # (n,) -> (tokens
     return chosen[torch.randperm(tokens)]
 
 
-def asked(scene: toy.Scene, rng: random.Random, count: int, template: int) -> list[toy.Record]:
-    found = toy.records(scene, rng, template=template)
+def asked(
+    scene: toy.Scene, rng: random.Random, count: int, instructions: Mapping[str, Sequence[str]]
+) -> list[toy.Record]:
+    found = toy.records(scene, rng, instructions=instructions)
     weights = [SHARES[r["subkind"] or r["kind"]] for r in found]
     return rng.choices(found, weights, k=count)
 
@@ -253,13 +259,16 @@ def train_t5(
     reader.t5.lm_head.weight.data.copy_(0.1 * reader.t5.shared.weight)  # to write a word that it reads is then easy
 
     def loss(step: int) -> Tensor:
-        few, tagged, template = rng.random() < 0.6, rng.random() < 0.15, rng.randrange(30)
+        early = step < steps // 2  # first the questions alone, then the instructions around them
+        few, bare = rng.random() < (0.8 if early else 0.5), rng.random() < (0.9 if early else 0.3)
+        instructions = BARE if bare else {kind: [rng.choice(texts)] for kind, texts in toy.INSTRUCTIONS.items()}
+        tagged = not bare and rng.random() < 0.25
         each = 1 if step % 10 == 9 else QUESTIONS  # long answers stand in batches of their own: less padding
         rows = rng.sample(range(len(pool.scenes)), min(2 * SCENES if each == 1 else SCENES, len(pool.scenes)))
         if each == 1:
             records = [grounded(pool.scenes[row]) for row in rows]
         else:
-            records = [record for row in rows for record in asked(pool.scenes[row], rng, each, template)]
+            records = [record for row in rows for record in asked(pool.scenes[row], rng, each, instructions)]
         rows = [row for row in rows for _ in range(each)]
         seen = torch.stack([features[row][glimpse(pool.owner[row], few, config.qformer.queries)] for row in rows])
         logits, labels = reader(seen.float(), [prompt(r, tagged) for r in records], [r["answer"] for r in records])
