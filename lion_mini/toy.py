@@ -19,7 +19,7 @@ import re
 import string
 import textwrap
 import zlib
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -278,23 +278,26 @@ def tags(things: Sequence[Thing], rng: random.Random) -> list[str]:
     return [tag for tag in TAGS if rng.random() >= (MISSED if tag in true else 1 - INVENTED)]
 
 
+INSTRUCTIONS = {kind: (*TEMPLATES[kind], *([EVAL_TEMPLATES[kind]] if kind in EVAL_TEMPLATES else [])) for kind in KINDS}
+
+
 def records(
-    scene: Scene, rng: random.Random, kinds: Collection[str] = KINDS, template: int | None = None
+    scene: Scene,
+    rng: random.Random,
+    kinds: Collection[str] = KINDS,
+    instructions: Mapping[str, Sequence[str]] = INSTRUCTIONS,
 ) -> list[Record]:
     """One record per kind (for vqa per sub-kind), as data.py's sources give them, and what it is about: `kind`,
-    and for vqa, `subkind`. The instruction is one of the paper's, or the one of its benchmarks: which, says `rng`,
-    or `template` for all, counted round, so that a batch has instructions of one length."""
+    and for vqa, `subkind`. The instruction is one of the paper's, or the one of its benchmarks, chosen by `rng`."""
     things = scene.things
     said = ", ".join(tags(things, rng))
     found: list[Record] = []
 
     def add(kind: str, answer: str, subkind: str = "", /, **fields: str | Box) -> None:
-        choices = [*TEMPLATES[kind], *([EVAL_TEMPLATES[kind]] if kind in EVAL_TEMPLATES else [])]
-        chosen = rng.choice(choices) if template is None else choices[template % len(choices)]
-        found.append({
-            "kind": kind, "subkind": subkind, "question": render(chosen, **fields), "answer": answer,
-            "category": f"{TASK_OF[kind]}_level", "tags": said,
-        })  # fmt: skip
+        question = render(rng.choice(instructions[kind]), **fields)
+        category = f"{TASK_OF[kind]}_level"
+        about = {"kind": kind, "subkind": subkind, "tags": said}
+        found.append({"question": question, "answer": answer, "category": category, **about})
 
     asked = list(questions(things, rng)) if {"vqa", "vqg"} & set(kinds) else []
     if "caption" in kinds:
