@@ -67,9 +67,9 @@ STAGES = {  # Appendix A; the fourth as the release's config has it
 }  # fmt: skip
 # Small models bear larger rates. A mean over tokens would starve the toy's one-word answers beside its captions.
 TOY = {
-    1: replace(STAGES[1], batch=192, steps=600, lr=1e-3, warmup=50, mean="samples"),
-    2: replace(STAGES[2], batch=192, steps=1500, lr=2e-3, warmup=50, mean="samples", constant={}),
-    3: replace(STAGES[3], batch=192, steps=400, lr=5e-4, warmup=50, mean="samples"),
+    1: replace(STAGES[1], batch=96, steps=1400, lr=1e-3, warmup=50, mean="samples"),
+    2: replace(STAGES[2], batch=96, steps=1550, lr=2e-3, warmup=50, mean="samples", constant={}),
+    3: replace(STAGES[3], batch=96, steps=600, lr=5e-4, warmup=50, mean="samples"),
     4: replace(STAGES[4], batch=64, steps=300, lr=2e-4, warmup=50, mean="samples"),
 }
 WEIGHT_DECAY = 0.05
