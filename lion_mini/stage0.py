@@ -38,7 +38,9 @@ from .tokenizers import UnigramTokenizer
 from .vit import Vit
 
 POOL = 12000  # scenes, drawn once
-STEPS = {"vit": 600, "t5": 5000, "ram": 900}
+# The T5 that ships took 7,300 steps too, but in a run that was resumed with other shares and rates on the way; this is
+# the recipe at which it arrived.
+STEPS = {"vit": 600, "t5": 7300, "ram": 900}
 Log = Callable[[str, dict[str, float]], None]
 
 
@@ -153,8 +155,8 @@ def train_vit(config: LionConfig, pool: Pool, test: Pool, steps: int, log: Log) 
 # --- the language model
 
 SHARES = {
-    "existence": 1.2, "counting": 1.0, "colour": 1.2, "shape": 1.2, "comparison": 0.8, "relation": 1.0,
-    "caption": 0.5, "vqg": 0.15, "dialogue": 0.8, "rec": 2.5, "reg": 0.7,
+    "existence": 2.0, "counting": 1.5, "colour": 1.5, "shape": 0.5, "comparison": 1.2, "relation": 1.5,
+    "caption": 1.0, "vqg": 0.1, "dialogue": 0.5, "rec": 3.0, "reg": 0.7,
 }  # fmt: skip
 SCENES, QUESTIONS = 32, 4  # of a step
 BARE = {
