@@ -1,0 +1,645 @@
+"""Measure LION as the paper does: Tables 1, 2, 5 and 6, with the prompts of Table 8.
+
+    python eval.py                                    the built-in tiny model on shapes nobody trained on
+    python eval.py coco --weights weights/xl --ann coco_karpathy_test.json --images coco
+    python eval.py refcoco_testA --weights weights/xl --ann "refs(unc).p" instances.json --images coco
+    python eval.py okvqa --ann questions.json annotations.json --score results/okvqa.jsonl       without a model
+    python eval.py table results                      all results of a folder as Markdown
+    torchrun --nproc_per_node 4 eval.py visdial ...   the same predictions from four processes
+
+    captions   flickr30k coco textcaps      boxes        refcoco_val _testA _testB, refcoco+_..., refcocog_val _test
+    answers    okvqa aokvqa gqa             yes and no   pope_random pope_popular pope_adversarial
+    ranked     iconqa vsr visdial           letters      mmbench
+
+Predictions go to OUT/TASK.jsonl as they come, below a line that says how they were made; the same command goes on
+where it stopped. Batches are fixed, so that a resumed run writes the file that an undisturbed one would have written.
+Exit code 0: measured; 2: it could not be, in one sentence.
+"""
+
+import argparse
+import csv
+import io
+import json
+import os
+import random
+import sys
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from PIL import Image
+from tqdm import tqdm
+
+from lion_mini import GENERATION, Box, Lion, metrics, toy
+from lion_mini.data import split_tags
+from lion_mini.images import draw_boxes, lion_transform, open_image
+from lion_mini.prompts import EVAL_TEMPLATES, TASK_OF, load_templates, render
+from lion_mini.readers import SHIPPED, TASKS, Example, Images, read
+
+DTYPES = {"stored": None, "float32": torch.float32, "bfloat16": torch.bfloat16}
+TEMPLATE_OF = {
+    "flickr30k": "caption", "coco": "caption", "textcaps": "caption", "okvqa": "vqa", "aokvqa": "vqa", "gqa": "vqa",
+    "iconqa": "iconqa", "vsr": "vsr", "visdial": "visdial", "refcoco": "rec", "refcoco+": "rec", "refcocog": "rec",
+    "pope": "pope", "mmbench": "mmbench",
+}  # fmt: skip
+PRESET_OF = {"caption": "caption", "rec": "locate"}  # the others answer
+# LION-4B and LION-12B, as the paper and the tables in the release's README print them. POPE's column is one "LION",
+# of which nobody says the size; MMBench's is the FlanT5-XXL, which is 12B.
+PAPER: dict[str, dict[str, tuple[float | None, float | None]]] = {
+    "flickr30k": {"CIDEr": (85.57, 87.12)},
+    "coco": {"CIDEr": (138.20, 139.25)},
+    "textcaps": {"CIDEr": (104.87, 108.76)},
+    "okvqa": {"VQA accuracy": (51.08, 57.33)},
+    "aokvqa": {"direct answer": (59.98, 60.87)},
+    "gqa": {"accuracy": (49.50, 51.56)},
+    "iconqa": {"top-1": (54.91, 54.89)},
+    "vsr": {"top-1": (72.96, 73.77)},
+    "visdial": {"MRR": (50.02, 50.42)},
+    "refcoco_val": {"Acc@0.5": (89.73, 89.80)},
+    "refcoco_testA": {"Acc@0.5": (92.29, 93.02)},
+    "refcoco_testB": {"Acc@0.5": (84.82, 85.57)},
+    "refcoco+_val": {"Acc@0.5": (83.60, 83.95)},
+    "refcoco+_testA": {"Acc@0.5": (88.72, 89.22)},
+    "refcoco+_testB": {"Acc@0.5": (77.34, 78.06)},
+    "refcocog_val": {"Acc@0.5": (85.69, 85.52)},
+    "refcocog_test": {"Acc@0.5": (85.63, 85.74)},
+    "mmbench": {
+        name: (None, value)
+        for name, value in zip(
+            ("Overall", "LR", "AR", "RR", "FP-S", "FP-C", "CP"), (73.4, 51.7, 84.1, 78.4, 74.0, 60.8, 78.9), strict=True
+        )
+    },
+}
+ZERO_SHOT = dict(
+    zip(
+        metrics.AVERAGES["REC Avg"],
+        ((57.89, 58.54), (56.07, 56.41), (58.40, 59.36), (46.38, 45.93), (45.29, 45.73), (47.50, 47.89), (64.74, 66.12),
+         (63.56, 64.69)),
+        strict=True,
+    )
+)  # fmt: skip
+POPE = {  # Table 5: accuracy, precision, recall, F1
+    "pope_random": (88.97, 97.12, 81.00, 88.33),
+    "pope_popular": (86.77, 91.69, 80.87, 85.94),
+    "pope_adversarial": (85.37, 88.69, 81.07, 84.71),
+}
+MAIN = {task: next(iter(PAPER.get(task, {"F1": None}))) for task in TASKS}  # the number that a table prints
+SETTING = {
+    "okvqa": "the paper does not say whether predictions were lemmatised, which is worth some five points; here never",
+    "vsr": "the paper's percentages are those of 1,224 statements, the file's 1,222 padded",
+    "visdial": 'the history reads "q: ... a: ..."; the paper does not print it',
+    "mmbench": "option texts are ranked; the paper does not say how it chose. Its numbers are the test server's",
+    "pope_random": "the file of 2,910 questions, from before October 2023, is the paper's",
+    "pope_popular": "the question is asked as it is; the paper does not print its prompt",
+    "pope_adversarial": "the question is asked as it is; the paper does not print its prompt",
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse(sys.argv[1:] if argv is None else argv)
+    try:
+        if args.task is None:
+            return toy_main(args)
+        if args.task == "table":
+            print(table(Path(args.folder or args.out)))
+            return 0
+        return measure(args)
+    except (ValueError, OSError) as error:
+        print(f"eval.py: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("task", nargs="?", help="a benchmark, or table; without one, the toy world")
+    parser.add_argument("folder", nargs="?", help="of table: where the results are")
+    parser.add_argument("--weights", type=Path, help="a folder that weights.py convert or train.py wrote")
+    parser.add_argument("--ann", type=Path, nargs="+", default=[], help="the official annotation file or files")
+    parser.add_argument("--images", type=Path, default=Path(), help="the pictures' folder")
+    parser.add_argument("--out", type=Path, default=Path("results"), help="folder of predictions and scores")
+    parser.add_argument("--score", type=Path, metavar="FILE", help="only score this file of predictions")
+    parser.add_argument("--official", action="store_true", help="write as the release: 5 beams, repetition penalty 1.5")
+    parser.add_argument("--template", help="this instruction for all, with {question} or {expression}")
+    parser.add_argument("--templates", type=Path, help="a JSON file of REC instructions to draw from, as the paper did")
+    parser.add_argument("--seed", type=int, default=0, help="of that drawing")
+    parser.add_argument("--rounds", choices=("all", "last"), default="all", help="VisDial: last is the common mistake")
+    parser.add_argument("--limit", type=int, help="only the first so many examples")
+    parser.add_argument("--skip-missing", action="store_true", help="leave out examples without a picture")
+    parser.add_argument("--no-tags", action="store_true", help="ask without RAM's tags")
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--segment", type=int, default=32, help="candidates scored at a time; less memory, same scores")
+    parser.add_argument("--sheet", type=int, default=12, help="REC: how many of the worst to draw")
+    parser.add_argument("--scenes", type=int, default=200, help="the toy world's held-out scenes")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", default="stored", choices=DTYPES, help="default: as the weights are stored")
+    return parser.parse_args(argv)
+
+
+# --- asking
+
+
+def check(args: argparse.Namespace) -> None:
+    if args.task not in TASKS:
+        raise ValueError(f"the task {args.task!r} is unknown; there are {', '.join(TASKS)}, and table")
+    if not args.ann:
+        raise ValueError(f"{args.task} needs its official annotation file: name it with --ann")
+    if args.weights is None and args.score is None:
+        raise ValueError("no weights: name their folder with --weights, or a file of predictions with --score")
+    for name in ("batch_size", "segment", "limit"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(args, name)}")
+    kind = kind_of(args.task)
+    place = {"caption": "", "rec": "{expression}"}.get(kind, "{question}")
+    if args.template is not None and (place not in args.template or not args.template.strip()):
+        raise ValueError(f"--template {args.template!r} has no place for the {place or 'text'}")
+    if args.templates is not None and (kind != "rec" or args.template is not None):
+        raise ValueError("--templates draws REC instructions; it goes with no other task, nor with --template")
+
+
+def kind_of(task: str) -> str:
+    return TEMPLATE_OF[task.partition("_")[0]]
+
+
+def questions(args: argparse.Namespace, examples: Sequence[Example]) -> list[str]:
+    kind = kind_of(args.task)
+    if args.templates is None:
+        template = args.template if args.template is not None else EVAL_TEMPLATES[kind]
+        return [render(template, **example.fields) for example in examples]
+    choices = load_templates(args.templates)[kind]
+    drawn = (random.Random(f"{args.seed} {example.id}").choice(choices) for example in examples)
+    return [render(template, **example.fields) for template, example in zip(drawn, examples, strict=True)]
+
+
+def header(args: argparse.Namespace) -> dict[str, Any]:
+    """How the predictions are made: whatever would change them."""
+    kind = kind_of(args.task)
+    ranked = kind in ("iconqa", "vsr", "visdial", "mmbench")
+    drawn = None if args.templates is None else f"{args.templates}, seed {args.seed}"
+    return {
+        "task": args.task,
+        "weights": str(args.weights),
+        "decoding": "ranked" if ranked else "official" if args.official else "greedy",
+        "template": drawn or (args.template if args.template is not None else EVAL_TEMPLATES[kind]),
+        "tags": not args.no_tags,
+        "rounds": args.rounds if kind == "visdial" else None,
+        "dtype": args.dtype,
+        "batch_size": args.batch_size,
+    }
+
+
+def answers(
+    model: Lion, args: argparse.Namespace, batch: Sequence[Example], asked: Sequence[str], images: Images
+) -> list[dict[str, Any]]:
+    """A prediction per example: its text, or its candidates' log-likelihoods. A picture is tagged once per batch."""
+    pictures: dict[str | bytes, Image.Image] = {}
+    for example in batch:
+        if example.image not in pictures:
+            name = images.path(example.image) if isinstance(example.image, str) else io.BytesIO(example.image)
+            assert name is not None
+            pictures[example.image] = open_image(name)
+    tags: list[list[str]] | None = None
+    if model.config.tags != "none":
+        found = dict(zip(pictures, model.scored_tags(list(pictures.values())), strict=True))
+        tags = [[tag for tag, _ in found[example.image]] for example in batch]
+    size = model.config.vit.image_size
+    pixels = torch.stack([lion_transform(pictures[example.image], size) for example in batch])
+    kind = kind_of(args.task)
+    tasks = [TASK_OF[kind]] * len(batch)
+    if batch[0].candidates:
+        scores = model.rank(pixels, asked, tags, tasks, [example.candidates for example in batch], args.segment)
+        told: list[dict[str, Any]] = [{"scores": [round(value, 6) for value in row]} for row in scores]
+    else:
+        settings = GENERATION["official" if args.official else PRESET_OF.get(kind, "answer")]
+        told = [{"text": text} for text in model.generate(pixels, asked, tags, tasks, settings)]
+    return [{"id": e.id, "prompt": q, **t} for e, q, t in zip(batch, asked, told, strict=True)]
+
+
+def predict(args: argparse.Namespace, examples: Sequence[Example], path: Path, images: Images) -> dict[str, Any]:
+    """Ask what has not been answered yet. Several processes write files of their own, which the first one joins."""
+    rank, world = gathered()
+    first = header(args)
+    ids = [example.id for example in examples]
+    if rank == 0:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        join(path, ids, first)
+    if world > 1:
+        dist.barrier()
+    known = load(path, ids, first)
+    starts = range(0, len(examples), args.batch_size)
+    todo = [s for s in starts if any(id not in known for id in ids[s : s + args.batch_size])]
+    if todo:
+        device = args.device if args.device != "cuda" or world == 1 else f"cuda:{os.environ['LOCAL_RANK']}"
+        model = Lion.from_pretrained(args.weights, device, DTYPES[args.dtype])
+        if args.no_tags:
+            model.config = replace(model.config, tags="none")
+        asked = questions(args, examples)
+        mine = path if world == 1 else part(path, rank)
+        with open(mine, "a", encoding="utf-8") as file:
+            for s in tqdm(todo[rank::world], unit="batch", disable=None if rank == 0 else True):
+                end = s + args.batch_size
+                lines = answers(model, args, examples[s:end], asked[s:end], images)
+                new = [line for line in lines if line["id"] not in known]
+                file.write("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in new))
+                file.flush()
+    if world > 1:
+        dist.barrier()
+    if rank == 0:
+        join(path, ids, first)
+    return load(path, ids, first) if rank == 0 else {}
+
+
+def gathered() -> tuple[int, int]:
+    """This process' number and how many there are, alone or from torchrun."""
+    if "RANK" not in os.environ or int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        return 0, 1
+    dist.init_process_group("gloo", timeout=timedelta(days=7))  # the first to be ready waits for the last
+    return dist.get_rank(), dist.get_world_size()
+
+
+def part(path: Path, rank: int | str) -> Path:
+    return path.with_name(f"{path.stem}.part{rank}{path.suffix}")
+
+
+def join(path: Path, ids: Sequence[str], first: dict[str, Any]) -> None:
+    """The file and its parts as one file, in the examples' order; a line that a kill cut off is not in it."""
+    parts = sorted(path.parent.glob(part(path, "*").name))
+    known = load(path, ids, first) if path.exists() else {}
+    for other in parts:
+        known |= load(other, ids, None)
+    lines = [first, *(known[id] for id in ids if id in known)]
+    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+    if not path.exists() or path.read_text(encoding="utf-8") != text:
+        new = path.with_suffix(".new")
+        new.write_text(text, encoding="utf-8")
+        new.replace(path)
+    for other in parts:
+        other.unlink()
+
+
+def load(path: Path, ids: Sequence[str], first: dict[str, Any] | None) -> dict[str, Any]:
+    """Predictions by id. With `first` they must have been made so; an id that nobody asked for is refused."""
+    asked, known = set(ids), dict[str, Any]()
+    try:
+        lines = path.read_bytes().split(b"\n")
+    except OSError as error:
+        raise ValueError(f"the predictions {path} cannot be read: {error.strerror}") from None
+    for i, raw in enumerate(lines[:-1], 1):  # the last one is empty, or was never finished
+        try:
+            line = json.loads(raw)
+            if not isinstance(line, dict):
+                raise ValueError(f"found {line!r:.40}")
+        except ValueError as error:
+            raise ValueError(f"{path}, line {i}: not a prediction: {error}") from None
+        if "task" in line:
+            odd = [name for name in first or {} if line.get(name) != (first or {})[name]]
+            if odd:
+                raise ValueError(
+                    f"{path} was made with another {odd[0]}, {line.get(odd[0])!r} and not {(first or {})[odd[0]]!r}: "
+                    "choose another --out, or delete it"
+                )
+            continue
+        id = str(line.get("id"))
+        if id not in asked:
+            raise ValueError(f"{path}, line {i}: the id {id} is not in the annotations")
+        if id in known:
+            raise ValueError(f"{path}, line {i}: the id {id} is predicted twice")
+        if not isinstance(line.get("text"), str) and not isinstance(line.get("scores"), list):
+            raise ValueError(f"{path}, line {i}: it has neither text nor scores")
+        known[id] = line
+    return known
+
+
+# --- scoring
+
+
+def measure(args: argparse.Namespace) -> int:
+    check(args)
+    examples = read(args.task, args.ann, args.rounds)
+    notes = []
+    if len(examples) != SHIPPED[args.task] and args.rounds == "all":
+        notes.append(f"{len(examples):,} examples in the file, {SHIPPED[args.task]:,} in the paper's benchmark")
+    examples = examples[: args.limit]
+    images = Images(args.images)
+    if args.score is None:
+        there = images.without_missing([example.image for example in examples], args.skip_missing)
+        if not all(there):
+            notes.append(f"{there.count(False):,} examples without a picture left out")
+            examples = [example for example, is_there in zip(examples, there, strict=True) if is_there]
+        if not examples:
+            raise ValueError(f"not one picture of {args.task} is below {args.images}")
+        path = args.out / f"{args.task}.jsonl"
+        predictions = predict(args, examples, path, images)
+        if gathered_rank() != 0:
+            return 0
+    else:
+        path = args.score
+        predictions = load(path, [example.id for example in examples], None)
+        if not predictions:
+            raise ValueError(f"{path} holds no prediction for {args.task}")
+        absent = len(examples) - len(predictions)
+        if absent:
+            notes.append(f"{absent:,} examples without a prediction left out")
+            examples = [example for example in examples if example.id in predictions]
+    notes += settings(args, path)
+    if args.limit is not None:
+        notes.append(f"only the first {args.limit:,}")
+    scores = score(args.task, examples, [predictions[example.id] for example in examples])
+    args.out.mkdir(parents=True, exist_ok=True)
+    result = {"task": args.task, "count": len(examples), "scores": scores, "differs": notes}
+    (args.out / f"{args.task}.json").write_text(json.dumps(result, indent=1, ensure_ascii=False), encoding="utf-8")
+    print(report(result))
+    if kind_of(args.task) == "mmbench" and any(example.target is None for example in examples):
+        print(submission(args.out / "mmbench-submission.tsv", examples, predictions))
+    if kind_of(args.task) == "rec" and args.sheet and images.path(str(examples[0].image)) is not None:
+        sheet = args.out / f"{args.task}.png"
+        contact_sheet(examples, predictions, images, args.sheet).save(sheet)
+        print(f"the worst are drawn in {sheet}: the truth green, the prediction red")
+    return 0
+
+
+def gathered_rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def settings(args: argparse.Namespace, path: Path) -> list[str]:
+    """What differs from the paper's setting, as the predictions' own first line tells it."""
+    with open(path, encoding="utf-8") as file:
+        made = json.loads(file.readline())
+    kind, notes = kind_of(args.task), []
+    if "task" not in made:
+        notes.append("the file does not say how its predictions were made")
+    if made.get("decoding") == "official":
+        notes.append("5 beams and repetition penalty 1.5, where the paper writes greedily")
+    if kind == "rec":
+        if made.get("template") == EVAL_TEMPLATES["rec"]:
+            notes.append("one instruction for all, where the paper draws one of 54")
+    elif made.get("template", EVAL_TEMPLATES[kind]) != EVAL_TEMPLATES[kind]:
+        notes.append(f"the instruction {made['template']!r}")
+    if made.get("tags") is False:
+        notes.append("no image tags")
+    if made.get("rounds") == "last":
+        notes.append("only the last rounds")
+    return notes + ([SETTING[args.task]] if args.task in SETTING else [])
+
+
+def score(task: str, examples: Sequence[Example], predictions: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """Every metric of the benchmark, in the tables' units; the one that the paper prints comes first."""
+    kind = kind_of(task)
+    if kind in ("iconqa", "vsr", "visdial", "mmbench"):
+        for example, line in zip(examples, predictions, strict=True):
+            found = line.get("scores")
+            if not isinstance(found, list) or len(found) != len(example.candidates):
+                raise ValueError(f"the prediction of {example.id} needs {len(example.candidates)} scores")
+        return ranked(kind, examples, [line["scores"] for line in predictions])
+    for example, line in zip(examples, predictions, strict=True):
+        if not isinstance(line.get("text"), str):
+            raise ValueError(f"the prediction of {example.id} needs a text")
+    texts, many = [line["text"] for line in predictions], len(examples)
+    if kind == "caption":
+        return {"CIDEr": 100 * metrics.cider([e.references for e in examples], texts)[0]}
+    if kind == "rec":
+        boxes = [example.box for example in examples if example.box]
+        found = metrics.grounding(texts, boxes)
+        strict = metrics.grounding(texts, boxes, strict=True)
+        return {"Acc@0.5": 100 * found.accuracy, "Acc>0.5": 100 * strict.accuracy, "no box": 100 * found.unparsed}
+    if kind == "pope":
+        counts = metrics.pope(texts, [example.references[0] for example in examples])
+        rates = {"F1": counts.f1, "accuracy": counts.accuracy, "precision": counts.precision, "recall": counts.recall}
+        return {name: 100 * value for name, value in (rates | {"yes": counts.yes_ratio}).items()}
+    pairs = list(zip(texts, examples, strict=True))
+    if task == "okvqa":
+        lavis, official = (
+            sum(metrics.vqa_accuracy(text, e.references, variant) for text, e in pairs)
+            for variant in ("lavis", "official")
+        )  # fmt: skip
+        return {"VQA accuracy": 100 * lavis / many, "VQA accuracy (official)": 100 * official / many}
+    if task == "aokvqa":
+        right = [metrics.direct_answer_accuracy(text.strip().lower(), e.references) for text, e in pairs]
+        easy = [value for value, e in zip(right, examples, strict=True) if not e.group]
+        found_all = {"direct answer": 100 * sum(right) / many}
+        return found_all | ({"without difficult": 100 * sum(easy) / len(easy)} if easy else {})
+    lavis, exact = (
+        sum(metrics.gqa_match(text.strip(), e.references[0], variant) for text, e in pairs)
+        for variant in ("lavis", "official")
+    )  # fmt: skip
+    return {"accuracy": 100 * lavis / many, "accuracy (exact)": 100 * exact / many}
+
+
+def ranked(kind: str, examples: Sequence[Example], scores: Sequence[list[float]]) -> dict[str, float]:
+    chosen = [max(range(len(row)), key=row.__getitem__) for row in scores]
+    if kind == "mmbench":
+        if any(example.target is None for example in examples):
+            return {}
+        rows = ((int(e.id), e.group, best == e.target) for e, best in zip(examples, chosen, strict=True))
+        return {name: 100 * value for name, value in metrics.mmbench(rows).items()}
+    if kind == "vsr":  # yes or true, no or false
+        right = [best // 2 * 2 == e.target for best, e in zip(chosen, examples, strict=True)]
+        plain = [(row[1] >= row[3]) == (e.target == 0) for row, e in zip(scores, examples, strict=True)]
+        return {"top-1": 100 * sum(right) / len(right), "true or false": 100 * sum(plain) / len(plain)}
+    found = metrics.ranking([metrics.rank(row, e.target or 0) for row, e in zip(scores, examples, strict=True)])
+    if kind == "iconqa":
+        return {"top-1": 100 * found.recall[1]}
+    return {
+        "MRR": 100 * found.mrr,
+        **{f"R@{k}": 100 * v for k, v in found.recall.items()},
+        "mean rank": found.mean_rank,
+    }
+
+
+def paper(task: str, name: str) -> str:
+    if task in POPE:
+        named = dict(zip(("accuracy", "precision", "recall", "F1"), POPE[task], strict=True))
+        return f"paper: LION {named[name]:.2f}" if name in named else ""
+    small, large = PAPER[task].get(name, (None, None))
+    told = [f"LION-{size} {value:.2f}" for size, value in (("4B", small), ("12B", large)) if value is not None]
+    if told and task in ZERO_SHOT:
+        told.append("zero-shot {:.2f} and {:.2f}".format(*ZERO_SHOT[task]))
+    return "paper: " + ", ".join(told) if told else ""
+
+
+def report(result: dict[str, Any]) -> str:
+    task = result["task"]
+    lines = [f"{task}, {result['count']:,} examples"]
+    lines += [f"  {name:24}{value:8.2f}   {paper(task, name)}".rstrip() for name, value in result["scores"].items()]
+    return "\n".join([*lines, *(f"  differs: {note}" for note in result["differs"])])
+
+
+def table(folder: Path) -> str:
+    """The folder's results beside the paper's, and its averages where all that they need is there."""
+    results = []
+    for path in sorted(folder.glob("*.json")):
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{path} is not JSON: {error}") from None
+        if isinstance(found, dict) and found.get("task") in TASKS and found.get("scores"):
+            results.append(found)
+    if not results:
+        raise ValueError(f"{folder} holds no result: eval.py TASK writes TASK.json there")
+    results.sort(key=lambda result: TASKS.index(result["task"]))
+    lines = ["| benchmark | metric | ours | LION-4B | LION-12B | examples | differs |", "|---|---|---|---|---|---|---|"]
+    for result in results:
+        for name, value in result["scores"].items():
+            if name not in PAPER.get(result["task"], {}) and result["task"] not in POPE:
+                continue
+            lines.append(
+                f"| {result['task']} | {name} | {value:.2f} | {' | '.join(columns(result['task'], name))} "
+                f"| {result['count']:,} | {'; '.join(result['differs'])} |"
+            )
+    ours = metrics.averages({r["task"]: next(iter(r["scores"].values())) for r in results})
+    theirs = [
+        metrics.averages({task: value[i] or 0.0 for task in PAPER for value in [PAPER[task][MAIN[task]]]})
+        for i in (0, 1)
+    ]
+    for name, value in ours.items():
+        lines.append(f"| {name} | mean | {value:.2f} | {theirs[0][name]:.2f} | {theirs[1][name]:.2f} | | |")
+    return "\n".join(lines)
+
+
+def columns(task: str, name: str) -> tuple[str, str]:
+    if task in POPE:
+        found = paper(task, name).removeprefix("paper: LION ")
+        return (f"{found} (size not said)", "") if found else ("", "")
+    small, large = ("" if value is None else f"{value:.2f}" for value in PAPER[task][name])
+    return small, large
+
+
+def submission(path: Path, examples: Sequence[Example], predictions: dict[str, Any]) -> str:
+    """The test set's answers are hidden: its server wants the letters."""
+    with open(path, "w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file, delimiter="\t")
+        writer.writerow(("index", "question", "prediction"))
+        for e in examples:
+            row = predictions[e.id]["scores"]
+            writer.writerow((e.id, e.fields["question"], e.references[max(range(len(row)), key=row.__getitem__)]))
+    return f"the answers are hidden in this file: {path} is for MMBench's server"
+
+
+def contact_sheet(examples: Sequence[Example], predictions: dict[str, Any], images: Images, count: int) -> Image.Image:
+    """The answers that overlap the truth least, four in a row."""
+    rows = []
+    for example in examples:
+        assert example.box is not None
+        box = Box.parse(predictions[example.id]["text"])
+        rows.append((box.iou(example.box) if box else -1.0, example, box))
+    worst = sorted(rows, key=lambda row: row[0])[:count]
+    width, height = 360, 300
+    sheet = Image.new("RGB", (width * min(4, len(worst)), height * -(-len(worst) // 4)), "white")
+    for i, (iou, example, box) in enumerate(worst):
+        path = images.path(str(example.image))
+        if path is None:
+            continue
+        assert example.box is not None
+        label = f"{example.fields['expression']} ({'no box' if box is None else f'IoU {iou:.2f}'})"
+        drawn = [(example.box, label, "green"), *([(box, "", "red")] if box else [])]
+        picture = draw_boxes(open_image(path), drawn)
+        picture.thumbnail((width - 8, height - 8))
+        sheet.paste(picture, (i % 4 * width + 4, i // 4 * height + 4))
+    return sheet
+
+
+# --- the shapes world
+
+
+@dataclass(frozen=True)
+class ToyScore:
+    """A fraction (CIDEr: a tenth of it), what one gets without looking, and over how many questions."""
+
+    name: str
+    score: float
+    baseline: float
+    blind: str  # what the baseline does
+    count: int
+
+
+def toy_scores(model: Lion, scenes: Sequence[toy.Scene], batch_size: int = 32) -> list[ToyScore]:
+    """Captions, questions of every kind, REC, REG and POPE's existence, each beside what a blind guess gets."""
+    asked = []
+    for one in scenes:
+        rng = random.Random(f"eval {one.split} {one.seed}")
+        kinds = [kind for kind in ("caption", "vqa", "rec", "reg") if can(model, TASK_OF[kind])]
+        asked += [(one, record) for record in toy.records(one, rng, kinds, template=-1)]
+    said: list[tuple[toy.Scene, toy.Record, str]] = []
+    asked.sort(key=lambda pair: pair[1]["kind"])
+    for kind in dict.fromkeys(record["kind"] for _, record in asked):
+        chosen = [pair for pair in asked if pair[1]["kind"] == kind]
+        preset = GENERATION[{"caption": "caption", "rec": "locate", "reg": "describe"}.get(kind, "answer")]
+        for start in range(0, len(chosen), batch_size):
+            batch = chosen[start : start + batch_size]
+            pictures = [one.image for one, _ in batch]
+            tags = None if model.ram is not None else [split_tags(record["tags"]) for _, record in batch]
+            prompts = [record["question"] for _, record in batch]
+            told = model.respond(pictures, prompts, [TASK_OF[kind]] * len(batch), preset, tags)
+            said += [(one, record, answer.text) for (one, record), answer in zip(batch, told, strict=True)]
+    return list(toy_rows(said))
+
+
+def can(model: Lion, task: str) -> bool:
+    """A model of stage 1 knows image-level tasks, one of stage 2 region-level ones."""
+    return model.config.visual_input in ("all", task)
+
+
+def toy_rows(said: Sequence[tuple[toy.Scene, toy.Record, str]]) -> Iterator[ToyScore]:
+    groups: dict[str, list[tuple[toy.Scene, toy.Record, str]]] = {}
+    for row in said:
+        kind, subkind = row[1]["kind"], row[1]["subkind"]
+        groups.setdefault(f"VQA, {subkind}" if subkind else kind, []).append(row)
+    for name, group in groups.items():
+        truth, texts = [record["answer"] for _, record, _ in group], [text.strip() for *_, text in group]
+        many = len(group)
+        if name == "caption":
+            ours = metrics.cider([[answer] for answer in truth], texts)[0] / 10
+            other = metrics.cider([[answer] for answer in truth], [*truth[1:], truth[0]])[0] / 10
+            yield ToyScore("captions, CIDEr / 10", ours, other, "another scene's caption", many)
+        elif name == "rec":
+            boxes = [box for box in map(Box.parse, truth) if box]
+            hits = [
+                sum(t.box.iou(b) >= 0.5 for t in s.things) / len(s.things)
+                for (s, *_), b in zip(group, boxes, strict=True)
+            ]
+            guess = sum(hits) / many
+            yield ToyScore(
+                "REC, Acc@0.5", metrics.grounding(texts, boxes).accuracy, guess, "a random object's box", many
+            )
+        else:
+            right = sum(map(str.__eq__, texts, truth)) / many
+            if name == "reg":
+                alike = (
+                    sum(f"the {t.size} {t.name}" == a for t in s.things) / len(s.things)
+                    for s, r, _ in group
+                    for a in [r["answer"]]
+                )
+                yield ToyScore("REG, exact", right, sum(alike) / many, "a random object's name", many)
+                continue
+            frequent = Counter(truth).most_common(1)[0]
+            yield ToyScore(name, right, frequent[1] / many, f"always {frequent[0]!r}", many)
+            if name == "VQA, existence":
+                counts, yes = metrics.pope(texts, truth), metrics.pope(["yes"] * many, truth)
+                yield ToyScore("POPE, F1", counts.f1, yes.f1, "always 'yes'", many)
+                yield ToyScore("POPE, accuracy", counts.accuracy, yes.accuracy, "always 'yes'", many)
+
+
+def toy_main(args: argparse.Namespace) -> int:
+    if args.scenes < 1:
+        raise ValueError(f"--scenes must be at least 1, not {args.scenes}")
+    model = Lion.from_pretrained(args.weights or "tiny", args.device, DTYPES[args.dtype])
+    scores = toy_scores(model, [toy.scene(i, "test") for i in range(args.scenes)])
+    print(f"{args.scenes} held-out scenes of the shapes world")
+    print(f"{'':22}{'LION':>7}{'blind':>8}   the blind guess")
+    for row in scores:
+        print(f"{row.name:22}{row.score:7.1%}{row.baseline:8.1%}   {row.blind} ({row.count} questions)")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
