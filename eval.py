@@ -36,68 +36,14 @@ from PIL import Image
 from tqdm import tqdm
 
 from lion_mini import GENERATION, Box, Lion, metrics, toy
+from lion_mini.benchmarks import OPEN, RANKED, kind_of, report, score, table
 from lion_mini.data import split_tags
 from lion_mini.images import draw_boxes, lion_transform, open_image
 from lion_mini.prompts import EVAL_TEMPLATES, TASK_OF, load_templates, render
 from lion_mini.readers import SHIPPED, TASKS, Example, Images, read
 
+PRESET_OF = {"caption": "caption", "rec": "locate", "reg": "describe"}  # for the others: answer
 DTYPES = {"stored": None, "float32": torch.float32, "bfloat16": torch.bfloat16}
-TEMPLATE_OF = {
-    "flickr30k": "caption", "coco": "caption", "textcaps": "caption", "okvqa": "vqa", "aokvqa": "vqa", "gqa": "vqa",
-    "iconqa": "iconqa", "vsr": "vsr", "visdial": "visdial", "refcoco": "rec", "refcoco+": "rec", "refcocog": "rec",
-    "pope": "pope", "mmbench": "mmbench",
-}  # fmt: skip
-PRESET_OF = {"caption": "caption", "rec": "locate"}  # the others answer
-# LION-4B and LION-12B, as the paper and the tables in the release's README print them. POPE's column is one "LION",
-# of which nobody says the size; MMBench's is the FlanT5-XXL, which is 12B.
-PAPER: dict[str, dict[str, tuple[float | None, float | None]]] = {
-    "flickr30k": {"CIDEr": (85.57, 87.12)},
-    "coco": {"CIDEr": (138.20, 139.25)},
-    "textcaps": {"CIDEr": (104.87, 108.76)},
-    "okvqa": {"VQA accuracy": (51.08, 57.33)},
-    "aokvqa": {"direct answer": (59.98, 60.87)},
-    "gqa": {"accuracy": (49.50, 51.56)},
-    "iconqa": {"top-1": (54.91, 54.89)},
-    "vsr": {"top-1": (72.96, 73.77)},
-    "visdial": {"MRR": (50.02, 50.42)},
-    "refcoco_val": {"Acc@0.5": (89.73, 89.80)},
-    "refcoco_testA": {"Acc@0.5": (92.29, 93.02)},
-    "refcoco_testB": {"Acc@0.5": (84.82, 85.57)},
-    "refcoco+_val": {"Acc@0.5": (83.60, 83.95)},
-    "refcoco+_testA": {"Acc@0.5": (88.72, 89.22)},
-    "refcoco+_testB": {"Acc@0.5": (77.34, 78.06)},
-    "refcocog_val": {"Acc@0.5": (85.69, 85.52)},
-    "refcocog_test": {"Acc@0.5": (85.63, 85.74)},
-    "mmbench": {
-        name: (None, value)
-        for name, value in zip(
-            ("Overall", "LR", "AR", "RR", "FP-S", "FP-C", "CP"), (73.4, 51.7, 84.1, 78.4, 74.0, 60.8, 78.9), strict=True
-        )
-    },
-}
-ZERO_SHOT = dict(
-    zip(
-        metrics.AVERAGES["REC Avg"],
-        ((57.89, 58.54), (56.07, 56.41), (58.40, 59.36), (46.38, 45.93), (45.29, 45.73), (47.50, 47.89), (64.74, 66.12),
-         (63.56, 64.69)),
-        strict=True,
-    )
-)  # fmt: skip
-POPE = {  # Table 5: accuracy, precision, recall, F1
-    "pope_random": (88.97, 97.12, 81.00, 88.33),
-    "pope_popular": (86.77, 91.69, 80.87, 85.94),
-    "pope_adversarial": (85.37, 88.69, 81.07, 84.71),
-}
-MAIN = {task: next(iter(PAPER.get(task, {"F1": None}))) for task in TASKS}  # the number that a table prints
-SETTING = {
-    "okvqa": "the paper does not say whether predictions were lemmatised, which is worth some five points; here never",
-    "vsr": "the paper's percentages are those of 1,224 statements, the file's 1,222 padded",
-    "visdial": 'the history reads "q: ... a: ..."; the paper does not print it',
-    "mmbench": "option texts are ranked; the paper does not say how it chose. Its numbers are the test server's",
-    "pope_random": "the file of 2,910 questions, from before October 2023, is the paper's",
-    "pope_popular": "the question is asked as it is; the paper does not print its prompt",
-    "pope_adversarial": "the question is asked as it is; the paper does not print its prompt",
-}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -166,10 +112,6 @@ def check(args: argparse.Namespace) -> None:
         raise ValueError("--templates draws REC instructions; it goes with no other task, nor with --template")
 
 
-def kind_of(task: str) -> str:
-    return TEMPLATE_OF[task.partition("_")[0]]
-
-
 def questions(args: argparse.Namespace, examples: Sequence[Example]) -> list[str]:
     kind = kind_of(args.task)
     if args.templates is None:
@@ -183,12 +125,11 @@ def questions(args: argparse.Namespace, examples: Sequence[Example]) -> list[str
 def header(args: argparse.Namespace) -> dict[str, Any]:
     """How the predictions are made: whatever would change them."""
     kind = kind_of(args.task)
-    ranked = kind in ("iconqa", "vsr", "visdial", "mmbench")
     drawn = None if args.templates is None else f"{args.templates}, seed {args.seed}"
     return {
         "task": args.task,
         "weights": str(args.weights),
-        "decoding": "ranked" if ranked else "official" if args.official else "greedy",
+        "decoding": "ranked" if kind in RANKED else "official" if args.official else "greedy",
         "template": drawn or (args.template if args.template is not None else EVAL_TEMPLATES[kind]),
         "tags": not args.no_tags,
         "rounds": args.rounds if kind == "visdial" else None,
@@ -389,129 +330,8 @@ def settings(args: argparse.Namespace, path: Path) -> list[str]:
         notes.append("no image tags")
     if made.get("rounds") == "last":
         notes.append("only the last rounds")
-    return notes + ([SETTING[args.task]] if args.task in SETTING else [])
-
-
-def score(task: str, examples: Sequence[Example], predictions: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """Every metric of the benchmark, in the tables' units; the one that the paper prints comes first."""
-    kind = kind_of(task)
-    if kind in ("iconqa", "vsr", "visdial", "mmbench"):
-        for example, line in zip(examples, predictions, strict=True):
-            found = line.get("scores")
-            if not isinstance(found, list) or len(found) != len(example.candidates):
-                raise ValueError(f"the prediction of {example.id} needs {len(example.candidates)} scores")
-        return ranked(kind, examples, [line["scores"] for line in predictions])
-    for example, line in zip(examples, predictions, strict=True):
-        if not isinstance(line.get("text"), str):
-            raise ValueError(f"the prediction of {example.id} needs a text")
-    texts, many = [line["text"] for line in predictions], len(examples)
-    if kind == "caption":
-        return {"CIDEr": 100 * metrics.cider([e.references for e in examples], texts)[0]}
-    if kind == "rec":
-        boxes = [example.box for example in examples if example.box]
-        found = metrics.grounding(texts, boxes)
-        strict = metrics.grounding(texts, boxes, strict=True)
-        return {"Acc@0.5": 100 * found.accuracy, "Acc>0.5": 100 * strict.accuracy, "no box": 100 * found.unparsed}
-    if kind == "pope":
-        counts = metrics.pope(texts, [example.references[0] for example in examples])
-        rates = {"F1": counts.f1, "accuracy": counts.accuracy, "precision": counts.precision, "recall": counts.recall}
-        return {name: 100 * value for name, value in (rates | {"yes": counts.yes_ratio}).items()}
-    pairs = list(zip(texts, examples, strict=True))
-    if task == "okvqa":
-        lavis, official = (
-            sum(metrics.vqa_accuracy(text, e.references, variant) for text, e in pairs)
-            for variant in ("lavis", "official")
-        )  # fmt: skip
-        return {"VQA accuracy": 100 * lavis / many, "VQA accuracy (official)": 100 * official / many}
-    if task == "aokvqa":
-        right = [metrics.direct_answer_accuracy(text.strip().lower(), e.references) for text, e in pairs]
-        easy = [value for value, e in zip(right, examples, strict=True) if not e.group]
-        found_all = {"direct answer": 100 * sum(right) / many}
-        return found_all | ({"without difficult": 100 * sum(easy) / len(easy)} if easy else {})
-    lavis, exact = (
-        sum(metrics.gqa_match(text.strip(), e.references[0], variant) for text, e in pairs)
-        for variant in ("lavis", "official")
-    )  # fmt: skip
-    return {"accuracy": 100 * lavis / many, "accuracy (exact)": 100 * exact / many}
-
-
-def ranked(kind: str, examples: Sequence[Example], scores: Sequence[list[float]]) -> dict[str, float]:
-    chosen = [max(range(len(row)), key=row.__getitem__) for row in scores]
-    if kind == "mmbench":
-        if any(example.target is None for example in examples):
-            return {}
-        rows = ((int(e.id), e.group, best == e.target) for e, best in zip(examples, chosen, strict=True))
-        return {name: 100 * value for name, value in metrics.mmbench(rows).items()}
-    if kind == "vsr":  # yes or true, no or false
-        right = [best // 2 * 2 == e.target for best, e in zip(chosen, examples, strict=True)]
-        plain = [(row[1] >= row[3]) == (e.target == 0) for row, e in zip(scores, examples, strict=True)]
-        return {"top-1": 100 * sum(right) / len(right), "true or false": 100 * sum(plain) / len(plain)}
-    found = metrics.ranking([metrics.rank(row, e.target or 0) for row, e in zip(scores, examples, strict=True)])
-    if kind == "iconqa":
-        return {"top-1": 100 * found.recall[1]}
-    return {
-        "MRR": 100 * found.mrr,
-        **{f"R@{k}": 100 * v for k, v in found.recall.items()},
-        "mean rank": found.mean_rank,
-    }
-
-
-def paper(task: str, name: str) -> str:
-    if task in POPE:
-        named = dict(zip(("accuracy", "precision", "recall", "F1"), POPE[task], strict=True))
-        return f"paper: LION {named[name]:.2f}" if name in named else ""
-    small, large = PAPER[task].get(name, (None, None))
-    told = [f"LION-{size} {value:.2f}" for size, value in (("4B", small), ("12B", large)) if value is not None]
-    if told and task in ZERO_SHOT:
-        told.append("zero-shot {:.2f} and {:.2f}".format(*ZERO_SHOT[task]))
-    return "paper: " + ", ".join(told) if told else ""
-
-
-def report(result: dict[str, Any]) -> str:
-    task = result["task"]
-    lines = [f"{task}, {result['count']:,} examples"]
-    lines += [f"  {name:24}{value:8.2f}   {paper(task, name)}".rstrip() for name, value in result["scores"].items()]
-    return "\n".join([*lines, *(f"  differs: {note}" for note in result["differs"])])
-
-
-def table(folder: Path) -> str:
-    """The folder's results beside the paper's, and its averages where all that they need is there."""
-    results = []
-    for path in sorted(folder.glob("*.json")):
-        try:
-            found = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(f"{path} is not JSON: {error}") from None
-        if isinstance(found, dict) and found.get("task") in TASKS and found.get("scores"):
-            results.append(found)
-    if not results:
-        raise ValueError(f"{folder} holds no result: eval.py TASK writes TASK.json there")
-    results.sort(key=lambda result: TASKS.index(result["task"]))
-    lines = ["| benchmark | metric | ours | LION-4B | LION-12B | examples | differs |", "|---|---|---|---|---|---|---|"]
-    for result in results:
-        for name, value in result["scores"].items():
-            if name not in PAPER.get(result["task"], {}) and result["task"] not in POPE:
-                continue
-            lines.append(
-                f"| {result['task']} | {name} | {value:.2f} | {' | '.join(columns(result['task'], name))} "
-                f"| {result['count']:,} | {'; '.join(result['differs'])} |"
-            )
-    ours = metrics.averages({r["task"]: next(iter(r["scores"].values())) for r in results})
-    theirs = [
-        metrics.averages({task: value[i] or 0.0 for task in PAPER for value in [PAPER[task][MAIN[task]]]})
-        for i in (0, 1)
-    ]
-    for name, value in ours.items():
-        lines.append(f"| {name} | mean | {value:.2f} | {theirs[0][name]:.2f} | {theirs[1][name]:.2f} | | |")
-    return "\n".join(lines)
-
-
-def columns(task: str, name: str) -> tuple[str, str]:
-    if task in POPE:
-        found = paper(task, name).removeprefix("paper: LION ")
-        return (f"{found} (size not said)", "") if found else ("", "")
-    small, large = ("" if value is None else f"{value:.2f}" for value in PAPER[task][name])
-    return small, large
+    family = args.task.partition("_")[0]
+    return notes + [OPEN[family]] * (family in OPEN)
 
 
 def submission(path: Path, examples: Sequence[Example], predictions: dict[str, Any]) -> str:
@@ -573,7 +393,7 @@ def toy_scores(model: Lion, scenes: Sequence[toy.Scene], batch_size: int = 32) -
     asked.sort(key=lambda pair: pair[1]["kind"])
     for kind in dict.fromkeys(record["kind"] for _, record in asked):
         chosen = [pair for pair in asked if pair[1]["kind"] == kind]
-        preset = GENERATION[{"caption": "caption", "rec": "locate", "reg": "describe"}.get(kind, "answer")]
+        preset = GENERATION[PRESET_OF.get(kind, "answer")]
         for start in range(0, len(chosen), batch_size):
             batch = chosen[start : start + batch_size]
             pictures = [one.image for one, _ in batch]
