@@ -1,8 +1,8 @@
 """The official training sets (section 4, Table 7) as records, one a line, as data.py reads them.
 
-    python -m lion_mini.data convert vqav2 --ann v2_..._questions.json v2_..._annotations.json --images coco --out vqa.jsonl
+    python -m lion_mini.data convert vqav2 --ann questions.json annotations.json --images coco --out vqa.jsonl
     python -m lion_mini.data convert vqav2 --as vqg ...     the same questions turned round: one question per answer
-    python -m lion_mini.data convert vg --as reg --ann region_descriptions.json image_data.json --images vg --out reg.jsonl
+    python -m lion_mini.data convert vg --as reg --ann region_descriptions.json image_data.json --images vg --out reg
     python -m lion_mini.data inspect reg.jsonl --images vg
 
     llava                   llava_instruct_150k.json, every turn of every conversation
@@ -27,7 +27,7 @@ from typing import Any
 
 from PIL import Image, ImageDraw
 
-from .data import _NUMBERS, Records, check
+from .data import NUMBERS, Records, check
 from .images import draw_boxes, open_image
 from .prompts import TASK_OF, TEMPLATES, Box, load_templates, render
 from .readers import Images, aokvqa, box_of, captions, get, load_json, load_lines, refcoco, rows, vqa, whole
@@ -76,7 +76,7 @@ def raw(name: str, kind: str, paths: Sequence[Path]) -> Iterator[Raw]:
         for example in captions(paths, "train"):
             folder = "" if "/" in str(example.image) else "train2014/"
             for said in example.references:
-                yield f"{folder}{example.image}", {}, said.strip()
+                yield folder + str(example.image), {}, said.strip()
     else:
         for path in paths:
             for where, row in rows(load_json(path), path, "data"):
@@ -88,14 +88,16 @@ def asked(name: str, paths: Sequence[Path]) -> Iterator[tuple[str, str, str]]:
     if name == "ocrvqa":
         for path in paths:
             data = load_json(path)
-            for id in data if isinstance(data, dict) else get(data, "questions", str(path)):
-                where, row = f"{path}, {id}", data[id]
+            if not isinstance(data, dict):
+                raise ValueError(f"{path}: expected an object of books, found {data!r:.40}")
+            for id, row in data.items():
+                where = f"{path}, {id}"
                 if get(row, "split", where, int) == 1:  # 2 and 3 are for validation and test
-                    name = f"images/{id}{Path(get(row, 'imageURL', where)).suffix}"
+                    image = f"images/{id}{Path(get(row, 'imageURL', where)).suffix}"
                     questions, answers = (get(row, field, where, list) for field in ("questions", "answers"))
                     if len(questions) != len(answers):
                         raise ValueError(f"{where}: {len(questions)} questions and {len(answers)} answers")
-                    yield from ((name, str(q), str(a)) for q, a in zip(questions, answers, strict=True))
+                    yield from ((image, str(q), str(a)) for q, a in zip(questions, answers, strict=True))
         return
     for example in aokvqa(paths) if name == "aokvqa" else vqa(paths):
         answer = Counter(example.references).most_common(1)[0][0]
@@ -116,7 +118,7 @@ def turns(paths: Sequence[Path]) -> Iterator[Raw]:
 
 
 def regions(paths: Sequence[Path]) -> Iterator[tuple[str, str, Box]]:
-    """Visual Genome's regions, clamped to the picture, or Shikra's lines of them. Empty boxes and phrases are dropped."""
+    """Visual Genome's regions, clamped to the picture, or Shikra's lines of them; empty ones are dropped."""
     if len(paths) == 1 and paths[0].suffix == ".jsonl":
         for where, row in load_lines(paths[0]):
             box = box_of(row, where, corners=True)
@@ -232,7 +234,7 @@ def inspect(args: argparse.Namespace) -> str:
     if drawable:
         sheet = Image.new("RGB", (1080, 360), "white")
         for i, (path, fields) in enumerate(drawable):
-            found = [Box.parse(text) for text in _NUMBERS.findall(f"{fields['question']} {fields['answer']}")]
+            found = [Box.parse(text) for text in NUMBERS.findall(f"{fields['question']} {fields['answer']}")]
             picture = draw_boxes(open_image(path), [(box, "") for box in found if box])
             picture.thumbnail((352, 290))
             sheet.paste(picture, (i * 360 + 4, 4))

@@ -43,7 +43,7 @@ CATEGORIES = TASK_OF | {
     **dict.fromkeys(("image", "image_level"), "image"),
     **dict.fromkeys(("ref", "region", "region_level", "grounding"), "region"),
 }
-_NUMBERS = re.compile(r"\[[-+0-9.eE\s]*,[-+0-9.eE,\s]*\]")  # what can only be meant as a box
+NUMBERS = re.compile(r"\[[-+0-9.eE\s]*,[-+0-9.eE,\s]*\]")  # what can only be meant as a box
 
 
 @dataclass(frozen=True)
@@ -155,7 +155,7 @@ def check(record: Any) -> dict[str, Any]:
     if not isinstance(category, str) or category.lower().strip() not in CATEGORIES:
         raise ValueError(f"its category {category!r:.40} is neither image_level nor region_level")
     task = CATEGORIES[category.lower().strip()]
-    for text in _NUMBERS.findall(f"{question} {answer}") if task == "region" else ():
+    for text in NUMBERS.findall(f"{question} {answer}") if task == "region" else ():
         box = Box.parse(text)
         if box is None or not box.area:
             raise ValueError(f"{text} is no box of fractions from 0 to 1")

@@ -234,7 +234,12 @@ def vqa(paths: Sequence[Path]) -> list[Example]:
             id = str(get(row, "question_id", where, (int, str)))
             found.append(Example(id, get(row, "image", where), fields, texts(row, "answer", where)))
         return found
-    parts = {name: pair for pair in data for name in ("questions", "annotations") if name in pair[1]}
+    parts = {
+        name: pair
+        for pair in data
+        for name in ("questions", "annotations")
+        if isinstance(pair[1], dict) and name in pair[1]
+    }
     if len(data) != 2 or len(parts) != 2:
         raise ValueError(f"{' and '.join(map(str, paths))}: expected the questions' file and the annotations' file")
     answers = {}
@@ -490,9 +495,9 @@ class Images:
         """Which of them are there; unless `skip`, a ValueError where one is not."""
         there = [isinstance(name, bytes) or self.path(name) is not None for name in names]
         if not all(there) and not skip:
-            first = names[there.index(False)]
+            first = f"{names[there.index(False)]!s} is not below {self.root}"
+            count = f", and {there.count(False) - 1} of {len(there) - 1} others are not" if len(there) > 1 else ""
             raise ValueError(
-                f"{there.count(False)} of {len(there)} images are not below {self.root}, the first is {first!s}: "
-                "name their folder with --images, or go on without them with --skip-missing"
+                f"the image {first}{count}: name their folder with --images, or go on without them with --skip-missing"
             )
         return there
