@@ -35,6 +35,7 @@ import torch.distributed as dist
 from PIL import Image
 from tqdm import tqdm
 
+import lion_mini
 from lion_mini import GENERATION, Box, Lion, metrics, toy
 from lion_mini.benchmarks import OPEN, RANKED, kind_of, report, score, table
 from lion_mini.data import split_tags
@@ -331,7 +332,7 @@ def settings(args: argparse.Namespace, path: Path) -> list[str]:
     if made.get("rounds") == "last":
         notes.append("only the last rounds")
     family = args.task.partition("_")[0]
-    return notes + [OPEN[family]] * (family in OPEN)
+    return notes + ([OPEN[family]] if family in OPEN else [])
 
 
 def submission(path: Path, examples: Sequence[Example], predictions: dict[str, Any]) -> str:
@@ -452,6 +453,8 @@ def toy_rows(said: Sequence[tuple[toy.Scene, toy.Record, str]]) -> Iterator[ToyS
 def toy_main(args: argparse.Namespace) -> int:
     if args.scenes < 1:
         raise ValueError(f"--scenes must be at least 1, not {args.scenes}")
+    if args.weights is None and not (Path(lion_mini.__file__).parent / "assets" / "tiny").is_dir():
+        raise ValueError("the built-in model is not in this copy: train it with train.py, or name one with --weights")
     model = Lion.from_pretrained(args.weights or "tiny", args.device, DTYPES[args.dtype])
     scores = toy_scores(model, [toy.scene(i, "test") for i in range(args.scenes)])
     print(f"{args.scenes} held-out scenes of the shapes world")
