@@ -23,9 +23,8 @@ import json
 import os
 import random
 import sys
-from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -36,10 +35,11 @@ from PIL import Image
 from tqdm import tqdm
 
 import lion_mini
-from lion_mini import GENERATION, Box, Lion, metrics, toy
-from lion_mini.benchmarks import OPEN, RANKED, kind_of, report, score, table
+from lion_mini import GENERATION, Box, Lion, toy
+from lion_mini.benchmarks import OPEN, RANKED, ToyScore, kind_of, report, score, table, toy_rows
 from lion_mini.data import split_tags
 from lion_mini.images import draw_boxes, lion_transform, open_image
+from lion_mini.predictions import join, load, part
 from lion_mini.prompts import EVAL_TEMPLATES, TASK_OF, load_templates, render
 from lion_mini.readers import SHIPPED, TASKS, Example, Images, read
 
@@ -208,59 +208,6 @@ def gathered() -> tuple[int, int]:
     return dist.get_rank(), dist.get_world_size()
 
 
-def part(path: Path, rank: int | str) -> Path:
-    return path.with_name(f"{path.stem}.part{rank}{path.suffix}")
-
-
-def join(path: Path, ids: Sequence[str], first: dict[str, Any]) -> None:
-    """The file and its parts as one file, in the examples' order; a line that a kill cut off is not in it."""
-    parts = sorted(path.parent.glob(part(path, "*").name))
-    known = load(path, ids, first) if path.exists() else {}
-    for other in parts:
-        known |= load(other, ids, None)
-    lines = [first, *(known[id] for id in ids if id in known)]
-    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-    if not path.exists() or path.read_text(encoding="utf-8") != text:
-        new = path.with_suffix(".new")
-        new.write_text(text, encoding="utf-8")
-        new.replace(path)
-    for other in parts:
-        other.unlink()
-
-
-def load(path: Path, ids: Sequence[str], first: dict[str, Any] | None) -> dict[str, Any]:
-    """Predictions by id. With `first` they must have been made so; an id that nobody asked for is refused."""
-    asked, known = set(ids), dict[str, Any]()
-    try:
-        lines = path.read_bytes().split(b"\n")
-    except OSError as error:
-        raise ValueError(f"the predictions {path} cannot be read: {error.strerror}") from None
-    for i, raw in enumerate(lines[:-1], 1):  # the last one is empty, or was never finished
-        try:
-            line = json.loads(raw)
-            if not isinstance(line, dict):
-                raise ValueError(f"found {line!r:.40}")
-        except ValueError as error:
-            raise ValueError(f"{path}, line {i}: not a prediction: {error}") from None
-        if "task" in line:
-            odd = [name for name in first or {} if line.get(name) != (first or {})[name]]
-            if odd:
-                raise ValueError(
-                    f"{path} was made with another {odd[0]}, {line.get(odd[0])!r} and not {(first or {})[odd[0]]!r}: "
-                    "choose another --out, or delete it"
-                )
-            continue
-        id = str(line.get("id"))
-        if id not in asked:
-            raise ValueError(f"{path}, line {i}: the id {id} is not in the annotations")
-        if id in known:
-            raise ValueError(f"{path}, line {i}: the id {id} is predicted twice")
-        if not isinstance(line.get("text"), str) and not isinstance(line.get("scores"), list):
-            raise ValueError(f"{path}, line {i}: it has neither text nor scores")
-        known[id] = line
-    return known
-
-
 # --- scoring
 
 
@@ -372,17 +319,6 @@ def contact_sheet(examples: Sequence[Example], predictions: dict[str, Any], imag
 # --- the shapes world
 
 
-@dataclass(frozen=True)
-class ToyScore:
-    """A fraction (CIDEr: a tenth of it), what one gets without looking, and over how many questions."""
-
-    name: str
-    score: float
-    baseline: float
-    blind: str  # what the baseline does
-    count: int
-
-
 def toy_scores(model: Lion, scenes: Sequence[toy.Scene], batch_size: int = 32) -> list[ToyScore]:
     """Captions, questions of every kind, REC, REG and POPE's existence, each beside what a blind guess gets."""
     asked = []
@@ -408,46 +344,6 @@ def toy_scores(model: Lion, scenes: Sequence[toy.Scene], batch_size: int = 32) -
 def can(model: Lion, task: str) -> bool:
     """A model of stage 1 knows image-level tasks, one of stage 2 region-level ones."""
     return model.config.visual_input in ("all", task)
-
-
-def toy_rows(said: Sequence[tuple[toy.Scene, toy.Record, str]]) -> Iterator[ToyScore]:
-    groups: dict[str, list[tuple[toy.Scene, toy.Record, str]]] = {}
-    for row in said:
-        kind, subkind = row[1]["kind"], row[1]["subkind"]
-        groups.setdefault(f"VQA, {subkind}" if subkind else kind, []).append(row)
-    for name, group in groups.items():
-        truth, texts = [record["answer"] for _, record, _ in group], [text.strip() for *_, text in group]
-        many = len(group)
-        if name == "caption":
-            ours = metrics.cider([[answer] for answer in truth], texts)[0] / 10
-            other = metrics.cider([[answer] for answer in truth], [*truth[1:], truth[0]])[0] / 10
-            yield ToyScore("captions, CIDEr / 10", ours, other, "another scene's caption", many)
-        elif name == "rec":
-            boxes = [box for box in map(Box.parse, truth) if box]
-            hits = [
-                sum(t.box.iou(b) >= 0.5 for t in s.things) / len(s.things)
-                for (s, *_), b in zip(group, boxes, strict=True)
-            ]
-            guess = sum(hits) / many
-            yield ToyScore(
-                "REC, Acc@0.5", metrics.grounding(texts, boxes).accuracy, guess, "a random object's box", many
-            )
-        else:
-            right = sum(map(str.__eq__, texts, truth)) / many
-            if name == "reg":
-                alike = (
-                    sum(f"the {t.size} {t.name}" == a for t in s.things) / len(s.things)
-                    for s, r, _ in group
-                    for a in [r["answer"]]
-                )
-                yield ToyScore("REG, exact", right, sum(alike) / many, "a random object's name", many)
-                continue
-            frequent = Counter(truth).most_common(1)[0]
-            yield ToyScore(name, right, frequent[1] / many, f"always {frequent[0]!r}", many)
-            if name == "VQA, existence":
-                counts, yes = metrics.pope(texts, truth), metrics.pope(["yes"] * many, truth)
-                yield ToyScore("POPE, F1", counts.f1, yes.f1, "always 'yes'", many)
-                yield ToyScore("POPE, accuracy", counts.accuracy, yes.accuracy, "always 'yes'", many)
 
 
 def toy_main(args: argparse.Namespace) -> int:

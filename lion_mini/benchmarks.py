@@ -11,11 +11,14 @@ next: ../eval.py
 """
 
 import json
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from . import metrics
+from . import metrics, toy
+from .prompts import Box
 from .readers import TASKS, Example
 
 KIND_OF = {
@@ -179,3 +182,57 @@ def table(folder: Path) -> str:
     for name, value in metrics.averages(ours).items():
         lines.append(f"| {name} | mean | {value:.2f} | {theirs_4b[name]:.2f} | {theirs_12b[name]:.2f} | | |")
     return "\n".join(lines)
+
+
+# --- the shapes world
+
+
+@dataclass(frozen=True)
+class ToyScore:
+    """A fraction (CIDEr: a tenth of it), what one gets without looking, and over how many questions."""
+
+    name: str
+    score: float
+    baseline: float
+    blind: str  # what the baseline does
+    count: int
+
+
+def toy_rows(said: Sequence[tuple[toy.Scene, toy.Record, str]]) -> Iterator[ToyScore]:
+    groups: dict[str, list[tuple[toy.Scene, toy.Record, str]]] = {}
+    for row in said:
+        kind, subkind = row[1]["kind"], row[1]["subkind"]
+        groups.setdefault(f"VQA, {subkind}" if subkind else kind, []).append(row)
+    for name, group in groups.items():
+        truth, texts = [record["answer"] for _, record, _ in group], [text.strip() for *_, text in group]
+        many = len(group)
+        if name == "caption":
+            ours = metrics.cider([[answer] for answer in truth], texts)[0] / 10
+            other = metrics.cider([[answer] for answer in truth], [*truth[1:], truth[0]])[0] / 10
+            yield ToyScore("captions, CIDEr / 10", ours, other, "another scene's caption", many)
+        elif name == "rec":
+            boxes = [box for box in map(Box.parse, truth) if box]
+            hits = [
+                sum(t.box.iou(b) >= 0.5 for t in s.things) / len(s.things)
+                for (s, *_), b in zip(group, boxes, strict=True)
+            ]
+            guess = sum(hits) / many
+            yield ToyScore(
+                "REC, Acc@0.5", metrics.grounding(texts, boxes).accuracy, guess, "a random object's box", many
+            )
+        else:
+            right = sum(map(str.__eq__, texts, truth)) / many
+            if name == "reg":
+                alike = (
+                    sum(f"the {t.size} {t.name}" == a for t in s.things) / len(s.things)
+                    for s, r, _ in group
+                    for a in [r["answer"]]
+                )
+                yield ToyScore("REG, exact", right, sum(alike) / many, "a random object's name", many)
+                continue
+            frequent = Counter(truth).most_common(1)[0]
+            yield ToyScore(name, right, frequent[1] / many, f"always {frequent[0]!r}", many)
+            if name == "VQA, existence":
+                counts, yes = metrics.pope(texts, truth), metrics.pope(["yes"] * many, truth)
+                yield ToyScore("POPE, F1", counts.f1, yes.f1, "always 'yes'", many)
+                yield ToyScore("POPE, accuracy", counts.accuracy, yes.accuracy, "always 'yes'", many)

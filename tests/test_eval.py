@@ -15,8 +15,10 @@ import torch
 from conftest import GOLDEN, ROOT
 from PIL import Image
 from test_readers import mmbench_file, okvqa_files, refer_files, visdial_file, write
+from torch import Tensor
 
 import eval as script
+import lion_mini
 from lion_mini import Lion, benchmarks, metrics, readers, toy
 from lion_mini.data import split_tags
 from lion_mini.lion import Answer
@@ -64,7 +66,7 @@ def pope_file(folder: Path, count: int = 7) -> Path:
             range(count), ("dog", "big red bus", "cat", "man", "table", "dog on it", "cup"), strict=False
         )
     ]
-    draw(folder, *(row["image"] for row in rows))
+    draw(folder, *(f"{i}.png" for i in range(count)))
     return write(folder, "coco_pope_random.json", rows, lines=True)
 
 
@@ -235,7 +237,12 @@ def test_table(run: Run, tmp_path: Path) -> None:
 def test_a_ranking_depends_on_no_batch_and_no_segment(golden_model: Lion, monkeypatch: pytest.MonkeyPatch) -> None:
     encoded = []
     encode = golden_model.t5.encode
-    monkeypatch.setattr(golden_model.t5, "encode", lambda *args: encoded.append(len(args[0])) or encode(*args))
+
+    def counted(states: Tensor, *more: Any) -> Any:
+        encoded.append(len(states))
+        return encode(states, *more)
+
+    monkeypatch.setattr(golden_model.t5, "encode", counted)
     size = golden_model.config.vit.image_size
     pixels = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0))
     questions, tags, tasks = ["what is it?", "is there a big red dog?"], ["dog", "man, bus"], ["image", "image"]
@@ -411,6 +418,6 @@ def test_toy_scores_of_one_who_knows(golden_model: Lion, monkeypatch: pytest.Mon
 
 
 def test_toy_without_its_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
-    monkeypatch.setattr(script.lion_mini, "__file__", str(tmp_path / "__init__.py"))
+    monkeypatch.setattr(lion_mini, "__file__", str(tmp_path / "__init__.py"))
     assert script.main([]) == 2
     assert capsys.readouterr().err.startswith("eval.py: the built-in model is not in this copy: ")

@@ -13,6 +13,7 @@ from PIL import Image
 
 from lion_mini import Box, convert, readers
 from lion_mini.data import Records
+from lion_mini.prompts import TEMPLATES
 
 Folder = Path
 
@@ -345,7 +346,7 @@ def converted(
     more = [part for key, value in flags.items() for part in (f"--{key.rstrip('_')}", value)]
     if pictures:
         kind = flags.get("as_", convert.KINDS[name][0])
-        for record in convert.records(name, kind, paths, dict(convert.TEMPLATES), 0):
+        for record in convert.records(name, kind, paths, dict(TEMPLATES), 0):
             picture = images / record["image"]
             picture.parent.mkdir(parents=True, exist_ok=True)
             Image.new("RGB", (64, 48), "white").save(picture)
