@@ -166,17 +166,22 @@ def answers(
     return [{"id": e.id, "prompt": q, **t} for e, q, t in zip(batch, asked, told, strict=True)]
 
 
-def predict(args: argparse.Namespace, examples: Sequence[Example], path: Path, images: Images) -> dict[str, Any]:
-    """Ask what has not been answered yet. Several processes write files of their own, which the first one joins."""
+def predict(
+    args: argparse.Namespace, examples: Sequence[Example], every: Sequence[str], path: Path, images: Images
+) -> dict[str, Any]:
+    """Ask what has not been answered yet; a file made without `--limit` knows more of `every` id than is asked.
+
+    Several processes write files of their own, which the first one joins.
+    """
     rank, world = gathered()
     first = header(args)
     ids = [example.id for example in examples]
     if rank == 0:
         path.parent.mkdir(parents=True, exist_ok=True)
-        join(path, ids, first)
+        join(path, every, first)
     if world > 1:
         dist.barrier()
-    known = load(path, ids, first)
+    known = load(path, every, first)
     starts = range(0, len(examples), args.batch_size)
     todo = [s for s in starts if any(id not in known for id in ids[s : s + args.batch_size])]
     if todo:
@@ -196,8 +201,8 @@ def predict(args: argparse.Namespace, examples: Sequence[Example], path: Path, i
     if world > 1:
         dist.barrier()
     if rank == 0:
-        join(path, ids, first)
-    return load(path, ids, first) if rank == 0 else {}
+        join(path, every, first)
+    return load(path, every, first) if rank == 0 else {}
 
 
 def gathered() -> tuple[int, int]:
@@ -217,6 +222,7 @@ def measure(args: argparse.Namespace) -> int:
     notes = []
     if len(examples) != SHIPPED[args.task] and args.rounds == "all":
         notes.append(f"{len(examples):,} examples in the file, {SHIPPED[args.task]:,} in the paper's benchmark")
+    every = [example.id for example in examples]
     examples = examples[: args.limit]
     images = Images(args.images)
     if args.score is None:
@@ -227,15 +233,15 @@ def measure(args: argparse.Namespace) -> int:
         if not examples:
             raise ValueError(f"not one picture of {args.task} is below {args.images}")
         path = args.out / f"{args.task}.jsonl"
-        predictions = predict(args, examples, path, images)
+        predictions = predict(args, examples, every, path, images)
         if gathered_rank() != 0:
             return 0
     else:
         path = args.score
-        predictions = load(path, [example.id for example in examples], None)
+        predictions = load(path, every, None)
         if not predictions:
             raise ValueError(f"{path} holds no prediction for {args.task}")
-        absent = len(examples) - len(predictions)
+        absent = sum(example.id not in predictions for example in examples)
         if absent:
             notes.append(f"{absent:,} examples without a prediction left out")
             examples = [example for example in examples if example.id in predictions]

@@ -11,6 +11,7 @@ next: ../eval.py
 """
 
 import json
+import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -73,8 +74,8 @@ def score(task: str, examples: Sequence[Example], predictions: Sequence[dict[str
     if kind in RANKED:
         for example, line in zip(examples, predictions, strict=True):
             found = line.get("scores")
-            if not isinstance(found, list) or len(found) != len(example.candidates):
-                raise ValueError(f"the prediction of {example.id} needs {len(example.candidates)} scores")
+            if not isinstance(found, list) or len(found) != len(example.candidates) or not all(map(finite, found)):
+                raise ValueError(f"the prediction of {example.id} needs {len(example.candidates)} finite scores")
         return ranked(kind, examples, [line["scores"] for line in predictions])
     for example, line in zip(examples, predictions, strict=True):
         if not isinstance(line.get("text"), str):
@@ -108,6 +109,10 @@ def score(task: str, examples: Sequence[Example], predictions: Sequence[dict[str
         for variant in ("lavis", "official")
     )  # fmt: skip
     return {"accuracy": 100 * lavis / many, "accuracy (exact)": 100 * exact / many}
+
+
+def finite(value: object) -> bool:
+    return isinstance(value, (int, float)) and math.isfinite(value)
 
 
 def ranked(kind: str, examples: Sequence[Example], scores: Sequence[list[float]]) -> dict[str, float]:

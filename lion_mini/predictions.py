@@ -40,12 +40,16 @@ def load(path: Path, ids: Sequence[str], first: dict[str, Any] | None) -> dict[s
         lines = path.read_bytes().split(b"\n")
     except OSError as error:
         raise ValueError(f"the predictions {path} cannot be read: {error.strerror}") from None
-    for i, raw in enumerate(lines[:-1], 1):  # the last one is empty, or was never finished
+    for i, raw in enumerate(lines, 1):
+        if not raw.strip():
+            continue
         try:
             line = json.loads(raw)
             if not isinstance(line, dict):
                 raise ValueError(f"found {line!r:.40}")
         except ValueError as error:
+            if i == len(lines):  # no line end follows: it was never finished
+                break
             raise ValueError(f"{path}, line {i}: not a prediction: {error}") from None
         if "task" in line:
             odd = [name for name in first or {} if line.get(name) != (first or {})[name]]

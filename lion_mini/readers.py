@@ -181,7 +181,7 @@ def captions(paths: Sequence[Path], split: str = "test") -> list[Example]:
         for where, image in rows(data, path, "images"):
             splits.add(get(image, "split", where))
             if image["split"] == split:
-                name = "/".join(filter(None, (image.get("filepath", ""), get(image, "filename", where))))
+                name = f"{image.get('filepath', '')}/{get(image, 'filename', where)}".lstrip("/")
                 said = [get(s, "raw", where) for s in get(image, "sentences", where, list)]
                 found.append(Example(image_id(name), name, references=tuple(said)))
         if not found:
@@ -206,7 +206,9 @@ def coco_captions(data: Any, path: Path) -> list[Example]:
     found = []
     for where, image in rows(data, path, "images"):
         number = whole(image, "id", where)
-        name = image.get("file_name") or f"val2014/COCO_val2014_{number:012}.jpg"  # LAVIS' ground truth has no names
+        name = (
+            get(image, "file_name", where) if "file_name" in image else f"val2014/COCO_val2014_{number:012}.jpg"
+        )  # LAVIS' ground truth has no names
         if number not in said:
             raise ValueError(f"{where}: the image {number} has no caption")
         found.append(Example(str(number), name, references=tuple(said[number])))
@@ -262,10 +264,10 @@ def aokvqa(paths: Sequence[Path]) -> list[Example]:
     path = one(paths)
     found = []
     for where, row in rows(load_json(path), path):
-        year = "train2017" if row.get("split") == "train" else "val2017"
-        name = row.get("image") or f"{year}/{get(row, 'image_id', where, int):012}.jpg"
-        group = "difficult" if row.get("difficult_direct_answer") else ""
         fields, answers = {"question": get(row, "question", where)}, texts(row, "direct_answers", where)
+        year = "train2017" if row.get("split") == "train" else "val2017"
+        name = get(row, "image", where) if "image" in row else f"{year}/{get(row, 'image_id', where, int):012}.jpg"
+        group = "difficult" if row.get("difficult_direct_answer") else ""
         found.append(Example(get(row, "question_id", where), name, fields, answers, group=group))
     return found
 
@@ -289,7 +291,9 @@ def iconqa(paths: Sequence[Path]) -> list[Example]:
     """Of the three kinds of question only those with choices in text; the number of choices varies."""
     problems: list[tuple[str, str, Any]] = []
     if len(paths) == 1 and paths[0].is_dir():
-        files = sorted(paths[0].glob("**/data.json"), key=lambda file: (len(file.parent.name), file.parent.name))
+        wanted = ("**/test/choose_txt/*/data.json", "choose_txt/*/data.json", "*/data.json")  # from the root or inside
+        found_there = next(filter(None, ([*paths[0].glob(pattern)] for pattern in wanted)), [])
+        files = sorted(found_there, key=lambda file: (len(file.parent.name), file.parent.name))
         problems = [(str(file), file.parent.name, load_json(file)) for file in files]
     else:
         data = [(path, load_json(path)) for path in paths]
@@ -318,7 +322,7 @@ def vsr(paths: Sequence[Path]) -> list[Example]:
         label = get(row, "label", where, int)
         if label not in (0, 1):
             raise ValueError(f"{where}: label is {label}, not 0 or 1")
-        name = "/".join(row.get("image_link", get(row, "image", where)).split("/")[-2:])
+        name = "/".join(get(row, "image_link" if "image_link" in row else "image", where).split("/")[-2:])
         fields = {"question": get(row, "caption", where)}
         found.append(Example(str(i), name, fields, candidates=VSR_CANDIDATES, target=0 if label else 2))
     return found
@@ -338,20 +342,22 @@ def visdial(paths: Sequence[Path], rounds: str = "all") -> list[Example]:
         turns = get(row, "dialog", where, list)
         for i, turn in enumerate(turns):
             here = f"{where}, round {i + 1}"
-            try:
-                question = questions[get(turn, "question", here, int)]
-                if rounds == "all" or i == len(turns) - 1:
-                    options = tuple(answers[j] for j in get(turn, "answer_options", here, list))
-                    target, fields = get(turn, "gt_index", here, int), {"question": question, "history": history}
-                    if not 0 <= target < len(options):
-                        raise ValueError(f"{here}: gt_index {target} is not one of {len(options)} options")
-                    name = f"VisualDialog_val2018/VisualDialog_val2018_{image:012}.jpg"
-                    found.append(Example(f"{image}-{i + 1}", name, fields, candidates=options, target=target))
-                if i + 1 < len(turns):
-                    history = f"{history} q: {question} a: {answers[get(turn, 'answer', here, int)]}".strip()
-            except IndexError:
-                raise ValueError(f"{here}: it points past the {len(questions)} questions or the answers") from None
+            question = entry(questions, get(turn, "question", here, int), here)
+            if rounds == "all" or i == len(turns) - 1:
+                options = tuple(entry(answers, j, here) for j in get(turn, "answer_options", here, list))
+                target, fields = get(turn, "gt_index", here, int), {"question": question, "history": history}
+                entry(options, target, here)
+                name = f"VisualDialog_val2018/VisualDialog_val2018_{image:012}.jpg"
+                found.append(Example(f"{image}-{i + 1}", name, fields, candidates=options, target=target))
+            if i + 1 < len(turns):
+                history = f"{history} q: {question} a: {entry(answers, get(turn, 'answer', here, int), here)}".strip()
     return found
+
+
+def entry(texts: Sequence[Any], number: Any, where: str) -> str:
+    if not isinstance(number, int) or not 0 <= number < len(texts) or not isinstance(texts[number], str):
+        raise ValueError(f"{where}: {number!r:.40} is not the number of one of {len(texts)} texts")
+    return texts[number]
 
 
 # --- boxes
@@ -409,9 +415,11 @@ def refer(path: Path, instances: Path, split: str) -> list[Example]:
         splits.add(get(ref, "split", where))
         if ref["split"] != split:
             continue
-        image, annotation = images.get(ref.get("image_id")), boxes.get(ref.get("ann_id"))
+        image, annotation = (
+            known.get(get(ref, name, where, int)) for name, known in (("image_id", images), ("ann_id", boxes))
+        )
         if image is None or annotation is None:
-            number = f"image_id {ref.get('image_id')}" if image is None else f"ann_id {ref.get('ann_id')}"
+            number = f"image_id {ref['image_id']}" if image is None else f"ann_id {ref['ann_id']}"
             raise ValueError(f"{where}: {number} is not in {instances}")
         box = box_of(annotation, where, corners=False, size=image)
         for sentence in get(ref, "sentences", where, (list, tuple)):

@@ -340,6 +340,27 @@ def test_two_processes_write_the_same_file(run: Run, tmp_path: Path, golden_fold
     assert not list((tmp_path / "two").glob("*part*"))
 
 
+def test_a_limit_can_be_raised_and_lowered(run: Run, tmp_path: Path) -> None:
+    command = ("pope_random", "--ann", pope_file(tmp_path), "--batch-size", 2)
+    assert "pope_random, 3 examples" in run(*command, "--limit", 3)[1]
+    file = tmp_path / "results" / "pope_random.jsonl"
+    assert len(lines(file)) == 4
+    assert "pope_random, 7 examples" in run(*command)[1]
+    full = file.read_bytes()
+    assert "differs: only the first 2" in run(*command, "--limit", 2)[1]
+    assert file.read_bytes() == full
+
+
+def test_a_file_of_predictions_may_lack_its_last_line_end(run: Run, tmp_path: Path) -> None:
+    mine = tmp_path / "mine.jsonl"
+    mine.write_text('{"id": 0, "text": "yes"}\n\n{"id": 1, "text": "No."}', encoding="utf-8")
+    path = pope_file(tmp_path, 2)
+    assert (
+        "accuracy                  100.00   paper: LION 88.97"
+        in run("pope_random", "--ann", path, "--score", mine, weights=False)[1]
+    )
+
+
 # --- what is refused
 
 

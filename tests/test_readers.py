@@ -5,6 +5,7 @@ import csv
 import io
 import json
 import pickle
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -320,6 +321,61 @@ def test_broken_files_are_one_sentence(tmp_path: Path) -> None:
     path.write_text('{"image": "a.jpg", "caption": "b", "label": 1}\n{"image": "a.j', encoding="utf-8")
     with pytest.raises(ValueError, match=r"x\.json, line 2: not whole JSON"):
         readers.read("vsr", [path])
+
+
+def test_nothing_but_a_sentence_ever_comes_out(tmp_path: Path) -> None:
+    """Each value of each official layout in turn is taken out or replaced: a ValueError of one line, or it is read."""
+    link, ten = "http://x/train2017/1.jpg", ["a"] * 10
+    refs, instances = refer_files(tmp_path)
+    whole: list[tuple[str, Any, bool, list[Path]]] = [
+        ("coco", [{"image": "val2014/COCO_val2014_000000391895.jpg", "caption": ["a"]}], False, []),
+        ("coco", {"images": [{"filename": "1.jpg", "split": "test", "sentences": [{"raw": "a"}]}]}, False, []),
+        ("coco", {"images": [{"id": 1}], "annotations": [{"image_id": 1, "caption": "a"}]}, False, []),
+        ("textcaps", {"data": [{"image_id": "a", "caption_str": "b"}]}, False, []),
+        ("okvqa", [{"question_id": 1, "question": "Q", "answer": ten, "image": "1.jpg"}], False, []),
+        ("okvqa", json.loads(okvqa_files(tmp_path)[0].read_text()), False, [tmp_path / "a.json"]),
+        ("okvqa", json.loads(okvqa_files(tmp_path)[1].read_text()), False, [tmp_path / "q.json"]),
+        ("aokvqa", [{"image_id": 1, "question_id": "1", "question": "Q", "direct_answers": ten}], False, []),
+        ("gqa", {"1": {"imageId": "n1", "question": "Q", "answer": "no"}}, False, []),
+        ("vsr", [{"image": "1.jpg", "image_link": link, "caption": "a", "label": 1}], True, []),
+        ("visdial", json.loads(visdial_file(tmp_path, 1).read_text()), False, []),
+        ("refcoco_val", json.loads(instances.read_text()), False, [refs]),
+        ("refcoco_val", [{"img_id": "x", "sents": "a", "bbox": [1, 1, 2, 2], "height": 4, "width": 4}], False, []),
+        ("pope_random", [{"question_id": 1, "image": "1.jpg", "text": "Q", "label": "yes"}], True, []),
+    ]
+    for task, data, as_lines, others in whole:
+        readers.read(task, [write(tmp_path, "x.json", data, as_lines), *others])
+        for broken in mutations(data):
+            path = write(tmp_path, "x.json", broken, as_lines and isinstance(broken, list))
+            said = complaint(task, [path, *others])
+            assert "\n" not in said
+            assert not said or str(tmp_path) in said
+    pickled = pickle.loads(refs.read_bytes())
+    for broken in mutations(pickled):
+        refs.write_bytes(pickle.dumps(broken))
+        said = complaint("refcoco_val", [refs, instances])
+        assert not said or str(tmp_path) in said
+
+
+def complaint(task: str, paths: list[Path]) -> str:
+    try:
+        readers.read(task, paths)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def mutations(data: Any) -> Iterator[Any]:
+    """The data with one value, anywhere in it, gone or of another type; of a long list only the start."""
+    yield from (None, 7, "text", [], {}, -1.5, True)
+    if isinstance(data, dict):
+        for key in data:
+            yield {name: value for name, value in data.items() if name != key}
+            yield from ({**data, key: changed} for changed in mutations(data[key]))
+    elif isinstance(data, list):
+        for i, value in enumerate(data[:2]):
+            yield data[:i] + data[i + 1 :]
+            yield from ([*data[:i], changed, *data[i + 1 :]] for changed in mutations(value))
 
 
 def test_any_end_of_a_path_finds_its_picture(tmp_path: Path) -> None:
