@@ -139,7 +139,8 @@ def regions(paths: Sequence[Path]) -> Iterator[tuple[str, str, Box]]:
     for where, row in rows(data[parts["regions"]], parts["regions"]):
         for i, region in enumerate(get(row, "regions", where, list)):
             here = f"{where}, region {i}"
-            number = region.get("image_id", row.get("id")) if isinstance(region, dict) else None
+            named = isinstance(region, dict) and "image_id" in region  # not in Visual Genome's first version
+            number = whole(region, "image_id", here) if named else whole(row, "id", where)
             if number not in pictures:
                 raise ValueError(f"{here}: the image {number} is not in {parts['pictures']}")
             name, across, down = pictures[number]

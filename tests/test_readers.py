@@ -512,6 +512,32 @@ def test_records_can_be_trained_from(tmp_path: Path) -> None:
     assert source.read(0, None).answer == "Answer: [0.000,0.200,0.500,1.000]"  # type: ignore[arg-type]
 
 
+def test_nothing_but_a_sentence_comes_out_of_a_converter(tmp_path: Path) -> None:
+    regions, pictures = vg_files(tmp_path)
+    turns = [{"from": "human", "value": "<image>\nQ"}, {"from": "gpt", "value": "A"}]
+    book = {"imageURL": "http://x/1.jpg", "questions": ["q"], "answers": ["a"], "split": 1}
+    image, said = {"id": 9, "file_name": "x.jpg"}, {"image_id": 9, "caption": "A"}
+    release = {"image": "a.jpg", "question": "Q", "answer": "a", "category": "image_level", "tags": ["a"]}
+    whole: list[tuple[str, str, Any, list[Path]]] = [
+        ("llava", "dialogue", [{"image": "1.jpg", "conversations": turns}], []),
+        ("ocrvqa", "vqa", {"1": book}, []),
+        ("textcaps", "caption", {"data": [{"image_id": "a", "caption_str": "b"}]}, []),
+        ("coco", "caption", {"images": [image], "annotations": [said]}, []),
+        ("vg", "rec", json.loads(regions.read_text()), [pictures]),
+        ("vg", "reg", json.loads(pictures.read_text()), [regions]),
+        ("release", "as it is", [release], []),
+    ]
+    for name, kind, data, others in whole:
+        assert list(convert.records(name, kind, [write(tmp_path, "x.json", data), *others], dict(TEMPLATES), 0))
+        for broken in mutations(data):
+            try:
+                list(convert.records(name, kind, [write(tmp_path, "x.json", broken), *others], dict(TEMPLATES), 0))
+                complaint = ""
+            except ValueError as error:
+                complaint = str(error)
+            assert not complaint or (str(tmp_path) in complaint and "\n" not in complaint)
+
+
 def test_missing_pictures(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     paths = okvqa_files(tmp_path)
     flags = ["--ann", *map(str, paths), "--images", str(tmp_path), "--out", str(tmp_path / "out.jsonl")]
