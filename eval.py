@@ -38,10 +38,11 @@ import lion_mini
 from lion_mini import GENERATION, Box, Lion, toy
 from lion_mini.benchmarks import OPEN, RANKED, ToyScore, kind_of, report, score, table, toy_rows
 from lion_mini.data import split_tags
+from lion_mini.files import Images
 from lion_mini.images import draw_boxes, lion_transform, open_image
 from lion_mini.predictions import join, load, part
 from lion_mini.prompts import EVAL_TEMPLATES, TASK_OF, load_templates, render
-from lion_mini.readers import SHIPPED, TASKS, Example, Images, read
+from lion_mini.readers import SHIPPED, TASKS, Example, read
 
 PRESET_OF = {"caption": "caption", "rec": "locate", "reg": "describe"}  # for the others: answer
 DTYPES = {"stored": None, "float32": torch.float32, "bfloat16": torch.bfloat16}

@@ -28,9 +28,10 @@ from typing import Any
 from PIL import Image, ImageDraw
 
 from .data import NUMBERS, Records, check
+from .files import Images, get, load_json, load_lines, rows, whole
 from .images import draw_boxes, open_image
 from .prompts import TASK_OF, TEMPLATES, Box, load_templates, render
-from .readers import Images, aokvqa, box_of, captions, get, load_json, load_lines, refcoco, rows, vqa, whole
+from .readers import aokvqa, box_of, captions, refcoco, vqa
 
 Raw = tuple[str, dict[str, str | Box], str]  # picture, what fills the template, answer
 TABLE_7 = {  # sizes that add up to Table 7's: VQG 470K without OCR-VQA, VQA 1.3M with it, captions 524K

@@ -9,21 +9,19 @@
     refcoco...         refs(unc).p with instances.json, Shikra's REC_*.jsonl, or MiniGPT-4's refcoco_*.json
     pope_..., mmbench  coco_pope_*.json (it is JSON lines), mmbench_*.tsv
 
-The files are told apart by what they hold, never by their names. What is wrong with one is a ValueError in one sentence
-that names the file, the place and the field.                                           next: ../eval.py
+The files of a data set are told apart by what they hold, and by their ending.
+next: benchmarks.py
 """
 
 import base64
 import binascii
 import csv
-import io
-import json
-import pickle
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from .files import get, load_json, load_lines, load_pickle, numbers, one, rows, texts, whole
 from .prompts import Box
 
 SHIPPED = {  # how many examples the paper's benchmarks have
@@ -75,96 +73,6 @@ def read(task: str, paths: Sequence[Path], rounds: str = "all") -> list[Example]
             raise ValueError(f"{where}: the id {example.id} stands there twice")
         seen.add(example.id)
     return found
-
-
-# --- files and their fields
-
-
-def load_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8-sig"))
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} {'is empty' if not path.stat().st_size else f'is not whole JSON: {error}'}") from None
-
-
-def load_lines(path: Path) -> Iterator[tuple[str, Any]]:
-    """Each JSON line with its place."""
-    try:
-        with open(path, encoding="utf-8-sig") as file:
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    try:
-                        yield f"{path}, line {number}", json.loads(line)
-                    except (ValueError, RecursionError) as error:
-                        raise ValueError(f"{path}, line {number}: not whole JSON: {error}") from None
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise ValueError(f"{path} is not UTF-8 text") from None
-
-
-class _Harmless(pickle.Unpickler):
-    """refer's files hold dicts, lists, texts and numbers; whatever wants to be imported is no annotation."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        if module in ("builtins", "__builtin__") and name in ("set", "frozenset"):
-            return {"set": set, "frozenset": frozenset}[name]
-        raise pickle.UnpicklingError(f"it asks for {module}.{name}, and only plain data is read")
-
-
-def load_pickle(path: Path) -> Any:
-    try:
-        return _Harmless(io.BytesIO(path.read_bytes()), encoding="latin1").load()  # written by Python 2
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read: {error.strerror}") from None
-    except Exception as error:  # a broken pickle can raise anything
-        raise ValueError(f"{path} is not a pickle of annotations: {error or 'it is empty'}") from None
-
-
-def get(record: Any, name: str, where: str, kind: type | tuple[type, ...] = str) -> Any:
-    """The field, of that type; ValueError with the place where it is not."""
-    if not isinstance(record, dict):
-        raise ValueError(f"{where}: expected an object with {name}, found {record!r:.40}")
-    if name not in record:
-        raise ValueError(f"{where}: the field {name} is missing")
-    value = record[name]
-    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-        raise ValueError(f"{where}: {name} is {value!r:.40}")
-    return value
-
-
-def rows(data: Any, path: Path, name: str = "") -> Iterator[tuple[str, Any]]:
-    """The records of a list, or of the list under this name, each with its place."""
-    listed = get(data, name, str(path), list) if name else data
-    if not isinstance(listed, list):
-        raise ValueError(f"{path}: expected a list of records, found {listed!r:.40}")
-    for i, record in enumerate(listed):
-        yield f"{path}, {name + ' ' if name else ''}record {i}", record
-
-
-def texts(record: Any, name: str, where: str) -> tuple[str, ...]:
-    found = get(record, name, where, (list, str))
-    found = [found] if isinstance(found, str) else found
-    if not found or not all(isinstance(text, str) for text in found):
-        raise ValueError(f"{where}: {name} is {found!r:.40}, not texts")
-    return tuple(found)
-
-
-def whole(record: Any, name: str, where: str) -> int:
-    """A whole number, which some files write as text."""
-    value = get(record, name, where, (int, str))
-    try:
-        return int(value)
-    except ValueError:
-        raise ValueError(f"{where}: {name} is {value!r:.40}, not a whole number") from None
-
-
-def one(paths: Sequence[Path]) -> Path:
-    if len(paths) != 1:
-        raise ValueError(f"expected one annotation file, found {len(paths)}: {', '.join(map(str, paths))}")
-    return paths[0]
 
 
 # --- captions
@@ -399,13 +307,6 @@ def box_of(row: Any, where: str, corners: bool, size: Any = None) -> Box:
     return box
 
 
-def numbers(row: Any, name: str, count: int, where: str) -> list[float]:
-    values = get(row, name, where, (list, tuple))
-    if len(values) != count or not all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in values):
-        raise ValueError(f"{where}: {name} is {values!r:.60}, not {count} numbers")
-    return [*values]
-
-
 def refer(path: Path, instances: Path, split: str) -> list[Example]:
     data = load_json(instances)
     images = {get(row, "id", where, int): row for where, row in rows(data, instances, "images")}
@@ -481,31 +382,3 @@ def mmbench(paths: Sequence[Path]) -> list[Example]:
             Example(index, decoded[home], fields, tuple(options), tuple(options.values()), target, group=ability)
         )
     return found
-
-
-# --- pictures
-
-
-class Images:
-    """Where the pictures are. People keep only the inner folders of the official trees: any end of a path will do."""
-
-    def __init__(self, root: Path):
-        self.root, self.found = root, dict[str, Path | None]()
-
-    def path(self, name: str) -> Path | None:
-        if name not in self.found:
-            parts = Path(name).parts
-            ends = (self.root.joinpath(*parts[i:]) for i in range(len(parts)))
-            self.found[name] = next((path for path in ends if path.is_file()), None)
-        return self.found[name]
-
-    def without_missing(self, names: Sequence[str | bytes], skip: bool) -> list[bool]:
-        """Which of them are there; unless `skip`, a ValueError where one is not."""
-        there = [isinstance(name, bytes) or self.path(name) is not None for name in names]
-        if not all(there) and not skip:
-            first = f"{names[there.index(False)]!s} is not below {self.root}"
-            count = f", and {there.count(False) - 1} of {len(there) - 1} others are not" if len(there) > 1 else ""
-            raise ValueError(
-                f"the image {first}{count}: name their folder with --images, or go on without them with --skip-missing"
-            )
-        return there
