@@ -106,6 +106,8 @@ def check(args: argparse.Namespace) -> None:
     for name in ("batch_size", "segment", "limit"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(args, name)}")
+    if args.sheet < 0:
+        raise ValueError(f"--sheet must be at least 0, not {args.sheet}")
     kind = kind_of(args.task)
     place = {"caption": "", "rec": "{expression}"}.get(kind, "{question}")
     if args.template is not None and (place not in args.template or not args.template.strip()):
@@ -246,6 +248,8 @@ def measure(args: argparse.Namespace) -> int:
         if absent:
             notes.append(f"{absent:,} examples without a prediction left out")
             examples = [example for example in examples if example.id in predictions]
+        if not examples:
+            raise ValueError(f"{path} holds no prediction for the first {args.limit} examples of {args.task}")
     notes += settings(args, path)
     if args.limit is not None:
         notes.append(f"only the first {args.limit:,}")
@@ -270,7 +274,9 @@ def gathered_rank() -> int:
 def settings(args: argparse.Namespace, path: Path) -> list[str]:
     """What differs from the paper's setting, as the predictions' own first line tells it."""
     with open(path, encoding="utf-8") as file:
-        made = json.loads(file.readline())
+        made = json.loads(file.readline().strip() or "{}")
+    if made.get("task", args.task) != args.task:
+        raise ValueError(f"{path} holds predictions for {made['task']}, not for {args.task}")
     kind, notes = kind_of(args.task), []
     if "task" not in made:
         notes.append("the file does not say how its predictions were made")

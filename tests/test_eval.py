@@ -370,6 +370,8 @@ def test_bad_input_is_one_sentence(run: Run, tmp_path: Path) -> None:
     empty.touch()
     strange = write(tmp_path, "strange.jsonl", [{"id": "0", "text": "yes"}, {"id": "99", "text": "no"}], lines=True)
     twice = write(tmp_path, "twice.jsonl", [{"id": "0", "text": "yes"}] * 2, lines=True)
+    other = write(tmp_path, "other.jsonl", [{"task": "pope_popular"}, {"id": "0", "text": "yes"}], lines=True)
+    last = write(tmp_path, "last.jsonl", [{"id": "6", "text": "yes"}], lines=True)
     silent = write(tmp_path, "silent.jsonl", [{"id": "0"}], lines=True)
     for args, words in (
         (["pope_rnadom", "--ann", path], "the task 'pope_rnadom' is unknown; there are flickr30k"),
@@ -380,6 +382,9 @@ def test_bad_input_is_one_sentence(run: Run, tmp_path: Path) -> None:
         (["pope_random", "--ann", path, "--limit", -1], "--limit must be at least 1, not -1"),
         (["pope_random", "--ann", path, "--score", strange], "line 2: the id 99 is not in the annotations"),
         (["pope_random", "--ann", path, "--score", twice], "line 2: the id 0 is predicted twice"),
+        (["pope_random", "--ann", path, "--score", other], "holds predictions for pope_popular, not for pope_random"),
+        (["pope_random", "--ann", path, "--score", last, "--limit", 2], "no prediction for the first 2 examples"),
+        (["pope_random", "--ann", path, "--sheet", -1], "--sheet must be at least 0, not -1"),
         (["pope_random", "--ann", path, "--score", silent], "line 1: it has neither text nor scores"),
         (["pope_random", "--ann", path, "--score", tmp_path / "no"], "cannot be read: No such file"),
         (["pope_random", "--ann", path, "--templates", path], "--templates draws REC instructions"),
