@@ -36,9 +36,9 @@ from tqdm import tqdm
 
 import lion_mini
 from lion_mini import GENERATION, Box, Lion, toy
+from lion_mini.annotations import Images
 from lion_mini.benchmarks import OPEN, RANKED, ToyScore, kind_of, report, score, table, toy_rows
 from lion_mini.data import split_tags
-from lion_mini.files import Images
 from lion_mini.images import draw_boxes, lion_transform, open_image
 from lion_mini.predictions import join, load, part
 from lion_mini.prompts import EVAL_TEMPLATES, TASK_OF, load_templates, render

@@ -27,8 +27,8 @@ from typing import Any
 
 from PIL import Image, ImageDraw
 
+from .annotations import Images, get, load_json, load_lines, rows, whole
 from .data import NUMBERS, Records, check
-from .files import Images, get, load_json, load_lines, rows, whole
 from .images import draw_boxes, open_image
 from .prompts import TASK_OF, TEMPLATES, Box, load_templates, render
 from .readers import aokvqa, box_of, captions, refcoco, vqa

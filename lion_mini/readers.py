@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .files import get, load_json, load_lines, load_pickle, numbers, one, rows, texts, whole
+from .annotations import get, load_json, load_lines, load_pickle, numbers, one, rows, texts, whole
 from .prompts import Box
 
 SHIPPED = {  # how many examples the paper's benchmarks have
