@@ -15,13 +15,15 @@ batch, a run resumes without having saved its data's state, and however many pro
     batch      |__ 0 __||__ 1 __||__ 2          micro-batches of 2: 0 1 | 2 3 | ...  process r of w takes r, r + w, ...
 
 Compatible with the release's datasets/jsonl_vqa.py, but for its accidents: a region-level picture is never cropped or
-mirrored, and a category that is neither level is an error.                              next: stages.py
+mirrored, and a category that is neither level is an error. `python -m lion_mini.data convert` makes such files from the
+official ones, `inspect` looks at one.                                                  next: stages.py
 """
 
 import json
 import random
 import re
 import signal
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,7 +43,7 @@ CATEGORIES = TASK_OF | {
     **dict.fromkeys(("image", "image_level"), "image"),
     **dict.fromkeys(("ref", "region", "region_level", "grounding"), "region"),
 }
-_NUMBERS = re.compile(r"\[[-+0-9.eE\s]*,[-+0-9.eE,\s]*\]")  # what can only be meant as a box
+NUMBERS = re.compile(r"\[[-+0-9.eE\s]*,[-+0-9.eE,\s]*\]")  # what can only be meant as a box
 
 
 @dataclass(frozen=True)
@@ -153,7 +155,7 @@ def check(record: Any) -> dict[str, Any]:
     if not isinstance(category, str) or category.lower().strip() not in CATEGORIES:
         raise ValueError(f"its category {category!r:.40} is neither image_level nor region_level")
     task = CATEGORIES[category.lower().strip()]
-    for text in _NUMBERS.findall(f"{question} {answer}") if task == "region" else ():
+    for text in NUMBERS.findall(f"{question} {answer}") if task == "region" else ():
         box = Box.parse(text)
         if box is None or not box.area:
             raise ValueError(f"{text} is no box of fractions from 0 to 1")
@@ -276,3 +278,9 @@ def quiet(worker: int) -> None:
     """Ctrl-C reaches every process of a terminal; what it means is for the main one to say, and workers go on."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+if __name__ == "__main__":
+    from .convert import main
+
+    sys.exit(main())
