@@ -44,6 +44,7 @@ from lion_mini.predictions import join, load, part
 from lion_mini.prompts import EVAL_TEMPLATES, TASK_OF, load_templates, render
 from lion_mini.readers import SHIPPED, TASKS, Example, read
 
+MEASURED = {kind: texts[-1:] for kind, texts in toy.INSTRUCTIONS.items()}  # the instruction of the benchmarks
 PRESET_OF = {"caption": "caption", "rec": "locate", "reg": "describe"}  # for the others: answer
 DTYPES = {"stored": None, "float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -338,7 +339,7 @@ def toy_scores(model: Lion, scenes: Sequence[toy.Scene], batch_size: int = 32) -
     for one in scenes:
         rng = random.Random(f"eval {one.split} {one.seed}")
         kinds = [kind for kind in ("caption", "vqa", "rec", "reg") if can(model, TASK_OF[kind])]
-        asked += [(one, record) for record in toy.records(one, rng, kinds, template=-1)]
+        asked += [(one, record) for record in toy.records(one, rng, kinds, MEASURED)]
     said: list[tuple[toy.Scene, toy.Record, str]] = []
     asked.sort(key=lambda pair: pair[1]["kind"])
     for kind in dict.fromkeys(record["kind"] for _, record in asked):

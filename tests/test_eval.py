@@ -418,8 +418,9 @@ def test_toy_scores_of_one_who_knows(golden_model: Lion, monkeypatch: pytest.Mon
     """With the true answers everything is right; the blind guesses stay what they are."""
     scenes = [toy.scene(i, "test") for i in range(12)]
     known = {}
+    kinds = ("caption", "vqa", "rec", "reg")
     for one in scenes:
-        for record in toy.records(one, random.Random(f"eval test {one.seed}"), ("caption", "vqa", "rec", "reg"), -1):
+        for record in toy.records(one, random.Random(f"eval test {one.seed}"), kinds, script.MEASURED):
             known[record["question"], tuple(split_tags(record["tags"])), one.seed] = record["answer"]
     asked: list[str] = []
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from lion_mini import Box, convert, files, readers
+from lion_mini import Box, annotations, convert, readers
 from lion_mini.data import Records
 from lion_mini.prompts import TEMPLATES
 
@@ -381,8 +381,8 @@ def mutations(data: Any) -> Iterator[Any]:
 def test_any_end_of_a_path_finds_its_picture(tmp_path: Path) -> None:
     (tmp_path / "val2014").mkdir()
     (tmp_path / "val2014" / "1.jpg").touch()
-    assert files.Images(tmp_path).path("val2014/1.jpg") == tmp_path / "val2014" / "1.jpg"
-    inner = files.Images(tmp_path / "val2014")
+    assert annotations.Images(tmp_path).path("val2014/1.jpg") == tmp_path / "val2014" / "1.jpg"
+    inner = annotations.Images(tmp_path / "val2014")
     assert inner.path("coco/val2014/1.jpg") == tmp_path / "val2014" / "1.jpg"
     assert inner.path("2.jpg") is None
     with pytest.raises(ValueError, match=r"the image 2\.jpg is not below .*, and 0 of 1 others are not"):
