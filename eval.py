@@ -34,7 +34,6 @@ import torch.distributed as dist
 from PIL import Image
 from tqdm import tqdm
 
-import lion_mini
 from lion_mini import GENERATION, Box, Lion, toy
 from lion_mini.annotations import Images
 from lion_mini.benchmarks import OPEN, RANKED, ToyScore, kind_of, report, score, table, toy_rows
@@ -363,8 +362,6 @@ def can(model: Lion, task: str) -> bool:
 def toy_main(args: argparse.Namespace) -> int:
     if args.scenes < 1:
         raise ValueError(f"--scenes must be at least 1, not {args.scenes}")
-    if args.weights is None and not (Path(lion_mini.__file__).parent / "assets" / "tiny").is_dir():
-        raise ValueError("the built-in model is not in this copy: train it with train.py, or name one with --weights")
     model = Lion.from_pretrained(args.weights or "tiny", args.device, DTYPES[args.dtype])
     scores = toy_scores(model, [toy.scene(i, "test") for i in range(args.scenes)])
     print(f"{args.scenes} held-out scenes of the shapes world")

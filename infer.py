@@ -277,6 +277,8 @@ def run(args: argparse.Namespace) -> int:
         return demonstrate(args)
     paths = find_images(args.images)
     model = Lion.from_pretrained(args.weights, args.device, DTYPES[args.dtype])
+    if args.use_tags is not None and model.config.tags == "none":
+        raise ValueError(f"--use-tags: {args.weights} answers without tags in its prompt")
     if args.no_tags:
         model.config = replace(model.config, tags="none")
     failed, out = 0, None

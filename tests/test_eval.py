@@ -18,7 +18,6 @@ from test_readers import mmbench_file, okvqa_files, refer_files, visdial_file, w
 from torch import Tensor
 
 import eval as script
-import lion_mini
 from lion_mini import Lion, benchmarks, metrics, readers, toy
 from lion_mini.data import split_tags
 from lion_mini.lion import Answer
@@ -442,9 +441,3 @@ def test_toy_scores_of_one_who_knows(golden_model: Lion, monkeypatch: pytest.Mon
     assert rows["VQA, existence"].baseline == pytest.approx(0.5)
     assert rows["POPE, F1"].baseline == pytest.approx(2 / 3)
     assert sum("Short answer:" in question for question in asked) > 12
-
-
-def test_toy_without_its_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
-    monkeypatch.setattr(lion_mini, "__file__", str(tmp_path / "__init__.py"))
-    assert script.main([]) == 2
-    assert capsys.readouterr().err.startswith("eval.py: the built-in model is not in this copy: ")
