@@ -277,7 +277,6 @@ def test_tags_for_a_training_set(
         ("is the file that --data reads", [*argv, "--out", data]),
         ("--data is for --tags", argv[1:]),
         ("give pictures to look at, or a file of records", [PHOTO, *argv]),
-        ("give pictures to look at", argv[-4:]),
     ):
         assert infer.main([*map(str, flags)]) == 2
         assert words in capsys.readouterr().err
