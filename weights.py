@@ -366,7 +366,7 @@ def convert(args: argparse.Namespace) -> None:
 
     with Aside(args.out) as folder:
         folder.mkdir()
-        for name, path in zip(Text.FILES, texts, strict=False):
+        for name, path in zip(Text.FILES[: len(texts)], texts, strict=True):
             shutil.copyfile(path, folder / name)
         Text.from_folder(folder, tagger=config.ram is not None).check(config)
         (folder / "config.json").write_text(config.to_json())

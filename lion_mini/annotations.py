@@ -10,6 +10,7 @@ next: readers.py
 import io
 import json
 import pickle
+import struct
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -49,12 +50,19 @@ class _Harmless(pickle.Unpickler):
         raise pickle.UnpicklingError(f"it asks for {module}.{name}, and only plain data is read")
 
 
+# What a pickle that is cut or changed makes its reader raise.
+BROKEN = (
+    pickle.UnpicklingError, EOFError, LookupError, ValueError, TypeError, AttributeError, ImportError, ArithmeticError,
+    MemoryError, RecursionError, struct.error,
+)  # fmt: skip
+
+
 def load_pickle(path: Path) -> Any:
     try:
         return _Harmless(io.BytesIO(path.read_bytes()), encoding="latin1").load()  # written by Python 2
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror}") from None
-    except Exception as error:  # a broken pickle can raise anything
+    except BROKEN as error:
         raise ValueError(f"{path} is not a pickle of annotations: {error or 'it is empty'}") from None
 
 
