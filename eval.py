@@ -39,13 +39,14 @@ from lion_mini.annotations import Images
 from lion_mini.benchmarks import OPEN, RANKED, ToyScore, kind_of, report, score, table, toy_rows
 from lion_mini.data import split_tags
 from lion_mini.images import draw_boxes, lion_transform, open_image
+from lion_mini.linear import best_dtype
+from lion_mini.lion import DTYPES
 from lion_mini.predictions import join, load, part
 from lion_mini.prompts import EVAL_TEMPLATES, TASK_OF, load_templates, render
 from lion_mini.readers import SHIPPED, TASKS, Example, read
 
 MEASURED = {kind: texts[-1:] for kind, texts in toy.INSTRUCTIONS.items()}  # the instruction of the benchmarks
 PRESET_OF = {"caption": "caption", "rec": "locate", "reg": "describe"}  # for the others: answer
-DTYPES = {"stored": None, "float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -89,8 +90,11 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--sheet", type=int, default=12, help="REC: how many of the worst to draw")
     parser.add_argument("--scenes", type=int, default=200, help="the toy world's held-out scenes")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--dtype", default="stored", choices=DTYPES, help="default: as the weights are stored")
-    return parser.parse_args(argv)
+    parser.add_argument("--dtype", default="auto", choices=DTYPES, help="auto: bfloat16 where it is fast")
+    args = parser.parse_args(argv)
+    if args.dtype == "auto":  # what was chosen belongs to the results
+        args.dtype = str(best_dtype(args.device)).removeprefix("torch.")
+    return args
 
 
 # --- asking
@@ -189,7 +193,7 @@ def predict(
     todo = [s for s in starts if any(id not in known for id in ids[s : s + args.batch_size])]
     if todo:
         device = args.device if args.device != "cuda" or world == 1 else f"cuda:{os.environ['LOCAL_RANK']}"
-        model = Lion.from_pretrained(args.weights, device, DTYPES[args.dtype])
+        model = Lion.from_pretrained(args.weights, device, DTYPES[args.dtype], packed=True)
         if args.no_tags:
             model.config = replace(model.config, tags="none")
         asked = questions(args, examples)
@@ -362,9 +366,9 @@ def can(model: Lion, task: str) -> bool:
 def toy_main(args: argparse.Namespace) -> int:
     if args.scenes < 1:
         raise ValueError(f"--scenes must be at least 1, not {args.scenes}")
-    model = Lion.from_pretrained(args.weights or "tiny", args.device, DTYPES[args.dtype])
+    model = Lion.from_pretrained(args.weights or "tiny", args.device, DTYPES[args.dtype], packed=True)
     scores = toy_scores(model, [toy.scene(i, "test") for i in range(args.scenes)])
-    print(f"{args.scenes} held-out scenes of the shapes world")
+    print(f"{args.scenes} held-out scenes of the shapes world, computed in {str(model.dtype).removeprefix('torch.')}")
     print(f"{'':22}{'LION':>7}{'blind':>8}   the blind guess")
     for row in scores:
         print(f"{row.name:22}{row.score:7.1%}{row.baseline:8.1%}   {row.blind} ({row.count} questions)")

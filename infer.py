@@ -32,11 +32,10 @@ from lion_mini import GENERATION, Box, Lion, toy
 from lion_mini.data import Records
 from lion_mini.data import check as check_record
 from lion_mini.images import draw_boxes, open_image
-from lion_mini.lion import Answer
+from lion_mini.lion import DTYPES, Answer
 from lion_mini.prompts import EVAL_TEMPLATES, render
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
-DTYPES = {"stored": None, "float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -154,6 +153,12 @@ def look(
             yield path, image, record(job, path, image, answer)
 
 
+def opened(args: argparse.Namespace) -> Lion:
+    model = Lion.from_pretrained(args.weights, args.device, DTYPES[args.dtype], packed=True)
+    print(f"{args.weights}: computes in {str(model.dtype).removeprefix('torch.')} on {model.device}", file=sys.stderr)
+    return model
+
+
 def tag_records(args: argparse.Namespace) -> int:
     """Write the records of `--data` to `--out`, one per line in their order, with a field `tags` where they had none.
 
@@ -163,7 +168,7 @@ def tag_records(args: argparse.Namespace) -> int:
         raise ValueError(f"--out {args.out} is the file that --data reads: choose another")
     source = Records(args.data, args.root, ("image", "region"))
     done = resume_after(args.out, source)
-    model = Lion.from_pretrained(args.weights, args.device, DTYPES[args.dtype])
+    model = opened(args)
     known: dict[Path, Any] = {}
     failed = 0
     with open(args.out, "a", encoding="utf-8") as out:
@@ -223,7 +228,7 @@ def demonstrate(args: argparse.Namespace) -> int:
     """Draw a scene that no training saw, and let the model say all that it can about it."""
     seed = random.randrange(10**9) if args.seed is None else args.seed
     scene = toy.scene(seed, "test")
-    model = Lion.from_pretrained(args.weights, args.device, DTYPES[args.dtype])
+    model = opened(args)
     args.out.mkdir(parents=True, exist_ok=True)
     scene.image.save(args.out / "scene.png")
     rng = random.Random(seed)
@@ -276,7 +281,7 @@ def run(args: argparse.Namespace) -> int:
     if not args.images:
         return demonstrate(args)
     paths = find_images(args.images)
-    model = Lion.from_pretrained(args.weights, args.device, DTYPES[args.dtype])
+    model = opened(args)
     if args.use_tags is not None and model.config.tags == "none":
         raise ValueError(f"--use-tags: {args.weights} answers without tags in its prompt")
     if args.no_tags:
@@ -333,7 +338,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--weights", type=Path, default=Path("tiny"), help="a folder of weights.py or train.py")
     parser.add_argument("--seed", type=int, help="which scene to draw where no picture is given; default: a new one")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--dtype", default="stored", help=f"{', '.join(DTYPES)}; default: as the weights are stored")
+    parser.add_argument("--dtype", default="auto", help=f"{', '.join(DTYPES)}; auto: bfloat16 where it is fast")
     parser.add_argument("--batch-size", type=int, default=8, help="pictures at a time")
     parser.add_argument(
         "--out", type=Path, default=Path("out"), help="folder of results.jsonl and drawn boxes, or file"

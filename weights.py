@@ -28,6 +28,7 @@ from torch import Tensor
 
 from lion_mini.config import PRESETS, LionConfig, T5Config
 from lion_mini.files import Aside, Tensors, read_json, write_shards
+from lion_mini.linear import quantise, to_int8
 from lion_mini.lion import Lion, Text
 from lion_mini.stages import fresh
 
@@ -302,18 +303,13 @@ def check_values(tensor: Tensor, name: str, path: Path) -> None:
         raise ValueError(f"{path}: label_embed is all zero, so RAM would give every image the same tags")
 
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-
-
-def dtype_named(name: str) -> torch.dtype:
-    if name not in DTYPES:
-        why = "T5 overflows in float16; " if name == "float16" else ""
-        raise ValueError(f"--dtype {name}: {why}there are {', '.join(DTYPES)}")
-    return DTYPES[name]
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.bfloat16}  # of all but linear layers
 
 
 def convert(args: argparse.Namespace) -> None:
-    dtype = dtype_named(args.dtype)
+    if args.dtype not in DTYPES:
+        why = "T5 overflows in float16; " if args.dtype == "float16" else ""
+        raise ValueError(f"--dtype {args.dtype}: {why}there are {', '.join(DTYPES)}")
     if args.ram and not (args.ram_tags and args.ram_thresholds):
         raise ValueError("--ram needs --ram-tags and --ram-thresholds, the two text files beside it")
     config = chosen_config(args.config, args.t5, ram=args.ram is not None)
@@ -355,6 +351,19 @@ def convert(args: argparse.Namespace) -> None:
         parts = ", ".join(sorted({name.split(".")[0] for name in new}))
         print(f"no --lion: {len(new)} tensors of {parts} are freshly initialised, for stage 1")
 
+    stored = model.to(DTYPES[args.dtype])
+    if args.dtype == "int8":
+        to_int8(stored)
+    layout = stored.state_dict()
+
+    def value(name: str) -> Tensor:
+        """What is stored under this name: the tensor itself, or one half of a weight in eight bits."""
+        part, _, kind = name.rpartition(".")
+        if name in plan and layout[name].dtype != torch.int8:
+            return read(name)
+        rounded, scale = quantise(read(f"{part}.weight"), DTYPES[args.dtype])
+        return scale if kind == "scale" else rounded
+
     def read(ours: str) -> Tensor:
         if ours in new:
             return new[ours]
@@ -370,7 +379,7 @@ def convert(args: argparse.Namespace) -> None:
             shutil.copyfile(path, folder / name)
         Text.from_folder(folder, tagger=config.ram is not None).check(config)
         (folder / "config.json").write_text(config.to_json())
-        write_shards(folder, plan, dtype, read)
+        write_shards(folder, layout, value)
     size = sum(path.stat().st_size for path in args.out.iterdir())
     print(f"{args.out}: {len(plan)} tensors, {size / 1e9:.2f} GB in {args.dtype}")
 
@@ -437,9 +446,12 @@ def guessed_config(kind: str, source: Source) -> LionConfig:
 
 def inspect_converted(folder: Path) -> int:
     model = Lion.from_pretrained(folder, dtype=None)
+    with torch.device("meta"):
+        plan = Lion(model.config).state_dict()
     for name, tensor in model.state_dict().items():
-        print(f"{name} {tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')} from {official_name(name)}")
-    count = sum(tensor.numel() for tensor in model.state_dict().values())
+        source = name if name in plan else f"{name.removesuffix('scale')}weight"
+        print(f"{name} {tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')} from {official_name(source)}")
+    count = sum(tensor.numel() for tensor in plan.values())
     print(f"{folder}: a whole LION, {len(model.state_dict())} tensors, {count / 1e6:.1f} M parameters")
     return 0
 
@@ -447,6 +459,8 @@ def inspect_converted(folder: Path) -> int:
 def export(args: argparse.Namespace) -> None:
     """The release's file of trained tensors, with the buffer that its code expects among them."""
     model = Lion.from_pretrained(args.folder, dtype=None)
+    if any(tensor.dtype == torch.int8 for tensor in model.state_dict().values()):
+        raise ValueError(f"{args.folder} is rounded to int8: export the folder or files that it was made of")
     names = inverted(LION)
     tensors = {n: tensor for ours, tensor in model.state_dict().items() if (n := translate(ours, names)) is not None}
     if model.qformer is not None:
@@ -473,7 +487,7 @@ def main(argv: list[str] | None = None) -> int:
         ("out", True, "the folder to make"),
     ):
         command.add_argument(f"--{flag}", type=Path, required=required, help=text)
-    command.add_argument("--dtype", default="float32", help="float32 (default) or bfloat16")
+    command.add_argument("--dtype", default="float32", help="float32 (default), bfloat16 or int8")
     command.set_defaults(run=convert)
     command = commands.add_parser("inspect", help="where each tensor of a file goes")
     command.add_argument("path", type=Path)

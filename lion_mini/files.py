@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from tqdm import tqdm
 
-CODES = {torch.float32: "F32", torch.bfloat16: "BF16"}
+CODES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.int8: "I8"}
 
 
 class Tensors:
@@ -128,18 +128,22 @@ def read_json(path: Path) -> dict:
 
 
 def read_shards(folder: Path, device: str | torch.device, dtype: torch.dtype | None) -> dict[str, Tensor]:
-    """Every tensor of the folder's safetensors files. On the CPU and in the stored dtype they are not read yet but
-    mapped: the first use of each brings it in from the disk, and the operating system may share or drop the pages."""
+    """Every tensor of the folder's safetensors files, int8 as it is and all others as `dtype`. On the CPU and in the
+    stored dtype they are not read yet but mapped, each for itself: the first use of one brings it in from the disk, the
+    operating system may share or drop its pages, and it goes when nobody needs it any more."""
     tensors: dict[str, Tensor] = {}
     paths = sorted(folder.glob("*.safetensors"))
     if not paths:
         raise ValueError(f"{folder} holds no .safetensors file")
     for path in paths:
         with opened(path) as file:
-            for name in file.keys():  # noqa: SIM118
-                if name in tensors:
-                    raise ValueError(f"{path}: {name} stands in another shard too")
-                tensors[name] = file.get_tensor(name).to(device, dtype)
+            names = list(file.keys())
+        for name in names:
+            if name in tensors:
+                raise ValueError(f"{path}: {name} stands in another shard too")
+            with opened(path) as file:
+                tensor = file.get_tensor(name)
+            tensors[name] = tensor.to(device, dtype if tensor.is_floating_point() else None)
     return tensors
 
 
@@ -154,38 +158,37 @@ def check_tensors(where: object, found: dict[str, torch.Size], expected: dict[st
             raise ValueError(f"{where}: {name} has shape {tuple(found[name])}, the model {tuple(shape)}")
 
 
-def write_shards(
-    folder: Path, plan: Mapping[str, torch.Size], dtype: torch.dtype, read: Callable[[str], Tensor], limit: int = 2**32
-) -> None:
-    """Safetensors files of at most `limit` bytes and their index, written tensor by tensor."""
+def write_shards(folder: Path, plan: Mapping[str, Tensor], read: Callable[[str], Tensor], limit: int = 2**32) -> None:
+    """Safetensors files of at most `limit` bytes and their index, written tensor by tensor; `plan` tells shapes and
+    dtypes and may be on the meta device."""
     groups: list[list[str]] = [[]]
     room = limit
-    for name, shape in plan.items():
-        size = shape.numel() * dtype.itemsize
-        if groups[-1] and size > room:
+    for name, planned in plan.items():
+        if groups[-1] and planned.nbytes > room:
             groups.append([])
             room = limit
         groups[-1].append(name)
-        room -= size
+        room -= planned.nbytes
     weight_map = {}
     bar = tqdm(total=len(plan), desc="convert", unit="tensor", disable=None)
     for number, names in enumerate(groups, 1):
         file = f"model-{number:05}-of-{len(groups):05}.safetensors"
         header, end = {}, 0
         for name in names:
-            start, end = end, end + plan[name].numel() * dtype.itemsize
-            header[name] = {"dtype": CODES[dtype], "shape": list(plan[name]), "data_offsets": [start, end]}
+            start, end = end, end + plan[name].nbytes
+            code, shape = CODES[plan[name].dtype], list(plan[name].shape)
+            header[name] = {"dtype": code, "shape": shape, "data_offsets": [start, end]}
             weight_map[name] = file
         text = json.dumps(header).encode()
         text += b" " * (-len(text) % 8)
         with open(folder / file, "wb") as out:
             out.write(len(text).to_bytes(8, "little") + text)
             for name in names:
-                out.write(read(name).to(dtype).contiguous().flatten().view(torch.uint8).numpy().data)
+                out.write(read(name).to(plan[name].dtype).contiguous().flatten().view(torch.uint8).numpy().data)
                 bar.update()
     bar.close()
     index = {
-        "metadata": {"total_size": sum(s.numel() for s in plan.values()) * dtype.itemsize},
+        "metadata": {"total_size": sum(tensor.nbytes for tensor in plan.values())},
         "weight_map": weight_map,
     }
     (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))

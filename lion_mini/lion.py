@@ -14,6 +14,7 @@ Compatible with the release's models/lion_t5.py.                                
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +27,7 @@ from .config import EOS, IGNORE, PAD, LionConfig
 from .files import check_tensors, read_lines, read_shards, to_float
 from .generate import GENERATION, Generation, generate, log_likelihoods
 from .images import lion_transform, ram_from_lion, ram_transform
+from .linear import best_dtype, pack, to_int8
 from .prompts import EVAL_TEMPLATES, PLACEHOLDER, Box, render, tag_sentence
 from .qformer import QFormer
 from .ram import Ram, select
@@ -34,6 +36,9 @@ from .tokenizers import UnigramTokenizer, WordPieceTokenizer
 from .vit import Vit
 
 TINY = Path(__file__).parent / "assets" / "tiny"  # the weights that ship with the package, trained on toy.py
+DTYPES: dict[str, torch.dtype | Literal["auto"] | None] = {  # what --dtype of the scripts may say
+    "auto": "auto", "stored": None, "float32": torch.float32, "bfloat16": torch.bfloat16,
+}  # fmt: skip
 Tags = Sequence[Sequence[str]] | Sequence[str]  # per sample a list, or a string in which they are already joined
 
 
@@ -95,14 +100,22 @@ class Lion(nn.Module):
 
     @classmethod
     def from_pretrained(
-        cls, folder: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = torch.float32
+        cls,
+        folder: str | Path,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype | Literal["auto"] | None = torch.float32,
+        packed: bool = False,
     ) -> "Lion":
         """The model in a folder that `weights.py convert` or training wrote, in eval mode; "tiny" is the built-in one.
 
-        `dtype=None` keeps the stored one. float16 is refused: T5's feed-forward layers overflow in it.
+        `dtype=None` keeps the stored one, "auto" is bfloat16 where the device computes in it and float32 elsewhere.
+        float16 is refused: T5's feed-forward layers overflow in it. A `packed` model answers faster on a CPU but can
+        no longer be saved, moved or trained.
         """
         if dtype == torch.float16:
             raise ValueError("T5 overflows in float16: use bfloat16, or float32")
+        if dtype == "auto":
+            dtype = best_dtype(device)
         folder = TINY if str(folder) == "tiny" else Path(folder)
         if not (folder / "config.json").is_file():
             raise ValueError(f"{folder} has no config.json: it is not a folder that weights.py convert wrote")
@@ -111,10 +124,15 @@ class Lion(nn.Module):
         with torch.device("meta"):
             model = cls(config, text)
         tensors = read_shards(folder, device, dtype)
+        if any(tensor.dtype == torch.int8 for tensor in tensors.values()):
+            to_int8(model)
         expected = model.state_dict()
         check_tensors(folder, {k: v.shape for k, v in tensors.items()}, {k: v.shape for k, v in expected.items()})
         model.load_state_dict(tensors, strict=True, assign=True)
         text.check(config)
+        if packed:
+            del tensors
+            pack(model)
         return model.eval().requires_grad_(False)
 
     def train(self, mode: bool = True) -> "Lion":
@@ -134,6 +152,11 @@ class Lion(nn.Module):
     def device(self) -> torch.device:
         return self.t5.shared.weight.device
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """What it computes in, whatever its linear layers are stored in."""
+        return self.t5.shared.weight.dtype
+
     # --- from pictures and text to the encoder's states
 
     def encode_image(self, pixels: Tensor, questions: Sequence[str]) -> Tensor:  # (b, 3, s, s) -> (b, q + n, d)
@@ -144,7 +167,7 @@ class Lion(nn.Module):
             raise ValueError(f"pixels must be (b, 3, {size}, {size}), one per question: {found}")
         check_questions(questions)
         taps = self.config.taps if self.aggregator is not None else ()
-        image, tapped = self.vit(pixels.to(self.device, self.t5.shared.weight.dtype), taps)
+        image, tapped = self.vit(pixels.to(self.device, self.dtype), taps)
         tokens = []
         if self.qformer is not None:
             limit = min(self.config.max_question_tokens, self.config.qformer.max_positions)
@@ -319,7 +342,7 @@ class Lion(nn.Module):
         self, pixels: Tensor, threshold: float | None = None, top_k: int | None = None
     ) -> list[list[tuple[str, float]]]:
         ram = self.tagger()
-        scores = ram(pixels.to(self.device, self.t5.shared.weight.dtype)).float().sigmoid().cpu()
+        scores = ram(pixels.to(self.device, self.dtype)).float().sigmoid().cpu()
         found = select(scores, torch.tensor(self.text.thresholds) if threshold is None else threshold, top_k)
         return [[(self.text.tags[i], score) for i, score in tags] for tags in found]
 

@@ -138,6 +138,9 @@ def begin(
     with torch.device("meta"):
         model = Lion(config, text)
     found, *others = (read_shards(folder, "cpu", None) for folder in init)
+    for folder, tensors in zip(init, (found, *others), strict=True):
+        if any(tensor.dtype == torch.int8 for tensor in tensors.values()):
+            raise ValueError(f"{folder} is rounded to int8, which is for answering: convert to bfloat16 to train")
     for other in others:
         for name in ("vit.positions", "t5.shared.weight"):
             if not torch.equal(found[name], other[name]):

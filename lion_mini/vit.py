@@ -12,7 +12,6 @@ Compatible with the release's models/eva_vit.py.                                
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
@@ -31,8 +30,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:  # (b, n, d) -> (b, n, d)
         bias = torch.cat((self.q_bias, torch.zeros_like(self.q_bias), self.v_bias))
-        qkv = F.linear(x, self.qkv.weight, bias)
-        q, k, v = rearrange(qkv, "b n (three h e) -> three b h n e", three=3, h=self.heads)
+        q, k, v = rearrange(self.qkv(x) + bias, "b n (three h e) -> three b h n e", three=3, h=self.heads)
         return self.o(attention(q, k, v))
 
 

@@ -65,7 +65,8 @@ def write(size: str, folder: Path) -> None:
     t5.mkdir()
     plan = {k: s for k, s in manifest(f"flan_t5_{size}").items() if "embed_tokens" not in k}
     half = sum(shape.numel() for shape in plan.values()) * 4 // 2 + 2**28
-    write_shards(t5, plan, torch.float32, lambda name: value(name, plan[name]), limit=half)
+    layout = {name: torch.empty(shape, device="meta") for name, shape in plan.items()}
+    write_shards(t5, layout, lambda name: value(name, plan[name]), limit=half)
     sizes = {
         "d_model": config.width, "d_kv": config.head_width, "num_heads": config.heads, "d_ff": config.mlp_width,
         "num_layers": config.encoder_depth, "num_decoder_layers": config.decoder_depth, "vocab_size": config.vocab_size,

@@ -1,0 +1,124 @@
+"""Linear layers held otherwise: in eight bits, and in the CPU's own layout."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import convert, relative
+from torch import nn
+
+import eval as script
+import weights
+from lion_mini import GENERATION, Lion, toy
+from lion_mini.linear import Int8Linear, PackedLinear, best_dtype, pack, quantise, to_int8
+from lion_mini.lion import TINY
+from lion_mini.stages import TOY, begin
+
+
+@pytest.fixture(scope="module")
+def int8_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("int8") / "golden"
+    assert convert(folder, dtype="int8") == 0
+    return folder
+
+
+def test_a_row_is_rounded_to_half_a_step_of_its_own() -> None:
+    weight = torch.randn(7, 33) * torch.logspace(-20, 3, 7)[:, None]
+    weight[3] = 0
+    for dtype in (torch.float32, torch.bfloat16):
+        rounded, scale = quantise(weight, dtype)
+        assert scale.dtype == dtype
+        error = (rounded * scale.float()[:, None] - weight).abs()
+        assert (error <= 0.501 * scale.float()[:, None]).all()
+        assert (rounded.abs().amax(1)[[0, 1, 2, 4, 5, 6]] >= 126).all()
+        assert not rounded[3].any()
+
+
+def test_int8_linear_is_the_linear_layer_of_its_rounded_weight() -> None:
+    linear, x = nn.Linear(12, 5).requires_grad_(False), torch.randn(2, 3, 12)
+    layer = Int8Linear(linear)
+    linear.weight.copy_(layer.weight * layer.scale[:, None])
+    assert relative(layer(x), linear(x)) < 1e-6
+    assert layer(x.requires_grad_()).requires_grad  # a gradient passes through to what lies before
+
+
+def test_int8_folder(int8_folder: Path, golden_folder: Path) -> None:
+    whole, small = Lion.from_pretrained(golden_folder), Lion.from_pretrained(int8_folder)
+    layers = [name for name, module in whole.named_modules() if isinstance(module, nn.Linear)]
+    assert layers == [name for name, module in small.named_modules() if isinstance(module, Int8Linear)]
+    state = small.state_dict()
+    for name, tensor in whole.state_dict().items():
+        part = name.removesuffix(".weight")
+        if part in layers and name != part:
+            rounded, scale = quantise(tensor, torch.bfloat16)
+            assert torch.equal(state[name], rounded), name
+            assert torch.equal(state[f"{part}.scale"], scale.float()), name
+        else:
+            assert torch.equal(state[name], tensor.bfloat16().float()), name
+    size, before = (sum(p.stat().st_size for p in f.glob("*.safetensors")) for f in (int8_folder, golden_folder))
+    assert size < 0.4 * before
+    assert Lion.from_pretrained(int8_folder, dtype=None).dtype == torch.bfloat16
+
+
+def test_int8_in_memory_is_int8_on_disk(int8_folder: Path, golden_folder: Path) -> None:
+    whole = Lion.from_pretrained(golden_folder, dtype=torch.bfloat16)
+    to_int8(whole)
+    stored = Lion.from_pretrained(int8_folder, dtype=None).state_dict()
+    close = [name for name, tensor in whole.state_dict().items() if tensor.dtype == torch.int8]
+    assert close
+    for name in close:  # rounded once from float32, once from bfloat16
+        assert (whole.state_dict()[name].int() - stored[name].int()).abs().max() <= 2, name
+
+
+def test_int8_is_for_answering(int8_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    assert weights.main(["export", str(int8_folder), "--out", str(tmp_path / "lion.pth")]) == 2
+    assert "rounded to int8" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="rounded to int8"):
+        begin(TOY[1], [int8_folder], seed=0)
+    assert weights.main(["inspect", str(int8_folder)]) == 0
+    assert "t5.encoder.0.ff.wo.scale" in capsys.readouterr().out
+
+
+def test_tiny_in_int8_sees_as_well(tmp_path: Path) -> None:
+    """The toy metrics of 60 scenes; the README has those of 1,000."""
+    whole, small = Lion.from_pretrained("tiny"), Lion.from_pretrained("tiny")
+    to_int8(small)
+    scenes = [toy.scene(i, "test") for i in range(60)]
+    for before, after in zip(script.toy_scores(whole, scenes), script.toy_scores(small, scenes), strict=True):
+        assert after.score > before.score - 0.05, (before, after)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_packed(dtype: torch.dtype) -> None:
+    """The same answers, whatever the number of rows."""
+    plain = Lion.from_pretrained(TINY, dtype=dtype)
+    packed = Lion.from_pretrained(TINY, dtype=dtype, packed=True)
+    layers = [module for module in packed.modules() if isinstance(module, PackedLinear)]
+    if not layers:
+        pytest.skip("this PyTorch has no oneDNN, or this CPU no bfloat16")
+    assert not any(isinstance(module, nn.Linear) for module in packed.modules())
+    limit = 1e-4 if dtype == torch.float32 else 0.05
+    images = [toy.scene(i, "test").image for i in range(3)]
+    for settings in (GENERATION["caption"], GENERATION["official"]):
+        answers = [
+            model.respond(images, ["A short image description:"] * 3, ["image"] * 3, settings)
+            for model in (plain, packed)
+        ]
+        for one, other in zip(*answers, strict=True):
+            assert abs(one.score - other.score) < limit * max(1, abs(one.score))
+            if dtype == torch.float32:
+                assert one.text == other.text
+
+
+def test_pack_leaves_other_devices_alone() -> None:
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(3, 4), nn.ReLU())
+    pack(model)
+    assert isinstance(model[0], nn.Linear)
+
+
+def test_best_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
+    for fast, dtype in ((True, torch.bfloat16), (False, torch.float32)):
+        monkeypatch.setattr("lion_mini.linear.has_bfloat16", lambda fast=fast: fast)
+        assert best_dtype("cpu") == dtype
+    assert best_dtype("mps") == torch.float32
