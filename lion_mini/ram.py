@@ -53,8 +53,10 @@ class Ram(nn.Module):
             part.apply(lambda module: bert_init(module, config.init_std))
 
     def forward(self, image: Tensor) -> Tensor:  # (b, 3, s, s) -> (b, c), logits
-        context = self.image_proj(self.swin(image))
-        tags = F.relu(self.wordvec_proj(self.label_embed)).expand(len(image), -1, -1)
+        return self.recognise(self.image_proj(self.swin(image)))
+
+    def recognise(self, context: Tensor) -> Tensor:  # (b, n, tag_width) -> (b, c), logits
+        tags = F.relu(self.wordvec_proj(self.label_embed)).expand(len(context), -1, -1)
         for layer in self.head:
             tags = layer(tags, context)
         return self.fc(tags).squeeze(-1)

@@ -39,6 +39,7 @@ COLOURS = {
 SIDES = {"small": (4, 5), "large": (7, 8)}  # in grid units
 TAGS = (*SHAPES, *COLOURS, *SIDES)
 GRID, CELL, UNIT = 24, 8, 4  # the picture in units, a cell in units, a unit in pixels
+MOST = 5  # things in a scene
 MARGIN = 3  # by how many units things must differ before anybody calls one left of the other
 PLACES = (
     "in the top left", "at the top", "in the top right", "on the left", "in the center", "on the right",
@@ -131,7 +132,7 @@ def scene(seed: int, split: Split) -> Scene:
 
 
 def _things(rng: random.Random) -> tuple[Thing, ...]:
-    count = rng.randint(2, 5)
+    count = rng.randint(2, MOST)
     names = rng.sample([(shape, colour) for shape in SHAPES for colour in COLOURS], count)
     things = []
     for (shape, colour), cell in zip(names, sorted(rng.sample(range(9), count)), strict=True):
@@ -149,7 +150,7 @@ def _things(rng: random.Random) -> tuple[Thing, ...]:
 # --- what can be said
 
 
-def _with(things: Sequence[Thing], words: Collection[str]) -> list[Thing]:
+def matching(things: Sequence[Thing], words: Collection[str]) -> list[Thing]:
     """The things to which all these words apply; "shape" applies to each."""
     return [thing for thing in things if thing.words | {"shape"} >= set(words)]
 
@@ -170,7 +171,7 @@ def _phrases(thing: Thing) -> Iterator[tuple[str, ...]]:
 
 def by_attributes(things: Sequence[Thing], target: Thing) -> list[str]:
     """Every choice of size, colour and shape that fits the target alone."""
-    return ["the " + " ".join(words) for words in _phrases(target) if len(_with(things, words)) == 1]
+    return ["the " + " ".join(words) for words in _phrases(target) if len(matching(things, words)) == 1]
 
 
 def by_order(things: Sequence[Thing], target: Thing) -> list[str]:
@@ -178,7 +179,7 @@ def by_order(things: Sequence[Thing], target: Thing) -> list[str]:
     found = []
     for word, (axis, sign) in EXTREMES.items():
         for noun in ((target.shape,), ("shape",), (target.colour, "shape")):
-            others = [other for other in _with(things, noun) if other is not target]
+            others = [other for other in matching(things, noun) if other is not target]
             if others and all((target.centre(axis) - o.centre(axis)) * sign >= MARGIN for o in others):
                 found.append(f"the {' '.join((word, *noun))}")
     return found
@@ -190,7 +191,7 @@ def by_relation(things: Sequence[Thing], target: Thing) -> list[str]:
     for word, (axis, sign) in RELATIONS.items():
         for anchor in things:
             for noun in (target.shape, "shape"):
-                group = [other for other in _with(things, (noun,)) if other is not anchor]
+                group = [other for other in matching(things, (noun,)) if other is not anchor]
                 if anchor is target or len(group) < 2:
                     continue
                 if all(holds(other, anchor, axis, sign) is (other is target) for other in group):
@@ -210,6 +211,10 @@ def caption(things: Sequence[Thing]) -> str:
     return f"{', '.join(most)} and {last}"
 
 
+def plural(noun: str) -> str:
+    return f"{noun}es" if noun.endswith("s") else f"{noun}s"
+
+
 def questions(things: Sequence[Thing], rng: random.Random) -> Iterator[tuple[str, str, str]]:
     """(sub-kind, question, answer); one each, but existence twice, with yes and with no. Half of the noes are near:
     both words occur, only not together. A sub-kind to which a scene gives no clear occasion is left out."""
@@ -222,15 +227,14 @@ def questions(things: Sequence[Thing], rng: random.Random) -> Iterator[tuple[str
     yield "existence", f"Is there a {absent} in the image?", "no"
 
     noun = rng.choice([("shape",), (rng.choice(SHAPES),), (rng.choice(tuple(COLOURS)), "shape"), (rng.choice(shapes),)])
-    plural = " ".join(noun) + ("es" if noun[-1] == "cross" else "s")
-    yield "counting", f"How many {plural} are there?", str(len(_with(things, noun)))
+    yield "counting", f"How many {plural(' '.join(noun))} are there?", str(len(matching(things, noun)))
 
     for kind, known in (("colour", "shape"), ("shape", "colour")):
         choices = []
         for thing in things:
             noun = (thing.shape,) if known == "shape" else (thing.colour, "shape")
             for words in (noun, (thing.size, *noun)):
-                if len(_with(things, words)) == 1:
+                if len(matching(things, words)) == 1:
                     choices.append((" ".join(words), getattr(thing, kind)))
         if choices:
             named, answer = rng.choice(choices)
