@@ -25,7 +25,7 @@ import re
 import signal
 import sys
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -69,6 +69,10 @@ class Batch:
     tasks: list[str]
     names: list[str]
     bad: list[str]
+
+    def pin_memory(self) -> "Batch":
+        """For DataLoader, which does not look into classes that it does not know."""
+        return replace(self, pixels=self.pixels.pin_memory())
 
 
 class Source(Protocol):
@@ -271,7 +275,10 @@ def collate(examples: Sequence[Example], pixels: Sequence[Tensor], bad: Sequence
 
 def loader(batches: MicroBatches, numbers: Iterable[int], workers: int) -> DataLoader:
     """These micro-batches in this order, made by so many worker processes ahead of time, or by none when asked for."""
-    return DataLoader(batches, batch_size=None, sampler=[*numbers], num_workers=workers, worker_init_fn=quiet)
+    pin = torch.cuda.is_available()  # then the next batch travels to the GPU while it works on this one
+    return DataLoader(
+        batches, batch_size=None, sampler=[*numbers], num_workers=workers, worker_init_fn=quiet, pin_memory=pin
+    )
 
 
 def quiet(worker: int) -> None:

@@ -167,7 +167,13 @@ class Lion(nn.Module):
             raise ValueError(f"pixels must be (b, 3, {size}, {size}), one per question: {found}")
         check_questions(questions)
         taps = self.config.taps if self.aggregator is not None else ()
-        image, tapped = self.vit(pixels.to(self.device, self.dtype), taps)
+        pixels = pixels.to(self.device, self.dtype, non_blocking=True)
+        if self.training:  # each is cropped in its own way
+            image, tapped = self.vit(pixels, taps)
+        else:  # questions about one picture share what is seen in it
+            pictures, which = pixels.unique(dim=0, return_inverse=True)
+            image, tapped = self.vit(pictures, taps)
+            image, tapped = image[which], [tap[which] for tap in tapped]
         tokens = []
         if self.qformer is not None:
             limit = min(self.config.max_question_tokens, self.config.qformer.max_positions)
