@@ -381,27 +381,34 @@ def batches(args: argparse.Namespace, dtype: str) -> list[Row]:
     return rows
 
 
+LOAD = """
+import sys
+from lion_mini import Lion
+if sys.argv[1:]:
+    model = Lion.from_pretrained(sys.argv[1], dtype=None)
+    print(sum(float(parameter.sum()) for parameter in model.parameters()))
+"""
+
+
 def convert(args: argparse.Namespace, dtype: str) -> list[Row]:
     """weights.py convert on made-up official files, and opening the result and reading all of it.
 
     Each is a process of its own; of its peak memory is taken away that of a process that only imports the package.
     """
-    config = replace(
-        TINY if args.quick else BASE, qformer=replace((TINY if args.quick else BASE).qformer, vocab_size=161)
-    )
+    config = TINY if args.quick else BASE
     assert config.ram is not None
-    config = replace(config, ram=replace(config.ram, tags=24))
-    opening = "from lion_mini import Lion; import sys\nif sys.argv[1:]:\n    model = Lion.from_pretrained(sys.argv[1], "
-    opening += "dtype=None)\n    print(sum(float(p.sum()) for p in model.parameters()))"
+    config = replace(config, qformer=replace(config.qformer, vocab_size=161), ram=replace(config.ram, tags=24))
     times: dict[str, list[tuple[float, int]]] = {"import": [], "convert": [], "load": []}
     with tempfile.TemporaryDirectory() as name:
-        folder, out = Path(name) / "official", Path(name) / "converted"
+        folder, out, script = (Path(name) / part for part in ("official", "converted", "load.py"))
+        folder.mkdir()
+        script.write_text(LOAD)
         command = memory.official_files(config, folder)
         for _ in range(min(args.rounds, 3)):
             shutil.rmtree(out, ignore_errors=True)
-            times["import"].append(memory.process(["-c", opening]))
-            times["convert"].append(memory.process([*command, "--out", str(out), "--dtype", "bfloat16"]))
-            times["load"].append(memory.process(["-c", opening, str(out)]))
+            times["import"].append(memory.process(script))
+            times["convert"].append(memory.process(*command, "--out", out, "--dtype", "bfloat16"))
+            times["load"].append(memory.process(script, out))
         size = sum(path.stat().st_size for path in out.iterdir())
     seconds = {kind: statistics.median(time for time, _ in runs) for kind, runs in times.items()}
     bytes_ = {kind: statistics.median(most for _, most in runs) for kind, runs in times.items()}

@@ -8,13 +8,12 @@ LION-XXL on fake tensors, which hold nothing.
 """
 
 import gc
-import os
 import shutil
 import subprocess
 import sys
 import time
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
@@ -166,26 +165,40 @@ def line(config: LionConfig, text: Text, recompute: bool, words: tuple[int, int]
 # --- convert and load
 
 
-def process(command: Sequence[str]) -> tuple[float, int]:
-    """Seconds and peak memory of one Python process."""
+WATCHED = """
+import runpy, sys
+sys.argv = sys.argv[1:]
+try:
+    runpy.run_path(sys.argv[0], run_name="__main__")
+finally:
+    print(*(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")), file=sys.stderr)
+"""
+
+
+def process(script: str | Path, *arguments: str | Path) -> tuple[float, int]:
+    """Seconds and peak memory of a script in a process of its own (Linux).
+
+    The process is asked itself: what the system tells its parent is at least what the parent held when it forked.
+    """
     start = time.perf_counter()
-    running = subprocess.Popen([sys.executable, *command], cwd=ROOT, stdout=subprocess.DEVNULL)
-    _, status, usage = os.wait4(running.pid, 0)
-    running.returncode = os.waitstatus_to_exitcode(status)
-    assert not running.returncode, f"{command[0]} failed"
-    return time.perf_counter() - start, usage.ru_maxrss * 1024
+    command = [sys.executable, "-c", WATCHED, str(script), *map(str, arguments)]
+    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    assert not done.returncode, f"{script}: {done.stderr}"
+    return time.perf_counter() - start, 1024 * int(done.stderr.split()[-1])
 
 
-def official_files(config: LionConfig, folder: Path) -> list[str]:
+def official_files(config: LionConfig, folder: Path) -> list[str | Path]:
     """The files of a release of that size, random, and the command that converts them."""
     with torch.device("meta"):
         plan = Lion(config).state_dict()
-    (folder / "t5").mkdir(parents=True)
+    (folder / "t5").mkdir()
     (folder / "config.json").write_text(config.to_json())
     shutil.copy(OFFICIAL / "flan-t5" / "tokenizer.json", folder / "t5")
-    command = ["weights.py", "convert", "--config", str(folder / "config.json"), "--t5", str(folder / "t5")]
-    command += ["--bert", str(OFFICIAL / "bert-base-uncased"), "--ram-tags", str(OFFICIAL / "ram_tag_list.txt")]
-    command += ["--ram-thresholds", str(OFFICIAL / "ram_tag_list_threshold.txt")]
+    command: list[str | Path] = [
+        "weights.py", "convert", "--config", folder / "config.json", "--t5", folder / "t5",
+        "--bert", OFFICIAL / "bert-base-uncased", "--ram-tags", OFFICIAL / "ram_tag_list.txt",
+        "--ram-thresholds", OFFICIAL / "ram_tag_list_threshold.txt",
+    ]  # fmt: skip
     for kind, table in (("vit", weights.EVA), ("t5", weights.T5), ("ram", weights.RAM), ("lion", weights.LION)):
         names = {weights.translate(ours, weights.inverted(table)): tensor.shape for ours, tensor in plan.items()}
         tensors = {name: 0.02 * torch.randn(shape) for name, shape in names.items() if name is not None}
@@ -194,5 +207,5 @@ def official_files(config: LionConfig, folder: Path) -> list[str]:
         else:
             halves = {name: tensor.half() for name, tensor in tensors.items()}
             torch.save(halves if kind == "vit" else {"model": tensors}, folder / f"{kind}.pth")
-            command += [f"--{kind}", str(folder / f"{kind}.pth")]
+            command += [f"--{kind}", folder / f"{kind}.pth"]
     return command
