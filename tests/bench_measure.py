@@ -5,7 +5,7 @@ import importlib
 import math
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache, partial
@@ -129,50 +129,54 @@ def same(run: Callable[[], Tensor], model: nn.Module) -> None:
 # --- what a person sees
 
 
-def draw(rows: Sequence[Row], path: Path, width: int = 460, height: int = 320) -> None:
+Lines = dict[str, list[tuple[float, float]]]
+
+
+def draw(rows: Sequence[Row], path: Path, width: int = 420, height: int = 320) -> None:
     """Two plots side by side, both axes logarithmic: seconds per sample over the batch, and over the prompt."""
-    picture = Image.new("RGB", (2 * width, height), "white")
-    for i, axis in enumerate(("batch", "prompt")):
-        lines: dict[str, list[tuple[float, float]]] = {}
-        for row in rows:
+    picture = Image.new("RGB", (2 * width + 220, height), "white")
+    plots: dict[str, Lines] = {"batch": {}, "prompt": {}}
+    for row in rows:
+        for axis, lines in plots.items():
             kind, _, value = row.what.partition(f", {axis} ")
-            if row.part == "growth" and value:
+            if row.part == "growth" and row.unit == "s" and value:
                 for who, seconds in (("ours", row.ours), ("transformers", row.theirs)):
                     if seconds is not None:
                         lines.setdefault(f"{kind}, {row.dtype}, {who}", []).append((float(value), seconds))
+    names = dict.fromkeys(name for lines in plots.values() for name in lines)
+    colors = {name: COLORS[i % len(COLORS)] for i, name in enumerate(names)}
+    for i, (axis, title) in enumerate((("batch", "batch"), ("prompt", "tokens of the prompt"))):
         plot = Image.new("RGB", (width, height), "white")
-        draw_plot(
-            ImageDraw.Draw(plot), lines, {"batch": "batch", "prompt": "tokens of the prompt"}[axis], width, height
-        )
+        draw_plot(ImageDraw.Draw(plot), plots[axis], colors, title, width, height)
         picture.paste(plot, (i * width, 0))
+    for i, (name, color) in enumerate(colors.items()):
+        ImageDraw.Draw(picture).text((2 * width + 8, 30 + 16 * i), name, fill=color, anchor="lm")
     picture.save(path)
 
 
 def draw_plot(
-    pen: ImageDraw.ImageDraw, lines: dict[str, list[tuple[float, float]]], axis: str, width: int, height: int
+    pen: ImageDraw.ImageDraw, lines: Lines, colors: Mapping[str, str], title: str, width: int, height: int
 ) -> None:
     """Ticks at the values that were measured, and at the powers of ten of a second."""
-    left, right, top, bottom = 52, width - 12, 24, height - 34
+    left, right, top, bottom = 58, width - 16, 24, height - 34
     places = [point for line in lines.values() for point in line]
     ticks = sorted({x for x, _ in places})
     low = math.floor(math.log10(min(y for _, y in places)))
     high = max(low + 1, math.ceil(math.log10(max(y for _, y in places))))
     across = lambda x: left + (right - left) * math.log(x / ticks[0]) / math.log(ticks[-1] / ticks[0])
     up = lambda y: bottom - (bottom - top) * (math.log10(y) - low) / (high - low)
-    pen.line([(left, top), (left, bottom), (right, bottom)], fill="black")
     for x in ticks:
         pen.text((across(x), bottom + 9), f"{x:g}", fill="black", anchor="mm")
     for power in range(low, high + 1):
         pen.line([(left, up(10**power)), (right, up(10**power))], fill="#dddddd")
         pen.text((left - 4, up(10**power)), f"{10.0**power:g} s", fill="black", anchor="rm")
-    pen.text(((left + right) / 2, bottom + 24), axis, fill="black", anchor="mm")
+    pen.line([(left, top), (left, bottom), (right, bottom)], fill="black")
+    pen.text(((left + right) / 2, bottom + 24), title, fill="black", anchor="mm")
     pen.text((left, 9), "seconds per sample", fill="black", anchor="lm")
-    for i, (name, line) in enumerate(lines.items()):
-        color = COLORS[i % len(COLORS)]
-        pen.line([(across(x), up(y)) for x, y in line], fill=color, width=2)
+    for name, line in lines.items():
+        pen.line([(across(x), up(y)) for x, y in line], fill=colors[name], width=2)
         for x, y in line:
-            pen.ellipse((across(x) - 3, up(y) - 3, across(x) + 3, up(y) + 3), fill=color)
-        pen.text((right, top + 6 + 12 * i), name, fill=color, anchor="rm")
+            pen.ellipse((across(x) - 3, up(y) - 3, across(x) + 3, up(y) + 3), fill=colors[name])
 
 
 def amount(value: float | None, unit: str) -> str:
