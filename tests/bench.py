@@ -37,7 +37,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import bench_memory as memory  # noqa: E402
 import peers  # noqa: E402
-from bench_measure import DTYPES, Case, Row, Run, agree, draw, halved, race, same, table  # noqa: E402
+from bench_measure import DTYPES, HEAD, Case, Row, Run, agree, draw, halved, line, race, same  # noqa: E402
 from bench_work import (  # noqa: E402
     Phase,
     aggregator_work,
@@ -506,17 +506,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     rows: list[Row] = []
+    show = lambda *lines: None if args.json else print(*lines, sep="\n", flush=True)
+    show(f"{args.threads} threads, {args.rounds} rounds, torch {torch.__version__}", HEAD)
     for part in args.parts:
         for dtype in DTYPES if args.dtype == "both" and part not in ONE_DTYPE else [args.dtype]:
-            print(f"{part} {dtype if part not in ONE_DTYPE else ''}", file=sys.stderr)
-            rows += PARTS[part](args, dtype)
-    rows += halved(rows)
+            found = PARTS[part](args, dtype)
+            rows += found
+            show(*map(line, found))
+    ratios = halved(rows)
+    show(*map(line, ratios))
     if args.png:
         draw(rows, args.png)
     if args.json:
-        print(json.dumps({"threads": torch.get_num_threads(), "rows": [asdict(row) for row in rows]}))
-    else:
-        print(f"{torch.get_num_threads()} threads, {args.rounds} rounds, torch {torch.__version__}\n{table(rows)}")
+        print(json.dumps({"threads": args.threads, "rows": [asdict(row) for row in [*rows, *ratios]]}))
     return 0
 
 

@@ -187,17 +187,17 @@ def amount(value: float | None, unit: str) -> str:
     return f"{value:,.0f}" if unit == "samples" else f"{value:.4f} {unit}"
 
 
-def table(rows: Sequence[Row]) -> str:
+HEAD = f"{'':10} {'':36} {'':9} {'ours':>14} {'transformers':>14} {'/ ours':>7} {'limit':>14} {'ours /':>7}"
+
+
+def line(row: Row) -> str:
     """Transformers' time over ours, and ours over the limit: the second is never below 1 but by noise."""
-    lines = [f"{'':10} {'':36} {'':9} {'ours':>14} {'transformers':>14} {'/ ours':>7} {'limit':>14} {'ours /':>7}"]
-    for row in rows:
-        faster = f"{row.theirs / row.ours:.2f}" if row.theirs and row.unit == "s" else ""
-        above = f"{row.ours / row.limit:.2f}" if row.limit else ""
-        lines.append(
-            f"{row.part:10} {row.what:36} {row.dtype:9} {amount(row.ours, row.unit):>14} "
-            f"{amount(row.theirs, row.unit):>14} {faster:>7} {amount(row.limit, row.unit):>14} {above:>7}"
-        )
-    return "\n".join(lines)
+    faster = f"{row.theirs / row.ours:.2f}" if row.theirs and row.unit == "s" else ""
+    above = f"{row.ours / row.limit:.2f}" if row.limit else ""
+    return (
+        f"{row.part:10} {row.what:36} {row.dtype:9} {amount(row.ours, row.unit):>14} "
+        f"{amount(row.theirs, row.unit):>14} {faster:>7} {amount(row.limit, row.unit):>14} {above:>7}"
+    )
 
 
 def halved(rows: Sequence[Row]) -> list[Row]:
