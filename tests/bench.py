@@ -57,7 +57,7 @@ from lion_mini.generate import generate  # noqa: E402
 from lion_mini.lion import Text  # noqa: E402
 from lion_mini.prompts import EVAL_TEMPLATES, render  # noqa: E402
 from lion_mini.ram import Ram  # noqa: E402
-from lion_mini.t5 import T5  # noqa: E402
+from lion_mini.t5 import T5, Attention  # noqa: E402
 from lion_mini.tokenizers import UnigramTokenizer, WordPieceTokenizer  # noqa: E402
 
 BASE = LionConfig(
@@ -106,9 +106,20 @@ def texts(tags: int = 0) -> Text:
 def lion(config: LionConfig, dtype: str) -> Lion:
     """A LION with random parameters, which writes as many tokens as it may and only those that the vocabulary has."""
     model = Lion(config, texts(config.ram.tags if config.ram else 0)).eval().requires_grad_(False)
-    randomise(model, std=0.03)
+    fill(model)
     silence(model.t5, len(model.text.pieces))
     return model.to(DTYPES[dtype])
+
+
+def fill(module: nn.Module) -> None:
+    """Random parameters. T5 does not divide scores by sqrt(e): its queries are made as small as T5 starts them.
+
+    Else one score dwarfs all others, and bfloat16's rounding moves the states by a sixth, ours and transformers' alike.
+    """
+    randomise(module, std=0.03)
+    for layer in module.modules():
+        if isinstance(layer, Attention):
+            layer.q.weight.div_((layer.q.out_features // layer.heads) ** 0.5)
 
 
 def silence(t5: T5, known: int) -> None:
@@ -204,7 +215,7 @@ def t5(args: argparse.Namespace, dtype: str) -> list[Row]:
     """
     config, n, new = (TINY.t5, 20, 4) if args.quick else (BASE.t5, 330, 20)
     ours = T5(config).eval().requires_grad_(False)
-    randomise(ours, std=0.03)
+    fill(ours)
     silence(ours, config.vocab_size)
     ours.to(DTYPES[dtype])
     theirs: Any = peers.t5(ours, config) if peers.available() else None
@@ -256,7 +267,7 @@ def tag(args: argparse.Namespace, dtype: str) -> list[Row]:
     config = (TINY if args.quick else BASE).ram
     assert config is not None
     ram = Ram(config).eval().requires_grad_(False)
-    randomise(ram, std=0.03)
+    fill(ram)
     ram.to(DTYPES[dtype])
     image = torch.randn(1, 3, config.image_size, config.image_size).to(DTYPES[dtype])
     works = swin_work(ram, 1), head_work(ram, 1)
@@ -430,7 +441,7 @@ def growth(args: argparse.Namespace, dtype: str) -> list[Row]:
     model = lion(config, dtype)
     side, width, visual = config.vit.image_size, config.t5.width, config.visual_tokens
     plain = T5(config.t5).eval().requires_grad_(False)
-    randomise(plain, std=0.03)
+    fill(plain)
     plain.to(DTYPES[dtype])
     theirs = peers.t5(plain, config.t5) if peers.available() else None
     settings = Generation(max_new_tokens=4 if args.quick else 20)
