@@ -2,9 +2,11 @@
 
 from typing import Any
 
+import peers
 import pytest
 import torch
 from conftest import oracle, randomise, relative
+from peers import renamed
 from torch import Tensor, nn
 
 import weights
@@ -22,18 +24,6 @@ T5_SIZES = T5Config(
 )  # fmt: skip
 
 
-def renamed(module: nn.Module, prefix: str, table: weights.Table, theirs: dict[str, str]) -> dict[str, Tensor]:
-    """Our parameters under their official names, and those under transformers' where `theirs` says so."""
-    found = {}
-    for name, parameter in module.state_dict().items():
-        official = weights.translate(prefix + name, weights.inverted(table))
-        if official is not None:
-            for old, new in theirs.items():
-                official = official.replace(old, new)
-            found[official] = parameter
-    return found
-
-
 def ragged(b: int, t: int, seed: int = 0) -> Tensor:
     """(b, t), True at the tokens: at least one in every row, all in one row, another number in each."""
     lengths = torch.randperm(t, generator=torch.Generator().manual_seed(seed))[:b] + 1
@@ -45,27 +35,11 @@ def ragged(b: int, t: int, seed: int = 0) -> Tensor:
 
 
 def test_vit() -> None:
-    transformers = oracle()
+    oracle()
     config = VitConfig(image_size=20, patch_size=4, width=30, depth=3, heads=5, mlp_width=44)
     vit = Vit(config)
     randomise(vit)
-    state = renamed(
-        vit, "vit.", weights.EVA,
-        {"blocks.": "encoder.layers.", "attn.proj": "self_attn.projection", "attn.qkv": "self_attn.qkv",
-         "norm1": "layer_norm1", "norm2": "layer_norm2", "cls_token": "embeddings.class_embedding",
-         "pos_embed": "embeddings.position_embedding", "patch_embed.proj": "embeddings.patch_embedding"},
-    )  # fmt: skip
-    for i in range(config.depth):
-        q, v = (state.pop(f"encoder.layers.{i}.attn.{letter}_bias") for letter in "qv")
-        state[f"encoder.layers.{i}.self_attn.qkv.bias"] = torch.cat((q, torch.zeros(30), v))
-    state |= {"post_layernorm.weight": torch.ones(30), "post_layernorm.bias": torch.zeros(30)}
-    theirs = transformers.InstructBlipVisionModel(
-        transformers.InstructBlipVisionConfig(
-            hidden_size=30, intermediate_size=44, num_hidden_layers=3, num_attention_heads=5, image_size=20,
-            patch_size=4, layer_norm_eps=1e-6, hidden_act="gelu", qkv_bias=True,
-        )
-    ).eval()  # fmt: skip
-    theirs.load_state_dict(state, strict=True)
+    theirs = peers.vit(vit, config)
     image = torch.randn(3, 3, 20, 20)
     with torch.no_grad():
         out, taps = vit(image, (2, 0))
@@ -76,25 +50,13 @@ def test_vit() -> None:
 
 
 def test_qformer() -> None:
-    transformers = oracle()
+    oracle()
     config = QFormerConfig(
         width=24, depth=4, heads=3, mlp_width=40, queries=5, vocab_size=37, max_positions=20, cross_every=2
     )
     ours = QFormer(config, image_width=30, out_width=18).eval()
     randomise(ours)
-    state = renamed(
-        ours, "qformer.", weights.LION,
-        {"Qformer.bert.": "", ".self.": ".attention.", "embeddings.LayerNorm": "embeddings.layernorm"},
-    )  # fmt: skip
-    for extra in ("query_tokens", "t5_proj.weight", "t5_proj.bias", "ln_vision.weight", "ln_vision.bias"):
-        state.pop(extra)
-    theirs = transformers.InstructBlipQFormerModel(
-        transformers.InstructBlipQFormerConfig(
-            vocab_size=37, hidden_size=24, num_hidden_layers=4, num_attention_heads=3, intermediate_size=40,
-            max_position_embeddings=20, encoder_hidden_size=30, cross_attention_frequency=2, layer_norm_eps=1e-12,
-        )
-    ).eval()  # fmt: skip
-    theirs.load_state_dict(state, strict=True)
+    theirs = peers.qformer(ours, config)
     image, mask = torch.randn(4, 7, 30), ragged(4, 9)
     ids = torch.randint(3, 37, (4, 9)) * mask
     with torch.no_grad():
@@ -139,23 +101,12 @@ def test_aggregator() -> None:
 @pytest.fixture(scope="module")
 def t5s() -> tuple[T5, Any]:
     """Our T5 without adapters and theirs, with the same random parameters."""
-    transformers = oracle()
+    oracle()
     ours = T5(T5_SIZES).eval().requires_grad_(False)
     randomise(ours)
     ours.lm_head.weight.mul_(2)
     ours.lm_head.weight[1].mul_(2)  # some answers end early
-    config = transformers.T5Config(
-        vocab_size=61, d_model=24, d_kv=10, d_ff=56, num_layers=3, num_decoder_layers=2, num_heads=4,
-        relative_attention_num_buckets=12, relative_attention_max_distance=20, feed_forward_proj="gated-gelu",
-        tie_word_embeddings=False, decoder_start_token_id=0, dropout_rate=0.0,
-    )  # fmt: skip
-    config.dense_act_fn = "gelu"  # the exact one, as the release sets it
-    config.tie_word_embeddings = False  # version 5 ties them whatever it is told; FlanT5's are not
-    theirs = transformers.T5ForConditionalGeneration(config).eval()
-    state = renamed(ours, "t5.", weights.T5, {})
-    state |= {f"{stack}.embed_tokens.weight": state["shared.weight"] for stack in ("encoder", "decoder")}
-    theirs.load_state_dict(state, strict=True)
-    return ours, theirs
+    return ours, peers.t5(ours, T5_SIZES)
 
 
 def prompts(count: int, length: int = 33, seed: int = 0) -> tuple[Tensor, Tensor]:

@@ -1,9 +1,9 @@
 """The tagger against the release's numbers (golden), against transformers' Swin, and by hand."""
 
-import re
 from dataclasses import replace
 from typing import Any
 
+import peers
 import pytest
 import torch
 from conftest import GOLDEN, oracle, randomise, relative
@@ -63,30 +63,6 @@ def test_lion_tags_pictures(golden_model: Lion) -> None:
     assert best == [[golden_model.text.tags[int(scores.argmax())]]]
 
 
-def as_transformers(swin: Swin) -> dict[str, Tensor]:
-    """Our parameters under the names of transformers' SwinModel, which keeps q, k and v apart."""
-    state = {}
-    for name, tensor in swin.state_dict().items():
-        for ours, theirs in (
-            ("patch_embed.proj", "embeddings.patch_embeddings.projection"),
-            ("patch_embed.norm", "embeddings.norm"),
-            ("attn.bias_table", "attention.relative_position_bias.relative_position_bias_table"),
-            ("attn.o.", "attention.o_proj."),
-            ("norm1", "layernorm_before"),
-            ("norm2", "layernorm_after"),
-            ("merge", "downsample"),
-            ("stages", "encoder.layers"),
-        ):
-            name = name.replace(ours, theirs)
-        name = re.sub(r"^norm", "layernorm", name)
-        if "qkv" in name:
-            for letter, part in zip("qkv", tensor.chunk(3), strict=True):
-                state[name.replace("attn.qkv", f"attention.{letter}_proj")] = part
-        else:
-            state[name] = tensor
-    return state
-
-
 @pytest.mark.parametrize(
     "config",
     [
@@ -97,20 +73,10 @@ def as_transformers(swin: Swin) -> dict[str, Tensor]:
     ],
 )
 def test_transformers_agrees(config: RamConfig) -> None:
-    transformers = oracle("transformers")
+    oracle()
     swin = Swin(config)
     randomise(swin)
-    theirs = transformers.SwinModel(
-        transformers.SwinConfig(
-            image_size=config.image_size,
-            patch_size=config.patch_size,
-            embed_dim=config.width,
-            depths=list(config.depths),
-            num_heads=list(config.heads),
-            window_size=config.window,
-        )
-    ).eval()
-    theirs.load_state_dict(as_transformers(swin), strict=True)
+    theirs = peers.swin(swin, config)
     pixels = torch.randn(2, 3, config.image_size, config.image_size)
     with torch.no_grad():
         found, expected = swin(pixels), theirs(pixels)

@@ -1,0 +1,104 @@
+"""How much work each part is: what bench.py's limits are made of.
+
+A phase is its multiplications and additions, two for each weight and row and two for each score of attention and each
+use of one, and the bytes of its matrices, which must be read at least once. Norms and activations are not counted.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import Tensor, nn
+
+from lion_mini import Lion
+from lion_mini.ram import Ram
+from lion_mini.t5 import T5
+
+Phase = tuple[float, float]  # multiplications and additions, bytes of weights
+
+
+def products(*pairs: tuple[nn.Module, int]) -> float:
+    """Multiplications and additions of so many rows through every matrix of a module."""
+    return sum(2 * rows * matrix.numel() for module, rows in pairs for matrix in matrices(module))
+
+
+def matrices(module: nn.Module) -> Iterator[Tensor]:
+    return (m.weight for m in module.modules() if isinstance(m, nn.Linear | nn.Conv2d))
+
+
+def stored(*modules: nn.Module) -> float:
+    return sum(matrix.nbytes for module in modules for matrix in matrices(module))
+
+
+def scores(queries: int, keys: int, width: int) -> float:
+    """Attention's own two products."""
+    return 4 * queries * keys * width
+
+
+def vit_work(model: Lion, b: int) -> list[Phase]:
+    c = model.config.vit
+    return [(b * (products((model.vit, c.tokens)) + c.depth * scores(c.tokens, c.tokens, c.width)), stored(model.vit))]
+
+
+def qformer_work(model: Lion, b: int, t: int) -> list[Phase]:
+    """Queries and text pass the self-attention, queries alone the cross-attention, each their feed-forward layer."""
+    assert model.qformer is not None
+    q, n, width = model.config.qformer.queries, model.config.vit.tokens, model.config.qformer.width
+    total = products((model.qformer.proj, q))
+    layers: Any = model.qformer.layers
+    for layer in layers:
+        total += products((layer.attn, q + t), (layer.ff_query, q), (layer.ff, t)) + scores(q + t, q + t, width)
+        if (cross := layer.cross_attn) is not None:
+            total += products((cross.q, q), (cross.o, q), (cross.k, n), (cross.v, n)) + scores(q, n, width)
+    return [(b * total, stored(model.qformer))]
+
+
+def aggregator_work(model: Lion, b: int) -> list[Phase]:
+    assert model.aggregator is not None
+    n = model.config.vit.tokens
+    attention = 2 * len(model.aggregator.blocks) * scores(n, n, model.config.vit.width)
+    return [(b * (products((model.aggregator, n)) + attention), stored(model.aggregator))]
+
+
+def encoder_work(t5: T5, b: int, n: int) -> list[Phase]:
+    c = t5.config
+    attention = c.encoder_depth * scores(n, n, c.heads * c.head_width)
+    return [(b * (products((t5.encoder, n)) + attention), stored(t5.encoder))]
+
+
+def decoder_work(t5: T5, b: int, rows: int, n: int, tokens: int, reads: int = 0) -> list[Phase]:
+    """The image's keys and values, once; then every token reads the rest of the decoder and those keys and values."""
+    c, layers = t5.config, list[Any](t5.decoder)
+    inner, item = c.heads * c.head_width, t5.lm_head.weight.itemsize
+    image = [module for layer in layers for module in (layer.cross_attn.k, layer.cross_attn.v)]
+    once = products(*((module, b * n) for module in image)), stored(*image)
+    each = products((t5.decoder, rows), (t5.lm_head, rows)) - products(*((module, rows) for module in image))
+    each += c.decoder_depth * scores(rows, n, inner)
+    size = stored(t5.decoder, t5.lm_head) - stored(*image) + 2 * c.decoder_depth * b * n * inner * item
+    return [once, (tokens * each, (reads or tokens) * size)]
+
+
+def swin_work(ram: Ram, b: int) -> list[Phase]:
+    c, swin = ram.config, ram.swin
+    side = c.image_size // c.patch_size
+    total = products((swin.patch_embed, side**2))
+    stages: Any = swin.stages
+    for i, stage in enumerate(stages):
+        width = c.width * 2**i
+        total += products((stage.blocks, side**2))
+        total += len(stage.blocks) * scores(side**2, min(c.window, side) ** 2, width)
+        if stage.merge is not None:
+            side //= 2
+            total += products((stage.merge, side**2))
+    return [(b * total, stored(swin))]
+
+
+def head_work(ram: Ram, b: int) -> list[Phase]:
+    c = ram.config
+    n = 1 + (c.image_size // c.patch_size // 2 ** (len(c.depths) - 1)) ** 2
+    total = products((ram.image_proj, n), (ram.fc, c.tags))
+    layers: Any = ram.head
+    for layer in layers:
+        cross = layer.cross_attn
+        total += products((cross.q, c.tags), (cross.o, c.tags), (cross.k, n), (cross.v, n), (layer.ff, c.tags))
+        total += scores(c.tags, n, c.head.width)
+    return [(b * total + products((ram.wordvec_proj, c.tags)), stored(ram) - stored(ram.swin))]
