@@ -223,7 +223,7 @@ def learn(
     kernels = partial(sdpa_kernel, SDPBackend.MATH) if device.type == "cpu" else nullcontext
     frozen = torch.bfloat16 if args.bf16 and device.type != "cpu" else torch.float32
     model, origin = begin(stage, init, args.seed, new, frozen)
-    model.to(device).t5.recompute = args.recompute
+    model.to(device).recompute(args.recompute)
     trained = choose(model, stage)
     optimizer = AdamW(groups(trained, stage), lr=0.0, betas=(0.9, 0.999), fused=True)
     gradients = Gradients(list(trained.values()), device)
@@ -331,7 +331,7 @@ def learn(
     if lead:
         command = shlex.join(["train.py", *args.command])
         made_by = f"stage {number}: {command} (seed {args.seed}, {stage.steps} steps, {state.seconds / 60:.1f} minutes)"
-        write_result(out, init[0], model, history(init, made_by))
+        write_result(out, init[0], model, history(init, set(new) >= set(PARTS), made_by))
         say(f"stage {number} is done: {out}")
     team.wait()
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from .bert import Attention, FeedForward, bert_init
 from .config import AggregatorConfig
-from .layers import Mlp
+from .layers import Mlp, run
 
 
 class Block(nn.Module):
@@ -34,6 +34,8 @@ class Block(nn.Module):
 class Aggregator(nn.Module):
     """Region-level visual tokens, one per token of the ViT, from `taps` in the order in which they are read."""
 
+    recompute = False  # layers.run
+
     def __init__(self, config: AggregatorConfig, width: int, taps: int, out_width: int):
         super().__init__()
         self.blocks = nn.ModuleList(Block(config, width) for _ in range(taps - 1))
@@ -47,7 +49,7 @@ class Aggregator(nn.Module):
     def fuse(self, taps: Sequence[Tensor]) -> Tensor:  # taps x (b, n, d) -> (b, n, d)
         x, *earlier = taps
         for block, tap in zip(self.blocks, earlier, strict=True):
-            x = block(x, tap)
+            x = run(block, self.recompute, x, tap)
         return x
 
     def forward(self, taps: Sequence[Tensor]) -> Tensor:  # taps x (b, n, d) -> (b, n, out)

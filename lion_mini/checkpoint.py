@@ -166,7 +166,9 @@ def share(source: Path, target: Path) -> None:
         shutil.copyfile(source, target)
 
 
-def history(init: list[Path], line: str) -> str:
-    """Who made a result: what made the folders it began with, each line once, and one line more."""
+def history(init: list[Path], frozen_only: bool, line: str) -> str:
+    """Who made a result: what made the folders it began with, each line once, and one line more. Of a folder of which
+    only the frozen parts were taken, stage 0's line counts."""
     lines = [one for folder in init for one in read_config(folder).made_by.split("\n") if one]
+    lines = [one for one in lines if one.startswith("stage 0") or not frozen_only]
     return "\n".join([*dict.fromkeys(lines), line])

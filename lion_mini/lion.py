@@ -142,6 +142,12 @@ class Lion(nn.Module):
             module.training = mode and any(parameter.requires_grad for parameter in module.parameters())
         return self
 
+    def recompute(self, mode: bool = True) -> None:
+        """Gradient checkpointing, `layers.run`, for every part through which gradients pass."""
+        for part in (self.qformer, self.aggregator, self.t5):
+            if part is not None:
+                part.recompute = mode
+
     @property
     def text(self) -> Text:
         if self._text is None:

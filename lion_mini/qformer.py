@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from .bert import Attention, FeedForward, bert_init
 from .config import QFormerConfig
+from .layers import run
 
 
 class Layer(nn.Module):
@@ -43,6 +44,8 @@ class Layer(nn.Module):
 
 class QFormer(nn.Module):
     """The queries' answer to the question, projected: the image-level visual tokens."""
+
+    recompute = False  # layers.run
 
     def __init__(self, config: QFormerConfig, image_width: int, out_width: int):
         super().__init__()
@@ -70,7 +73,7 @@ class QFormer(nn.Module):
         if mask is not None:
             mask = nn.functional.pad(mask, (self.config.queries, 0), value=True)[:, None, None]
         for layer in self.layers:
-            x = layer(x, image, mask, self.config.queries)
+            x = run(layer, self.recompute, x, image, mask, self.config.queries)
         return x
 
     def forward(self, image: Tensor, ids: Tensor, mask: Tensor | None = None) -> Tensor:  # ... -> (b, q, out)

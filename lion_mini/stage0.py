@@ -21,6 +21,7 @@ import math
 import random
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -424,10 +425,14 @@ def train_ram(config: LionConfig, pool: Pool, test: Pool, steps: int, seed: int,
         return asymmetric_loss(ram.recognise(context).float(), wanted[rows]) + seen
 
     optimise(nn.ModuleList((ram, head)), loss, steps, 3e-3, "ram", log)
+
+    def scores(pixels: Tensor) -> Tensor:
+        return torch.cat([ram(part.float()).sigmoid() for part in pixels.split(100)])
+
     with torch.inference_mode():
-        thresholds = best_thresholds(ram(pool.ram_pixels[:1000].float()).sigmoid(), wanted[:1000])
+        thresholds = best_thresholds(scores(pool.ram_pixels[:1000]), wanted[:1000])
         truth = tag_table([sorted(set().union(*(t.words for t in scene.things))) for scene in test.scenes])
-        found = (ram(test.ram_pixels.float()).sigmoid() > torch.tensor(thresholds)).float()
+        found = (scores(test.ram_pixels) > torch.tensor(thresholds)).float()
     hits = (found * truth).sum().item()
     log("ram, held out", {"precision": hits / max(1.0, found.sum().item()), "recall": hits / truth.sum().item()})
     return ram, thresholds
@@ -451,7 +456,7 @@ def best_thresholds(scores: Tensor, wanted: Tensor) -> list[float]:  # (b, c), (
 def run(out: str | Path, quick: bool = False, seed: int = 0, log: Log = lambda name, values: None) -> Path:
     """Train the three and write them as a download would come: `model.safetensors` with the names that they have in
     `Lion.state_dict()`, T5 without adapters, `config.json`, both tokenizers' files, tags and thresholds."""
-    folder, config = Path(out), PRESETS["tiny"]
+    folder, config, started = Path(out), PRESETS["tiny"], time.perf_counter()
     toy.write_vocabularies(folder)
     random_state = torch.get_rng_state()
     torch.manual_seed(seed)
@@ -464,7 +469,8 @@ def run(out: str | Path, quick: bool = False, seed: int = 0, log: Log = lambda n
     parts = {"vit": vit, "t5": reader.t5, "ram": ram}
     tensors = {f"{part}.{k}": v.bfloat16() for part, model in parts.items() for k, v in model.state_dict().items()}
     save_file({k: v.contiguous() for k, v in tensors.items()}, folder / "model.safetensors")
-    (folder / "config.json").write_text(config.to_json() + "\n", encoding="utf-8")
+    made_by = f"stage 0: lion_mini/stage0.py (seed {seed}, {(time.perf_counter() - started) / 60:.1f} minutes)"
+    (folder / "config.json").write_text(replace(config, made_by=made_by).to_json() + "\n", encoding="utf-8")
     (folder / "ram_tag_list_threshold.txt").write_text("".join(f"{t}\n" for t in thresholds), encoding="utf-8")
     torch.set_rng_state(random_state)
     return folder

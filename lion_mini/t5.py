@@ -20,11 +20,10 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from .adapters import MixtureOfAdapters
 from .config import IGNORE, PAD, T5Config
-from .layers import attention, split_heads
+from .layers import attention, run, split_heads
 
 
 def bucket(distance: Tensor, buckets: int, max_distance: int) -> Tensor:
@@ -171,13 +170,9 @@ class Cache:
 
 
 class T5(nn.Module):
-    """Encoder and decoder; `decode` gives the logits of eq. (3)'s language model for the tokens it is given.
+    """Encoder and decoder; `decode` gives the logits of eq. (3)'s language model for the tokens it is given."""
 
-    With `recompute` set, training forgets what happens inside a layer and computes it again for the gradients: the
-    same numbers, slower, in a fraction of the memory.
-    """
-
-    recompute = False
+    recompute = False  # layers.run
 
     def __init__(self, config: T5Config, adapter_width: int = 0, adapters: int = 0):
         super().__init__()
@@ -198,13 +193,8 @@ class T5(nn.Module):
         if mask is not None:
             bias = bias.masked_fill(~mask[:, None, None], -torch.inf)
         for layer in self.encoder:
-            x = self.run(layer, x, bias, task)
+            x = run(layer, self.recompute, x, bias, task)
         return self.encoder_norm(x)
-
-    def run(self, layer: nn.Module, x: Tensor, *rest: Any) -> Tensor:
-        if self.recompute and torch.is_grad_enabled():
-            return checkpoint(layer, x, *rest, use_reentrant=False)
-        return layer(x, *rest)
 
     def start(
         self, states: Tensor, mask: Tensor | None, task: Tensor, capacity: int
@@ -219,7 +209,7 @@ class T5(nn.Module):
         task = cache.task.repeat_interleave(len(ids) // len(cache.task))
         x = self.shared(ids)
         for i, layer in enumerate(self.decoder):
-            x = self.run(layer, x, bias, i, cache, task)
+            x = run(layer, self.recompute, x, bias, i, cache, task)
         return self.lm_head(self.decoder_norm(x))
 
     def predict(self, labels: Tensor, cache: Cache) -> Tensor:  # (b*k, t), IGNORE after the end -> (b*k, t, v)

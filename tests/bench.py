@@ -368,7 +368,7 @@ def peak(args: argparse.Namespace, dtype: str) -> list[Row]:
         layer = memory.one_layer(model, model.config.visual_tokens + words[0], size, half)
         limit = held + layer + 4 * size * words[1] * config.t5.vocab_size
         for recompute in (False, True):
-            model.t5.recompute = recompute
+            model.recompute(recompute)
             what = f"stage {number}, batch {size}{', recompute' * recompute}"
             rows.append(Row("memory", what, dtype, held + memory.peak_bytes(passes), None, limit, "B"))
     return rows

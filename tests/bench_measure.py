@@ -1,12 +1,10 @@
 """How bench.py measures and shows: runs that take turns, rows with a limit, a table and two plots."""
 
 import argparse
-import importlib
 import math
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -16,6 +14,8 @@ from bench_work import Phase
 from conftest import relative
 from PIL import Image, ImageDraw
 from torch import Tensor, nn
+
+from lion_mini.linear import pack
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 COLORS = ("#274690", "#c44536", "#3a7d44", "#7d5ba6", "#d98324", "#5b8fb9")
@@ -104,14 +104,6 @@ def race(part: str, dtype: str, cases: Sequence[Case], args: argparse.Namespace,
     return [row(case) for case in cases]
 
 
-def ready(model: nn.Module) -> None:
-    """What a user may do to a model before it answers on a CPU; every model of ours that is timed passes here."""
-    for name in ("lion_mini.fast", "lion_mini.linear"):
-        with suppress(ImportError):
-            importlib.import_module(name).pack(model)
-            return
-
-
 def agree(found: Tensor, expected: Tensor) -> None:
     """The same to rounding: else there is nothing to compare."""
     error = relative(found, expected)
@@ -119,10 +111,10 @@ def agree(found: Tensor, expected: Tensor) -> None:
 
 
 def same(run: Callable[[], Tensor], model: nn.Module) -> None:
-    """`ready`, and that it changes nothing."""
+    """Packed, as infer.py and eval.py do before a model answers on a CPU, and that it changes nothing."""
     with torch.inference_mode():
         before = run()
-        ready(model)
+        pack(model)
         agree(run(), before)
 
 

@@ -150,7 +150,7 @@ def step_bytes(config: LionConfig, text: Text, size: int, recompute: bool, words
     """All that a step of stage 3 takes on a card: weights, trained state, and the peak of its two passes."""
     with FakeTensorMode():
         model, _, passes, _ = training(config, text, 3, size, words, half=True, card=True)
-        model.t5.recompute = recompute
+        model.recompute(recompute)
         return sum(held(model)) + peak_bytes(passes)
 
 

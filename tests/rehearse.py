@@ -3,8 +3,8 @@
     LION_ASSETS=… python tests/rehearse.py --size xl
 
 writes the five files as they are published (names and shapes from tests/keys, ViT in float16, FlanT5 in float32 and two
-shards, the rest in float32), converts them to bfloat16, opens the result and asks it two things about a photo. Each
-step is a process of its own; printed are its seconds, its peak of resident memory and the bytes that it wrote.
+shards, the rest in float32), converts them to bfloat16 and to int8, opens the results and asks them two things about a
+photo. Each step is a process of its own; printed are its seconds, its peak of resident memory and the bytes that it wrote.
 The vocabularies and the photo come from LION_ASSETS. XL needs 40 GB of disk.
 """
 
@@ -86,7 +86,7 @@ def answer(folder: Path) -> None:
     from lion_mini.prompts import EVAL_TEMPLATES, render
 
     start = time.perf_counter()
-    model = Lion.from_pretrained(folder, dtype=None)
+    model = Lion.from_pretrained(folder, dtype=None, packed=True)  # as infer.py does
     print(f"  opened in {time.perf_counter() - start:.1f} s", flush=True)
     photo = open_image(sorted((Path(os.environ["LION_ASSETS"]) / "photos").iterdir())[0])
     for kind, prompt, task in (
@@ -112,7 +112,7 @@ def step(name: str, command: list[str], written: Path) -> tuple[float, float, fl
         sys.exit(f"{name} failed with exit code {os.waitstatus_to_exitcode(status)}")
     size = sum(path.stat().st_size for path in walk(written))
     print(
-        f"{name:10} {seconds:8.0f} s   peak {usage.ru_maxrss / 1e6 * 1.024:6.2f} GB   {size / 1e9:6.2f} GB on disk",
+        f"{name:18} {seconds:8.0f} s   peak {usage.ru_maxrss / 1e6 * 1.024:6.2f} GB   {size / 1e9:6.2f} GB on disk",
         flush=True,
     )
     return seconds, usage.ru_maxrss * 1024 / 1e9, size / 1e9
@@ -135,7 +135,7 @@ def main() -> None:
     if args.step == "answer":
         return answer(args.folder)
     work = Path(tempfile.mkdtemp(dir=args.folder))
-    official, out = work / "official", work / "converted"
+    official = work / "official"
     official.mkdir()
     try:
         me = ["tests/rehearse.py", "--size", args.size]
@@ -144,14 +144,14 @@ def main() -> None:
             "weights.py", "convert", "--vit", official / FILES["eva"], "--t5", official / "t5",
             "--bert", official / "bert", "--ram", official / FILES["ram"], "--ram-tags", official / "ram_tag_list.txt",
             "--ram-thresholds", official / "ram_tag_list_threshold.txt", "--lion", official / FILES["lion"],
-            "--out", out, "--dtype", "bfloat16",
         ]  # fmt: skip
-        _, memory, _ = step("convert", [str(part) for part in command], out)
-        shutil.rmtree(official)
-        _, running, disk = step("answer", [*me, "--step", "answer", "--folder", str(out)], out)
-        print(
-            f"convert peak {memory:.2f} GB; load and answer peak {running / disk:.3f} x the {disk:.2f} GB of the model"
-        )
+        for dtype in ("bfloat16", "int8"):
+            out = work / dtype
+            flags = [*command, "--out", out, "--dtype", dtype]
+            step(f"convert, {dtype}", [str(part) for part in flags], out)
+            _, running, disk = step(f"answer, {dtype}", [*me, "--step", "answer", "--folder", str(out)], out)
+            print(f"{dtype}: load and answer peak {running / disk:.3f} x the {disk:.2f} GB of the model")
+            shutil.rmtree(out)
     finally:
         shutil.rmtree(work)
 

@@ -1,5 +1,6 @@
 """Stage 0 writes what a download would bring: the three stand-ins, whole, under LION's own names."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ from safetensors.torch import load_file
 from lion_mini import stage0, toy
 from lion_mini.config import PRESETS, LionConfig
 from lion_mini.lion import Lion, Text
+from lion_mini.tokenizers import UnigramTokenizer
 
 
 @pytest.fixture(scope="module")
@@ -18,7 +20,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_it_fills_every_frozen_part(folder: Path) -> None:
     config = LionConfig.from_json((folder / "config.json").read_text())
-    assert config == PRESETS["tiny"]
+    assert config.made_by.startswith("stage 0: ")
+    assert replace(config, made_by="") == PRESETS["tiny"]
     expected = Lion(config).state_dict()
     found = load_file(folder / "model.safetensors")
     frozen = {k for k in expected if k.split(".")[0] in ("vit", "t5", "ram") and ".adapters." not in k}
@@ -70,3 +73,38 @@ def test_a_glimpse_of_few_shows_everything_once() -> None:
     assert sorted(owner[chosen[chosen > 0] - 1].tolist())[-3:] == [0, 1, 2]
     assert len(chosen) == 6
     assert sorted(stage0.glimpse(owner, few=False, tokens=6).tolist()) == list(range(11))
+
+
+def test_what_words_mean() -> None:
+    """By hand: in scene(5) a small red cross lies at the left and below, a large red triangle right of it."""
+    cross, triangle = toy.scene(5, "train").things
+    folder = Path(toy.__file__).parent / "assets" / "tiny"
+    reader = stage0.Reader(PRESETS["tiny"], UnigramTokenizer.from_file(folder / "tokenizer.json"))
+
+    def known(question: str, answer: str = "") -> dict[str, list[float]]:
+        rows = reader.meaning({"question": question, "answer": answer}, (cross, triangle))
+        words = [reader.pieces.decode([piece]).strip() for piece in reader.encode(question)]
+        return {word: row for word, row in zip(words, rows, strict=True) if row != stage0.UNKNOWN}
+
+    box = [1, 19, 5, 23]
+    assert known("Is the red cross right of the red triangle?") == {
+        "cross": [3, 0, 0, *box, 1, -0.75, 0.75, -100],
+        "right": [*[-100] * 10, pytest.approx(-2 / 3)],
+        "triangle": [2, 0, 1, 7, 16, 15, 24, 1, pytest.approx(-1 / 12), pytest.approx(2 / 3), -100],
+    }
+    assert known("How many red shapes are there?") == {"shapes": [*[-100] * 7, 2, *[-100] * 3]}
+    assert known("What is at [0.042,0.792,0.208,0.958]?") == {"0.958": [3, 0, 0, *box, -100, -0.75, 0.75, -100]}
+    assert known("Where is the leftmost shape?", cross.box.to_text())["shape"][:8] == [3, 0, 0, *box, 2]
+    tagged = reader.meanings(["cross, red, small. the cross"], [{"question": "the cross", "answer": ""}],
+                             [toy.scene(5, "train")])  # fmt: skip
+    assert (tagged[0, :-2] == -100).all()  # the tags before the question, and the </s> after it, mean nothing
+    assert tagged[0, -2, 0] == 3
+
+
+def test_only_what_is_known_counts() -> None:
+    fields = (3, 2)
+    logits = torch.randn(4, 5, requires_grad=True)
+    wanted = torch.tensor([[0, -100], [2, -100], [-100, -100], [-100, 1]])
+    stage0.field_loss(logits, wanted, fields).backward()
+    assert logits.grad is not None
+    assert (logits.grad != 0).tolist() == [[True] * 3 + [False] * 2] * 2 + [[False] * 5, [False] * 3 + [True] * 2]

@@ -28,6 +28,7 @@ from torch.optim import AdamW
 import train
 import weights
 from lion_mini import Lion, LionConfig, checkpoint, toy
+from lion_mini.checkpoint import history
 from lion_mini.config import (
     AggregatorConfig,
     QFormerConfig,
@@ -268,7 +269,7 @@ def test_loss_and_gradients_are_the_releases(
     batch = golden_batch(facts, numbers, i)
     learning = choose(golden_model, STAGES[3])
     golden_model.eval()
-    golden_model.t5.recompute = recompute
+    golden_model.recompute(recompute)
     gradients = train.Gradients(list(learning.values()), torch.device("cpu"))
     words = (numbers[f"s{i}.labels"] != 0).sum().item()
     assert words == sum(len(golden_model.answer_ids(answer)) for answer in batch.answers)
@@ -291,15 +292,22 @@ def test_loss_and_gradients_are_the_releases(
 
 
 def test_recompute_runs_each_layer_again(golden_model: Lion, facts: dict[str, Any], numbers: dict[str, Tensor]) -> None:
-    choose(golden_model, STAGES[3])
-    runs = []
-    layer: Any = golden_model.t5.encoder[1]
-    layer.register_forward_pre_hook(lambda *_: runs.append(1))
-    for recompute, expected in ((False, 1), (True, 2)):
-        golden_model.t5.recompute = recompute
-        runs.clear()
+    """In every part through which gradients pass, with the same dropout as the first time."""
+    learning = choose(golden_model, STAGES[3])
+    runs: list[str] = []
+    model: Any = golden_model
+    layers = {"encoder": model.t5.encoder, "decoder": model.t5.decoder}
+    for name, parts in (layers | {"qformer": model.qformer.layers, "aggregator": model.aggregator.blocks}).items():
+        parts[1].register_forward_pre_hook(lambda *_, name=name: runs.append(name))
+    found = []
+    for recompute in (False, True):
+        golden_model.recompute(recompute)
+        golden_model.zero_grad()
+        torch.manual_seed(0)
         train.share_of_loss(golden_model, golden_batch(facts, numbers, 0), "tokens", 10).backward()
-        assert len(runs) == expected
+        found.append({name: one.grad.clone() for name, one in learning.items() if one.grad is not None})
+    assert sorted(runs) == sorted(3 * ["encoder", "decoder", "qformer", "aggregator"])
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
 
 
 @pytest.mark.parametrize("mean", ["tokens", "samples"])
@@ -447,6 +455,15 @@ def test_the_toy_run_and_its_ablations(
     assert len(exported) == len(trained(tmp_path / "run" / "stage3")) + 1
     assert train.main(argv) == 2  # a folder is not trained over
     assert train.main([*argv, "--resume"]) == 0  # there is nothing left to do
+
+
+def test_who_made_it(tmp_path: Path) -> None:
+    for name, made_by in (("one", "stage 0: a\nstage 1: b"), ("two", "stage 0: a\nstage 2: c")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(replace(SIZES, made_by=made_by).to_json())
+    both = [tmp_path / "one", tmp_path / "two"]
+    assert history(both, False, "stage 3: d") == "stage 0: a\nstage 1: b\nstage 2: c\nstage 3: d"
+    assert history(both[:1], True, "stage 1: e") == "stage 0: a\nstage 1: e"  # its own stage 1 is trained anew
 
 
 def test_fine_tuning_begins_with_everything(two_stages: tuple[Path, Path], data: Path, tmp_path: Path) -> None:
