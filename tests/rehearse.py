@@ -4,8 +4,8 @@
 
 writes the five files as they are published (names and shapes from tests/keys, ViT in float16, FlanT5 in float32 and two
 shards, the rest in float32), converts them to bfloat16 and to int8, opens the results and asks them two things about a
-photo. Each step is a process of its own; printed are its seconds, its peak of resident memory and the bytes that it wrote.
-The vocabularies and the photo come from LION_ASSETS. XL needs 40 GB of disk.
+photo. Each step is a process of its own; printed are its seconds, its peak of resident memory and the bytes that it
+wrote. The vocabularies and the photo come from LION_ASSETS. XL needs 40 GB of disk.
 """
 
 import argparse
