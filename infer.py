@@ -155,7 +155,9 @@ def look(
 
 def opened(args: argparse.Namespace) -> Lion:
     model = Lion.from_pretrained(args.weights, args.device, DTYPES[args.dtype], packed=True)
-    print(f"{args.weights}: computes in {str(model.dtype).removeprefix('torch.')} on {model.device}", file=sys.stderr)
+    if args.dtype == "auto":
+        chosen = str(model.dtype).removeprefix("torch.")
+        print(f"--dtype auto: {args.weights} computes in {chosen} on {model.device}", file=sys.stderr)
     return model
 
 

@@ -23,6 +23,7 @@ def run(tmp_path: Path, golden_folder: Path, capsys: pytest.CaptureFixture) -> R
 
     def call(*args: object, weights: bool = True) -> tuple[int, str, str, list[dict]]:
         flags = ["--out", tmp_path / "out", *(["--weights", golden_folder] if weights else [])]
+        flags += [] if "--dtype" in args else ["--dtype", "float32"]  # the golden answers are
         code = infer.main([str(part) for part in [*args, *flags]])
         out, error = capsys.readouterr()
         results = tmp_path / "out" / "results.jsonl"
@@ -224,6 +225,14 @@ def test_long_question(run: Run) -> None:
 def test_a_box_is_never_evaluated() -> None:
     for text in ("[__import__('os').system('true'),0,0,1]", "[0.1,0.2,0.3]", "", "[1e9,0,0,1]"):
         assert Box.parse(text) is None
+
+
+def test_auto_says_what_it_chose(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    for fast, name in ((True, "bfloat16"), (False, "float32")):
+        monkeypatch.setattr("lion_mini.linear.has_bfloat16", lambda fast=fast: fast)
+        code, _, error, _ = run(PHOTO, "--dtype", "auto")
+        assert code == 0
+        assert f"computes in {name} on cpu" in error
 
 
 # --- the tags of a training set
