@@ -9,9 +9,9 @@ way that costs least, and then freezes them as the paper does:
            the coordinates it sees; stages 1 to 3 must earn their way with new eyes
     RAM    says which tags apply; asymmetric loss, arXiv 2009.14119
 
-What makes minutes enough is that none of them learns from its answer alone. Every patch has labels, and so has every
-noun of a question: what it refers to. From yes and no alone the T5 learned to compare in no run, with such labels in
-ten minutes.
+What makes minutes enough is that none of them learns from its answer alone: every patch has labels, and so has every
+noun of a question (labels.py). From yes and no alone the T5 learned to compare in no run, with such labels in ten
+minutes.
 
     `python -m lion_mini.stage0 --out out/stage0`                                         next: train.py
 """
@@ -22,7 +22,6 @@ import random
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -36,6 +35,7 @@ from tqdm import trange
 from . import toy
 from .config import IGNORE, PAD, PRESETS, LionConfig
 from .images import lion_transform, ram_transform
+from .labels import FIELDS, REFERENT, Meanings, field_loss, meaning_loss, owners, patch_labels
 from .prompts import tag_sentence
 from .ram import Ram
 from .t5 import T5
@@ -96,48 +96,6 @@ class Pool:
         self.owner = torch.from_numpy(np.stack([owners(scene, side) for scene in self.scenes]))  # (b, n)
 
 
-def owners(scene: toy.Scene, side: int) -> np.ndarray:  # -> (side * side)
-    """For every patch the number of the thing that fills most of it, -1 where there is none."""
-    edges = np.arange(side) * toy.GRID / side
-    step = toy.GRID / side
-    best, owner = np.zeros((side, side)), np.full((side, side), -1)
-    for i, t in enumerate(scene.things):
-        wide = (np.minimum(edges + step, t.left + t.side) - np.maximum(edges, t.left)).clip(0)
-        high = (np.minimum(edges + step, t.top + t.side) - np.maximum(edges, t.top)).clip(0)
-        area = high[:, None] * wide
-        owner[area > best] = i
-        best = np.maximum(best, area)
-    return owner.reshape(-1)
-
-
-# --- what lies where
-
-FIELDS = (len(toy.SHAPES) + 1, len(toy.COLOURS), len(toy.SIDES), *[toy.GRID + 1] * 4)  # the last shape is: none
-NOTHING = [len(toy.SHAPES), *[IGNORE] * 6]
-
-
-def facts(thing: toy.Thing) -> list[int]:
-    """Shape, colour, size and box: the classes of FIELDS."""
-    names = toy.SHAPES.index(thing.shape), tuple(toy.COLOURS).index(thing.colour), tuple(toy.SIDES).index(thing.size)
-    return [*names, thing.left, thing.top, thing.left + thing.side, thing.top + thing.side]
-
-
-def patch_labels(scenes: Sequence[toy.Scene], owner: Tensor) -> Tensor:  # (b, n) -> (b, n, fields)
-    """IGNORE for what background has not."""
-    tables = [torch.tensor([*(facts(t) for t in scene.things), NOTHING]) for scene in scenes]
-    return torch.stack([table[one] for table, one in zip(tables, owner, strict=True)])
-
-
-def field_loss(logits: Tensor, wanted: Tensor, fields: Sequence[int]) -> Tensor:  # (..., classes), (..., fields) -> ()
-    """The sum over the fields of their mean cross-entropies."""
-    losses = []
-    for i, one in enumerate(logits.float().split(tuple(fields), dim=-1)):
-        labels = wanted[..., i].flatten()
-        total = F.cross_entropy(one.flatten(0, -2), labels, ignore_index=IGNORE, reduction="sum")
-        losses.append(total / (labels != IGNORE).sum().clamp_min(1))
-    return torch.stack(losses).sum()
-
-
 # --- the eye
 
 
@@ -183,11 +141,6 @@ def grounded(scene: toy.Scene) -> toy.Record:
     return {"kind": "grounded", "subkind": "", "question": "Describe the image with coordinates.", "answer": said}
 
 
-REFERENT = (*FIELDS, toy.MOST + 1)  # of a noun: what the one thing is that it means, and how many it may mean
-MEASURES = 3  # of a noun: the thing's centre; of a relation: by how much it holds; in halves of the picture
-UNKNOWN: list[float] = [IGNORE] * (len(REFERENT) + MEASURES)
-
-
 class Reader(nn.Module):
     """T5, the projector through which it learns to look, and heads that say what it takes words to mean.
 
@@ -204,11 +157,8 @@ class Reader(nn.Module):
         self.early = torch.empty(0)
         self.t5.encoder[1].register_forward_hook(lambda module, args, out: setattr(self, "early", out))
         self.pieces = pieces
-        self.encode = cache(pieces.encode)
-        self.words = {self.encode(word)[0]: word for word in (*toy.TAGS, "shape")}
-        self.words |= {self.encode(toy.plural(noun))[0]: noun for noun in (*toy.SHAPES, "shape")}
-        self.sides = {self.encode(words)[0]: side for words, side in toy.RELATIONS.items()}
-        self.numbers = {pieces.pieces[f"{i / toy.GRID:.3f}"][0]: i for i in range(toy.GRID + 1)}
+        self.meanings = Meanings(pieces)
+        self.encode = self.meanings.encode
 
     def start(self, features: Tensor, prompts: Sequence[str]) -> tuple[Tensor, Tensor, Tensor]:
         """The encoder's input for the tokens of the ViT, (b, n, ·), and prompts: `T5.encode`'s arguments."""
@@ -231,60 +181,6 @@ class Reader(nn.Module):
         logits = self.t5.predict(labels, self.t5.start(states, mask, task, labels.shape[1]))
         meant = torch.cat((self.nouns(self.early), self.relations(states)), dim=-1)
         return logits, labels, meant[:, features.shape[1] :]
-
-    def meaning(self, record: toy.Record, things: Sequence[toy.Thing]) -> list[list[float]]:
-        """For every piece of the question what it means, as far as that is known.
-
-        A noun, with the adjectives before it, means the one thing that they fit; the first noun of a REC's expression
-        the thing that is sought; the last number of a box what is in it. A relation stands between two nouns.
-        """
-        target = next((thing for thing in things if thing.box.to_text() == record["answer"]), None)
-        rows: list[list[float]] = []
-        adjectives: list[str] = []
-        box: list[int] = []
-        last, between = None, None
-        for id in self.encode(record["question"]):
-            row, word, thing = [*UNKNOWN], self.words.get(id), None
-            if id in self.numbers:
-                box = [*box, self.numbers[id]][-4:]
-                thing = next((t for t in things if facts(t)[3:] == box), None)
-            elif id in self.sides:
-                between = row, *self.sides[id]
-            elif word in (*toy.SHAPES, "shape"):
-                fitting = toy.matching(things, (*adjectives, word))
-                thing = target or (fitting[0] if len(fitting) == 1 else None)
-                row[len(FIELDS)] = len(fitting)
-                if between and last and thing:
-                    relation, axis, sign = between
-                    relation[-1] = (last.centre(axis) - thing.centre(axis)) * sign * 2 / toy.GRID
-                last, between, target = thing, None, None
-            adjectives = [*adjectives, word] if word and word in (*toy.COLOURS, *toy.SIDES) else []
-            if thing:
-                row[: len(FIELDS)] = facts(thing)
-                row[len(REFERENT) : -1] = (thing.centre(axis) * 2 / toy.GRID - 1 for axis in (0, 1))
-            rows.append(row)
-        return rows
-
-    def meanings(
-        self, prompts: Sequence[str], records: Sequence[toy.Record], scenes: Sequence[toy.Scene]
-    ) -> Tensor:  # -> (b, prompt, fields and measures)
-        """The labels of all pieces; the question stands at its prompt's end, behind the tags."""
-        ends = [len(self.encode(text)) for text in prompts]
-        labels = torch.full((len(prompts), max(ends), len(UNKNOWN)), float(IGNORE))
-        for row, end, record, scene in zip(labels, ends, records, scenes, strict=True):
-            known = torch.tensor(self.meaning(record, scene.things))
-            row[end - len(known) : end] = known
-        return labels
-
-
-def meaning_loss(meant: Tensor, wanted: Tensor) -> Tensor:
-    found, measured = meant[..., sum(REFERENT) :].float(), wanted[..., len(REFERENT) :]
-    loss = 0.2 * field_loss(meant[..., : sum(REFERENT)], wanted[..., : len(REFERENT)].long(), REFERENT)
-    for which in (slice(0, 2), slice(2, 3)):  # centres, relations
-        known = measured[..., which] != IGNORE
-        if known.any():
-            loss = loss + F.mse_loss(found[..., which][known], measured[..., which][known])
-    return loss
 
 
 @torch.no_grad()
@@ -364,7 +260,7 @@ def train_t5(
         seen = torch.stack([features[row][glimpse(pool.owner[row], few, config.qformer.queries)] for row in rows])
         prompts = [prompt(record, tagged) for record in records]
         logits, labels, meant = reader(seen.float(), prompts, [r["answer"] for r in records])
-        wanted = reader.meanings(prompts, records, [pool.scenes[row] for row in rows])
+        wanted = reader.meanings.prompts(prompts, records, [pool.scenes[row] for row in rows])
         losses = F.cross_entropy(logits.float().transpose(1, 2), labels, ignore_index=IGNORE, reduction="none")
         if step % 1000 == 999:
             log("t5, held out", score(reader, held_out, test, random.Random(0), few=False))

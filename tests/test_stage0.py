@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from lion_mini import stage0, toy
+from lion_mini import labels, stage0, toy
 from lion_mini.config import PRESETS, LionConfig
 from lion_mini.lion import Lion, Text
 from lion_mini.tokenizers import UnigramTokenizer
@@ -58,7 +58,7 @@ def test_the_loss_of_tags_is_asymmetric() -> None:
 
 def test_every_patch_has_its_owner() -> None:
     scene = toy.scene(0, "train")
-    owner = stage0.owners(scene, 6).reshape(6, 6)
+    owner = labels.owners(scene, 6).reshape(6, 6)
     for i, thing in enumerate(scene.things):
         rows, columns = (owner == i).nonzero()
         assert rows.min() * 4 >= thing.top - 3
@@ -79,12 +79,13 @@ def test_what_words_mean() -> None:
     """By hand: in scene(5) a small red cross lies at the left and below, a large red triangle right of it."""
     cross, triangle = toy.scene(5, "train").things
     folder = Path(toy.__file__).parent / "assets" / "tiny"
-    reader = stage0.Reader(PRESETS["tiny"], UnigramTokenizer.from_file(folder / "tokenizer.json"))
+    pieces = UnigramTokenizer.from_file(folder / "tokenizer.json")
+    meanings = labels.Meanings(pieces)
 
     def known(question: str, answer: str = "") -> dict[str, list[float]]:
-        rows = reader.meaning({"question": question, "answer": answer}, (cross, triangle))
-        words = [reader.pieces.decode([piece]).strip() for piece in reader.encode(question)]
-        return {word: row for word, row in zip(words, rows, strict=True) if row != stage0.UNKNOWN}
+        rows = meanings.question({"question": question, "answer": answer}, (cross, triangle))
+        words = [pieces.decode([piece]).strip() for piece in meanings.encode(question)]
+        return {word: row for word, row in zip(words, rows, strict=True) if row != labels.UNKNOWN}
 
     box = [1, 19, 5, 23]
     assert known("Is the red cross right of the red triangle?") == {
@@ -95,8 +96,8 @@ def test_what_words_mean() -> None:
     assert known("How many red shapes are there?") == {"shapes": [*[-100] * 7, 2, *[-100] * 3]}
     assert known("What is at [0.042,0.792,0.208,0.958]?") == {"0.958": [3, 0, 0, *box, -100, -0.75, 0.75, -100]}
     assert known("Where is the leftmost shape?", cross.box.to_text())["shape"][:8] == [3, 0, 0, *box, 2]
-    tagged = reader.meanings(["cross, red, small. the cross"], [{"question": "the cross", "answer": ""}],
-                             [toy.scene(5, "train")])  # fmt: skip
+    question = {"question": "the cross", "answer": ""}
+    tagged = meanings.prompts(["cross, red, small. the cross"], [question], [toy.scene(5, "train")])
     assert (tagged[0, :-2] == -100).all()  # the tags before the question, and the </s> after it, mean nothing
     assert tagged[0, -2, 0] == 3
 
@@ -105,6 +106,6 @@ def test_only_what_is_known_counts() -> None:
     fields = (3, 2)
     logits = torch.randn(4, 5, requires_grad=True)
     wanted = torch.tensor([[0, -100], [2, -100], [-100, -100], [-100, 1]])
-    stage0.field_loss(logits, wanted, fields).backward()
+    labels.field_loss(logits, wanted, fields).backward()
     assert logits.grad is not None
     assert (logits.grad != 0).tolist() == [[True] * 3 + [False] * 2] * 2 + [[False] * 5, [False] * 3 + [True] * 2]
