@@ -3,10 +3,10 @@
     a patch     the thing that fills most of it: shape, colour, size, box                  `owners`, `patch_labels`
     a noun      the one thing that it means, with its adjectives, and how many they fit    `Meanings`
     a box       the thing in it, at its last number
-    a relation  by how much it holds, between the two nouns beside it
+    a relation  from the noun after it to the noun before it: how far, and by how much it holds
 
-    "Is the red cross right of the red triangle?" where a cross lies at the left, a triangle right of it and below:
-            cross -> cross, red, small, its box; one fits      right of -> -2/3      triangle -> triangle, red, ...
+    "Is the red cross right of the red triangle?" where the triangle lies right of the cross, a little higher:
+            cross -> cross, red, small, its box; one fits      right of -> -2/3 across, 1/12 down: holds by -2/3
 
 A real LION's parts learn such things from billions of pictures and sentences.                   next: stage0.py
 """
@@ -26,8 +26,9 @@ from .tokenizers import UnigramTokenizer
 FIELDS = (len(toy.SHAPES) + 1, len(toy.COLOURS), len(toy.SIDES), *[toy.GRID + 1] * 4)  # the last shape is: none
 NOTHING = [len(toy.SHAPES), *[IGNORE] * 6]
 REFERENT = (*FIELDS, toy.MOST + 1)  # of a noun: what the one thing is that it means, and how many it may mean
-MEASURES = 3  # of a noun: the thing's centre; of a relation: by how much it holds; in halves of the picture
-UNKNOWN: list[float] = [IGNORE] * (len(REFERENT) + MEASURES)
+MEASURES = (2, 3)  # of a noun: the thing's centre; of a relation: how far it is, across and down, and by how much it
+# holds; in halves of the picture
+UNKNOWN: list[float] = [IGNORE] * (len(REFERENT) + sum(MEASURES))
 
 
 def facts(thing: toy.Thing) -> list[int]:
@@ -96,12 +97,13 @@ class Meanings:
                 row[len(FIELDS)] = len(fitting)
                 if between and last and thing:
                     relation, axis, sign = between
-                    relation[-1] = (last.centre(axis) - thing.centre(axis)) * sign * 2 / toy.GRID
+                    far = [(last.centre(i) - thing.centre(i)) * 2 / toy.GRID for i in (0, 1)]
+                    relation[-3:] = *far, far[axis] * sign
                 last, between, target = thing, None, None
             adjectives = [*adjectives, word] if word and word in (*toy.COLOURS, *toy.SIDES) else []
             if thing:
                 row[: len(FIELDS)] = facts(thing)
-                row[len(REFERENT) : -1] = (thing.centre(axis) * 2 / toy.GRID - 1 for axis in (0, 1))
+                row[len(REFERENT) : -3] = (thing.centre(axis) * 2 / toy.GRID - 1 for axis in (0, 1))
             rows.append(row)
         return rows
 
@@ -118,10 +120,10 @@ class Meanings:
 
 
 def meaning_loss(meant: Tensor, wanted: Tensor) -> Tensor:  # (..., classes and measures), (..., fields and measures)
-    found, measured = meant[..., sum(REFERENT) :].float(), wanted[..., len(REFERENT) :]
     loss = 0.2 * field_loss(meant[..., : sum(REFERENT)], wanted[..., : len(REFERENT)].long(), REFERENT)
-    for which in (slice(0, 2), slice(2, 3)):  # centres, relations
-        known = measured[..., which] != IGNORE
+    measures = meant[..., sum(REFERENT) :].split(MEASURES, dim=-1), wanted[..., len(REFERENT) :].split(MEASURES, dim=-1)
+    for weight, found, measured in zip((1, 2), *measures, strict=True):
+        known = measured != IGNORE
         if known.any():
-            loss = loss + F.mse_loss(found[..., which][known], measured[..., which][known])
+            loss = loss + weight * F.mse_loss(found.float()[known], measured[known])
     return loss

@@ -70,11 +70,13 @@ class Attention(nn.Module):
     def keys_values(self, x: Tensor) -> tuple[Tensor, Tensor]:  # (b, n, d) -> 2 x (b, h, n, e)
         return split_heads(self.k(x), self.heads), split_heads(self.v(x), self.heads)
 
-    def forward(self, x: Tensor, bias: Tensor, store: "Store | None" = None) -> Tensor:  # (b, t, d) -> (b, t, d)
+    def forward(
+        self, x: Tensor, bias: Tensor, cache: "Cache | None" = None, layer: int = 0
+    ) -> Tensor:  # (b, t, d) -> (b, t, d)
         y = self.norm(x)
         k, v = self.keys_values(y)
-        if store is not None:
-            k, v = store.append(k, v)
+        if cache is not None:
+            k, v = cache.append(layer, k, v)
         return x + self.o(attention(split_heads(self.q(y), self.heads), k, v, bias, scale=1.0))
 
     def cross(self, x: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:  # (b*k, t, d) -> (b*k, t, d)
@@ -121,33 +123,10 @@ class DecoderLayer(nn.Module):
     def forward(
         self, x: Tensor, bias: Tensor, layer: int, cache: "Cache", task: Tensor
     ) -> Tensor:  # (b*k, t, d) -> (b*k, t, d)
-        x = self.attn(x, bias, cache.stores[layer])
+        x = self.attn(x, bias, cache, layer)
         k, v = cache.cross[layer]
         x = self.cross_attn.cross(x, k, v, cache.mask)
         return self.ff(x, task)
-
-
-class Store:
-    """Keys and values of the tokens so far, of one decoder layer; room for all of them is made at the first one."""
-
-    def __init__(self, capacity: int):
-        self.capacity = capacity
-        self.length = 0
-        self.keys = self.values = torch.empty(0)
-
-    def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:  # 2 x (b, h, t, e) -> 2 x (b, h, length, e)
-        if k.shape[2] == self.capacity:  # a whole sequence at once, as in training: nothing will follow
-            return k, v
-        if not self.length:
-            b, h, _, e = k.shape
-            self.keys, self.values = k.new_empty(b, h, self.capacity, e), v.new_empty(b, h, self.capacity, e)
-        start, self.length = self.length, self.length + k.shape[2]
-        self.keys[:, :, start : self.length], self.values[:, :, start : self.length] = k, v
-        return self.keys[:, :, : self.length], self.values[:, :, : self.length]
-
-    def reorder(self, rows: Tensor) -> None:
-        for stored in (self.keys, self.values):
-            stored[:, :, : self.length] = stored[rows, :, : self.length]
 
 
 class Cache:
@@ -155,18 +134,30 @@ class Cache:
 
     def __init__(self, t5: "T5", states: Tensor, mask: Tensor | None, task: Tensor, capacity: int):
         layers: Any = t5.decoder
-        self.cross = [layer.cross_attn.keys_values(states) for layer in layers]
+        pairs = (layer.cross_attn.keys_values(states) for layer in layers)
+        self.cross = [(k.contiguous(), v.contiguous()) for k, v in pairs]  # laid out once, read for every token
         self.mask = None if mask is None else mask[:, None, None]
         self.task = task
         self.bias = relative_bias(t5.decoder_bias, capacity, t5.config.max_distance, causal=True)
-        self.stores = [Store(capacity) for _ in t5.decoder]
+        self.past = torch.empty(0)  # keys and values of the tokens so far: (layer, 2, b*k, h, capacity, e)
         self.capacity = capacity
         self.length = 0
 
+    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """2 x (b*k, h, t, e) -> 2 x (b*k, h, length, e), these the last t. Room for all tokens is made at the first."""
+        if k.shape[2] == self.capacity:  # a whole sequence at once, as in training: nothing will follow
+            return k, v
+        if not self.past.numel():
+            rows, heads, _, width = k.shape
+            self.past = k.new_empty(len(self.cross), 2, rows, heads, self.capacity, width)
+        keys, values = self.past[layer, :, :, :, : self.length]
+        keys[:, :, -k.shape[2] :], values[:, :, -k.shape[2] :] = k, v
+        return keys, values
+
     def reorder(self, rows: Tensor) -> None:
         """Row i continues what row `rows[i]` wrote, for a beam search; rows stay within their sample."""
-        for store in self.stores:
-            store.reorder(rows)
+        past = self.past[..., : self.length, :]
+        past.copy_(past[:, :, rows])
 
 
 class T5(nn.Module):

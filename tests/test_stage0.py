@@ -87,14 +87,14 @@ def test_what_words_mean() -> None:
         words = [pieces.decode([piece]).strip() for piece in meanings.encode(question)]
         return {word: row for word, row in zip(words, rows, strict=True) if row != labels.UNKNOWN}
 
-    box = [1, 19, 5, 23]
+    box, unknown = [1, 19, 5, 23], [-100] * 3
     assert known("Is the red cross right of the red triangle?") == {
-        "cross": [3, 0, 0, *box, 1, -0.75, 0.75, -100],
-        "right": [*[-100] * 10, pytest.approx(-2 / 3)],
-        "triangle": [2, 0, 1, 7, 16, 15, 24, 1, pytest.approx(-1 / 12), pytest.approx(2 / 3), -100],
+        "cross": [3, 0, 0, *box, 1, -0.75, 0.75, *unknown],
+        "right": [*[-100] * 10, *map(pytest.approx, (-2 / 3, 1 / 12, -2 / 3))],
+        "triangle": [2, 0, 1, 7, 16, 15, 24, 1, *map(pytest.approx, (-1 / 12, 2 / 3)), *unknown],
     }
-    assert known("How many red shapes are there?") == {"shapes": [*[-100] * 7, 2, *[-100] * 3]}
-    assert known("What is at [0.042,0.792,0.208,0.958]?") == {"0.958": [3, 0, 0, *box, -100, -0.75, 0.75, -100]}
+    assert known("How many red shapes are there?") == {"shapes": [*[-100] * 7, 2, -100, -100, *unknown]}
+    assert known("What is at [0.042,0.792,0.208,0.958]?") == {"0.958": [3, 0, 0, *box, -100, -0.75, 0.75, *unknown]}
     assert known("Where is the leftmost shape?", cross.box.to_text())["shape"][:8] == [3, 0, 0, *box, 2]
     question = {"question": "the cross", "answer": ""}
     tagged = meanings.prompts(["cross, red, small. the cross"], [question], [toy.scene(5, "train")])
