@@ -10,6 +10,7 @@ from torch import nn
 import eval as script
 import weights
 from lion_mini import GENERATION, Lion, toy
+from lion_mini.layers import attention
 from lion_mini.linear import Int8Linear, PackedLinear, best_dtype, pack, quantise, to_int8
 from lion_mini.lion import TINY
 from lion_mini.stages import TOY, begin
@@ -122,3 +123,18 @@ def test_best_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("lion_mini.linear.has_bfloat16", lambda fast=fast: fast)
         assert best_dtype("cpu") == dtype
     assert best_dtype("mps") == torch.float32
+
+
+def test_attention_in_bfloat16_is_attention() -> None:
+    """Answering on a CPU takes another way than training; both are what float32 makes of the same numbers."""
+    q, k, v = (torch.randn(2, 3, n, 8).bfloat16() for n in (5, 7, 7))
+    bias, seen = torch.randn(1, 3, 5, 7).bfloat16(), torch.rand(2, 1, 1, 7) > 0.4
+    seen[..., 0] = True
+    for mask, scale in ((None, None), (bias, 1.0), (seen, 0.5), (bias.masked_fill(~seen, -torch.inf), None)):
+        exact = None if mask is None or mask.dtype == torch.bool else mask.float()
+        expected = attention(q.float(), k.float(), v.float(), mask if exact is None else exact, scale)
+        for answering in (True, False):
+            with torch.set_grad_enabled(not answering):
+                found = attention(q, k, v, mask, scale)
+            assert found.dtype == torch.bfloat16
+            assert relative(found.float(), expected) < 0.02, (mask is None, scale, answering)
