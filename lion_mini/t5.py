@@ -156,8 +156,8 @@ class Cache:
 
     def reorder(self, rows: Tensor) -> None:
         """Row i continues what row `rows[i]` wrote, for a beam search; rows stay within their sample."""
-        past = self.past[..., : self.length, :]
-        past.copy_(past[:, :, rows])
+        for layer in self.past[..., : self.length, :]:
+            layer.copy_(layer[:, rows])
 
 
 class T5(nn.Module):
