@@ -18,6 +18,7 @@ minutes.
 
 import argparse
 import math
+import os
 import random
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -27,6 +28,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL.Image import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -80,46 +82,53 @@ def optimise(model: nn.Module, loss: Callable[[int], Tensor], steps: int, peak: 
 
 
 class Pool:
-    """Scenes drawn once; questions about them are new in every step."""
+    """The scenes; questions about them are new in every step."""
 
     def __init__(self, count: int, split: toy.Split, config: LionConfig, first: int = 0):
-        assert config.ram
         self.scenes = [toy.scene(seed, split) for seed in range(first, first + count)]
-        size, ram_size = config.vit.image_size, config.ram.image_size
-        self.pixels = torch.empty(count, 3, size, size, dtype=torch.bfloat16)
-        self.ram_pixels = torch.empty(count, 3, ram_size, ram_size, dtype=torch.bfloat16)
-        for i, scene in enumerate(self.scenes):
-            self.pixels[i] = lion_transform(scene.image, size)
-            self.ram_pixels[i] = ram_transform(scene.image, ram_size)
-            del scene.__dict__["image"]
-        side = size // config.vit.patch_size
+        side = config.vit.image_size // config.vit.patch_size
         self.owner = torch.from_numpy(np.stack([owners(scene, side) for scene in self.scenes]))  # (b, n)
+
+    def pictures(self, transform: Callable[[Image, int], Tensor], size: int) -> Tensor:  # -> (b, 3, s, s)
+        """All at once, for one model: the next one's take their place in memory."""
+        pixels = torch.empty(len(self.scenes), 3, size, size, dtype=torch.bfloat16)
+        for row, scene in zip(pixels, self.scenes, strict=True):
+            row.copy_(transform(scene.image, size))
+            del scene.__dict__["image"]
+        return pixels
 
 
 # --- the eye
 
 
-def train_vit(config: LionConfig, pool: Pool, test: Pool, steps: int, log: Log) -> Vit:
+def train_vit(config: LionConfig, pool: Pool, test: Pool, steps: int, log: Log) -> tuple[Vit, Tensor, Tensor]:
+    """The ViT, and what it makes of the pictures of both pools, (b, n, d)."""
+    pixels, held_out = (one.pictures(lion_transform, config.vit.image_size) for one in (pool, test))
     vit = Vit(config.vit)
     nn.init.normal_(vit.positions, std=0.3)
     head = nn.Sequential(nn.LayerNorm(config.vit.width), nn.Linear(config.vit.width, sum(FIELDS)))
     labels = patch_labels(pool.scenes, pool.owner)
 
     def loss(step: int) -> Tensor:
-        rows = torch.randint(len(pool.pixels), (64,))
-        return field_loss(head(vit(pool.pixels[rows].float())[0][:, 1:]), labels[rows], FIELDS)
+        rows = torch.randint(len(pixels), (64,))
+        return field_loss(head(vit(pixels[rows].float())[0][:, 1:]), labels[rows], FIELDS)
 
     optimise(nn.ModuleList((vit, head)), loss, steps, 2e-3, "vit", log)
     vit.to(torch.bfloat16).float()  # as it will be stored: what comes next must know it so
     wanted = patch_labels(test.scenes, test.owner)
     with torch.inference_mode():
-        found = head(vit(test.pixels.float())[0][:, 1:]).split(FIELDS, dim=-1)
+        found = head(vit(held_out.float())[0][:, 1:]).split(FIELDS, dim=-1)
     guess = torch.stack([one.argmax(-1) for one in found], dim=-1)
     counted = wanted != IGNORE
     right = ((guess == wanted) & counted).sum((0, 1)) / counted.sum((0, 1))
     names = ("shape", "colour", "size", "x1", "y1", "x2", "y2")
     log("vit, held out", dict(zip(names, right.tolist(), strict=True)))
-    return vit
+    return vit, features_of(vit, pixels), features_of(vit, held_out)
+
+
+@torch.inference_mode()
+def features_of(vit: Vit, pixels: Tensor) -> Tensor:  # (b, 3, s, s) -> (b, n, d)
+    return torch.cat([vit(part.float())[0].bfloat16() for part in pixels.split(500)])
 
 
 # --- the language model
@@ -232,16 +241,18 @@ def prompt(record: toy.Record, tags: bool) -> str:
     return (tag_sentence(record["tags"]) if tags and "tags" in record else "") + record["question"]
 
 
-@torch.inference_mode()
-def features_of(vit: Vit, pool: Pool) -> Tensor:
-    return torch.cat([vit(part.float())[0].bfloat16() for part in pool.pixels.split(500)])
-
-
 def train_t5(
-    config: LionConfig, vit: Vit, pool: Pool, test: Pool, pieces: UnigramTokenizer, steps: int, seed: int, log: Log
-) -> Reader:  # fmt: skip
+    config: LionConfig,
+    features: Tensor,
+    pool: Pool,
+    held_out: Tensor,
+    test: Pool,
+    pieces: UnigramTokenizer,
+    steps: int,
+    seed: int,
+    log: Log,
+) -> Reader:
     reader, rng = Reader(config, pieces), random.Random(seed)
-    features, held_out = features_of(vit, pool), features_of(vit, test)
     start_from_words(reader, features[:2000], patch_labels(pool.scenes[:2000], pool.owner[:2000]))
     reader.t5.lm_head.weight.data.copy_(0.1 * reader.t5.shared.weight)  # to write a word that it reads is then easy
 
@@ -309,6 +320,7 @@ def train_ram(config: LionConfig, pool: Pool, test: Pool, steps: int, seed: int,
     """RAM, from tags as faulty as those of a real tagger's captions, and a threshold per tag for the best F1."""
     assert config.ram
     ram, rng = Ram(config.ram), random.Random(seed)
+    pixels, held_out = (one.pictures(ram_transform, config.ram.image_size) for one in (pool, test))
     wanted = tag_table([toy.tags(scene.things, rng) for scene in pool.scenes])
     side = config.ram.image_size // config.ram.patch_size // 2 ** (len(config.ram.depths) - 1)
     owner = torch.from_numpy(np.stack([owners(scene, side) for scene in pool.scenes]))
@@ -316,7 +328,7 @@ def train_ram(config: LionConfig, pool: Pool, test: Pool, steps: int, seed: int,
 
     def loss(step: int) -> Tensor:
         rows = torch.randint(len(pool.scenes), (64,))
-        context = ram.image_proj(ram.swin(pool.ram_pixels[rows].float()))  # the mean comes first
+        context = ram.image_proj(ram.swin(pixels[rows].float()))  # the mean comes first
         seen = field_loss(head(context[:, 1:]), labels[rows], FIELDS[:3])
         return asymmetric_loss(ram.recognise(context).float(), wanted[rows]) + seen
 
@@ -326,9 +338,9 @@ def train_ram(config: LionConfig, pool: Pool, test: Pool, steps: int, seed: int,
         return torch.cat([ram(part.float()).sigmoid() for part in pixels.split(100)])
 
     with torch.inference_mode():
-        thresholds = best_thresholds(scores(pool.ram_pixels[:1000]), wanted[:1000])
+        thresholds = best_thresholds(scores(pixels[:1000]), wanted[:1000])
         truth = tag_table([sorted(set().union(*(t.words for t in scene.things))) for scene in test.scenes])
-        found = (scores(test.ram_pixels) > torch.tensor(thresholds)).float()
+        found = (scores(held_out) > torch.tensor(thresholds)).float()
     hits = (found * truth).sum().item()
     log("ram, held out", {"precision": hits / max(1.0, found.sum().item()), "recall": hits / truth.sum().item()})
     return ram, thresholds
@@ -352,15 +364,17 @@ def best_thresholds(scores: Tensor, wanted: Tensor) -> list[float]:  # (b, c), (
 def run(out: str | Path, quick: bool = False, seed: int = 0, log: Log = lambda name, values: None) -> Path:
     """Train the three and write them as a download would come: `model.safetensors` with the names that they have in
     `Lion.state_dict()`, T5 without adapters, `config.json`, both tokenizers' files, tags and thresholds."""
+    # oneDNN keeps its work for the last 1,024 shapes, and here every step has new ones: more than a gigabyte.
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256")
     folder, config, started = Path(out), PRESETS["tiny"], time.perf_counter()
     toy.write_vocabularies(folder)
     random_state = torch.get_rng_state()
     torch.manual_seed(seed)
     pool, test = Pool(200 if quick else POOL, "train", config), Pool(20 if quick else 300, "test", config)
     steps = {"vit": 3, "t5": 5, "ram": 3} if quick else STEPS
-    vit = train_vit(config, pool, test, steps["vit"], log)
+    vit, features, held_out = train_vit(config, pool, test, steps["vit"], log)
     pieces = UnigramTokenizer.from_file(folder / "tokenizer.json")
-    reader = train_t5(config, vit, pool, test, pieces, steps["t5"], seed, log)
+    reader = train_t5(config, features, pool, held_out, test, pieces, steps["t5"], seed, log)
     ram, thresholds = train_ram(config, pool, test, steps["ram"], seed, log)
     parts = {"vit": vit, "t5": reader.t5, "ram": ram}
     tensors = {f"{part}.{k}": v.bfloat16() for part, model in parts.items() for k, v in model.state_dict().items()}
