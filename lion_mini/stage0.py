@@ -182,14 +182,14 @@ class Reader(nn.Module):
 
     def forward(
         self, features: Tensor, prompts: Sequence[str], answers: Sequence[str]
-    ) -> tuple[Tensor, Tensor, Tensor]:  # -> (b, t, v), (b, t), (b, prompt, classes and measures)
-        """Logits and labels of the answers, and what the prompts' words are taken to mean."""
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # -> (b, t, v), (b, t), 2 x (b, prompt, d)
+        """Logits and labels of the answers, and the prompts' words after the encoder's second and after its last layer,
+        as `nouns` and `relations` read them."""
         x, mask, task = self.start(features, prompts)
         labels = self.pad([self.encode(answer) for answer in answers], IGNORE)
         states = self.t5.encode(x, mask, task)
         logits = self.t5.predict(labels, self.t5.start(states, mask, task, labels.shape[1]))
-        meant = torch.cat((self.nouns(self.early), self.relations(states)), dim=-1)
-        return logits, labels, meant[:, features.shape[1] :]
+        return logits, labels, self.early[:, features.shape[1] :], states[:, features.shape[1] :]
 
 
 @torch.no_grad()
@@ -270,14 +270,16 @@ def train_t5(
         rows = [row for row in rows for _ in range(each)]
         seen = torch.stack([features[row][glimpse(pool.owner[row], few, config.qformer.queries)] for row in rows])
         prompts = [prompt(record, tagged) for record in records]
-        logits, labels, meant = reader(seen.float(), prompts, [r["answer"] for r in records])
+        logits, labels, early_words, words = reader(seen.float(), prompts, [r["answer"] for r in records])
         wanted = reader.meanings.prompts(prompts, records, [pool.scenes[row] for row in rows])
+        known = (wanted != IGNORE).any(-1)
+        meant = torch.cat((reader.nouns(early_words[known]), reader.relations(words[known])), dim=-1)
         losses = F.cross_entropy(logits.float().transpose(1, 2), labels, ignore_index=IGNORE, reduction="none")
         if step % 1000 == 999:
             log("t5, held out", score(reader, held_out, test, random.Random(0), few=False))
             reader.train()
         answer = (losses.sum(1) / (labels != IGNORE).sum(1)).mean()  # else a long box outweighs a yes
-        return answer + meaning_loss(meant, wanted)
+        return answer + meaning_loss(meant, wanted[known])
 
     optimise(reader, loss, steps, 1e-3, "t5", log)  # 1.6e-3 does not get off its plateau
     log("t5, held out", score(reader, held_out, test, random.Random(0), few=False))
@@ -297,7 +299,7 @@ def score(
         pairs = [(row, r) for row in part for r in [*toy.records(pool.scenes[row], rng), grounded(pool.scenes[row])]]
         seen = torch.stack([features[row][glimpse(pool.owner[row], few, 12)] for row, _ in pairs]).float()
         with torch.autocast("cpu", torch.bfloat16):
-            logits, labels, _ = reader(seen, [prompt(r, tagged) for _, r in pairs], [r["answer"] for _, r in pairs])
+            logits, labels, *_ = reader(seen, [prompt(r, tagged) for _, r in pairs], [r["answer"] for _, r in pairs])
         same = ((logits.argmax(-1) == labels) | (labels == IGNORE)).all(1)
         for (_, r), yes in zip(pairs, same.tolist(), strict=True):
             right.setdefault(r["subkind"] or r["kind"], []).append(yes)
