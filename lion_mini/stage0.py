@@ -366,7 +366,7 @@ def best_thresholds(scores: Tensor, wanted: Tensor) -> list[float]:  # (b, c), (
 def run(out: str | Path, quick: bool = False, seed: int = 0, log: Log = lambda name, values: None) -> Path:
     """Train the three and write them as a download would come: `model.safetensors` with the names that they have in
     `Lion.state_dict()`, T5 without adapters, `config.json`, both tokenizers' files, tags and thresholds."""
-    # oneDNN keeps its work for the last 1,024 shapes, and here every step has new ones: more than a gigabyte.
+    # oneDNN keeps its work for the last 1,024 shapes, and here every step has new ones: half a gigabyte and more.
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256")
     folder, config, started = Path(out), PRESETS["tiny"], time.perf_counter()
     toy.write_vocabularies(folder)
