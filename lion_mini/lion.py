@@ -174,12 +174,9 @@ class Lion(nn.Module):
         check_questions(questions)
         taps = self.config.taps if self.aggregator is not None else ()
         pixels = pixels.to(self.device, self.dtype, non_blocking=True)
-        if self.training:  # each is cropped in its own way
-            image, tapped = self.vit(pixels, taps)
-        else:  # questions about one picture share what is seen in it
-            pictures, which = pixels.unique(dim=0, return_inverse=True)
-            image, tapped = self.vit(pictures, taps)
-            image, tapped = image[which], [tap[which] for tap in tapped]
+        pictures, which = pixels.unique(dim=0, return_inverse=True)  # questions about one share what is seen in it
+        image, tapped = self.vit(pictures, taps)
+        image, tapped = image[which], [tap[which] for tap in tapped]
         tokens = []
         if self.qformer is not None:
             limit = min(self.config.max_question_tokens, self.config.qformer.max_positions)
@@ -341,8 +338,9 @@ class Lion(nn.Module):
 
     def tag_pixels(self, pixels: Tensor) -> list[list[str]]:
         """Tags of images that are already LION's input: resized to RAM's, so not quite what `tag` sees."""
-        tagged = self._tag(ram_from_lion(pixels, self.tagger().config.image_size))
-        return [[tag for tag, _ in tags] for tags in tagged]
+        pictures, which = pixels.unique(dim=0, return_inverse=True)
+        tagged = self._tag(ram_from_lion(pictures, self.tagger().config.image_size))
+        return [[tag for tag, _ in tagged[i]] for i in which.tolist()]
 
     def tagger(self) -> Ram:
         if self.ram is None:

@@ -88,6 +88,7 @@ class Pool:
         self.scenes = [toy.scene(seed, split) for seed in range(first, first + count)]
         side = config.vit.image_size // config.vit.patch_size
         self.owner = torch.from_numpy(np.stack([owners(scene, side) for scene in self.scenes]))  # (b, n)
+        self.features = torch.empty(0)  # what the ViT makes of the pictures, once there is one: (b, 1 + n, d)
 
     def pictures(self, transform: Callable[[Image, int], Tensor], size: int) -> Tensor:  # -> (b, 3, s, s)
         """All at once, for one model: the next one's take their place in memory."""
@@ -101,8 +102,8 @@ class Pool:
 # --- the eye
 
 
-def train_vit(config: LionConfig, pool: Pool, test: Pool, steps: int, log: Log) -> tuple[Vit, Tensor, Tensor]:
-    """The ViT, and what it makes of the pictures of both pools, (b, n, d)."""
+def train_vit(config: LionConfig, pool: Pool, test: Pool, steps: int, log: Log) -> Vit:
+    """The ViT; both pools now have their features."""
     pixels, held_out = (one.pictures(lion_transform, config.vit.image_size) for one in (pool, test))
     vit = Vit(config.vit)
     nn.init.normal_(vit.positions, std=0.3)
@@ -123,7 +124,8 @@ def train_vit(config: LionConfig, pool: Pool, test: Pool, steps: int, log: Log) 
     right = ((guess == wanted) & counted).sum((0, 1)) / counted.sum((0, 1))
     names = ("shape", "colour", "size", "x1", "y1", "x2", "y2")
     log("vit, held out", dict(zip(names, right.tolist(), strict=True)))
-    return vit, features_of(vit, pixels), features_of(vit, held_out)
+    pool.features, test.features = features_of(vit, pixels), features_of(vit, held_out)
+    return vit
 
 
 @torch.inference_mode()
@@ -242,18 +244,10 @@ def prompt(record: toy.Record, tags: bool) -> str:
 
 
 def train_t5(
-    config: LionConfig,
-    features: Tensor,
-    pool: Pool,
-    held_out: Tensor,
-    test: Pool,
-    pieces: UnigramTokenizer,
-    steps: int,
-    seed: int,
-    log: Log,
-) -> Reader:
+    config: LionConfig, pool: Pool, test: Pool, pieces: UnigramTokenizer, steps: int, seed: int, log: Log
+) -> T5:
     reader, rng = Reader(config, pieces), random.Random(seed)
-    start_from_words(reader, features[:2000], patch_labels(pool.scenes[:2000], pool.owner[:2000]))
+    start_from_words(reader, pool.features[:2000], patch_labels(pool.scenes[:2000], pool.owner[:2000]))
     reader.t5.lm_head.weight.data.copy_(0.1 * reader.t5.shared.weight)  # to write a word that it reads is then easy
 
     def loss(step: int) -> Tensor:
@@ -268,7 +262,7 @@ def train_t5(
         else:
             records = [record for row in rows for record in asked(pool.scenes[row], rng, each, instructions)]
         rows = [row for row in rows for _ in range(each)]
-        seen = torch.stack([features[row][glimpse(pool.owner[row], few, config.qformer.queries)] for row in rows])
+        seen = torch.stack([pool.features[row][glimpse(pool.owner[row], few, config.qformer.queries)] for row in rows])
         prompts = [prompt(record, tagged) for record in records]
         logits, labels, early_words, words = reader(seen.float(), prompts, [r["answer"] for r in records])
         wanted = reader.meanings.prompts(prompts, records, [pool.scenes[row] for row in rows])
@@ -276,28 +270,26 @@ def train_t5(
         meant = torch.cat((reader.nouns(early_words[known]), reader.relations(words[known])), dim=-1)
         losses = F.cross_entropy(logits.float().transpose(1, 2), labels, ignore_index=IGNORE, reduction="none")
         if step % 1000 == 999:
-            log("t5, held out", score(reader, held_out, test, random.Random(0), few=False))
+            log("t5, held out", score(reader, test, random.Random(0), few=False))
             reader.train()
         answer = (losses.sum(1) / (labels != IGNORE).sum(1)).mean()  # else a long box outweighs a yes
         return answer + meaning_loss(meant, wanted[known])
 
     optimise(reader, loss, steps, 1e-3, "t5", log)  # 1.6e-3 does not get off its plateau
-    log("t5, held out", score(reader, held_out, test, random.Random(0), few=False))
-    log("t5, held out, few", score(reader, held_out, test, random.Random(0), few=True))
-    log("t5, held out, tags", score(reader, held_out, test, random.Random(0), few=False, tagged=True))
-    return reader
+    log("t5, held out", score(reader, test, random.Random(0), few=False))
+    log("t5, held out, few", score(reader, test, random.Random(0), few=True))
+    log("t5, held out, tags", score(reader, test, random.Random(0), few=False, tagged=True))
+    return reader.t5
 
 
 @torch.inference_mode()
-def score(
-    reader: Reader, features: Tensor, pool: Pool, rng: random.Random, few: bool, tagged: bool = False
-) -> dict[str, float]:
+def score(reader: Reader, pool: Pool, rng: random.Random, few: bool, tagged: bool = False) -> dict[str, float]:
     """The share of answers that greedy decoding would give word for word, per kind of question."""
     right: dict[str, list[float]] = {}
     for first in range(0, len(pool.scenes), 25):
         part = range(first, min(first + 25, len(pool.scenes)))
         pairs = [(row, r) for row in part for r in [*toy.records(pool.scenes[row], rng), grounded(pool.scenes[row])]]
-        seen = torch.stack([features[row][glimpse(pool.owner[row], few, 12)] for row, _ in pairs]).float()
+        seen = torch.stack([pool.features[row][glimpse(pool.owner[row], few, 12)] for row, _ in pairs]).float()
         with torch.autocast("cpu", torch.bfloat16):
             logits, labels, *_ = reader(seen, [prompt(r, tagged) for _, r in pairs], [r["answer"] for _, r in pairs])
         same = ((logits.argmax(-1) == labels) | (labels == IGNORE)).all(1)
@@ -374,11 +366,11 @@ def run(out: str | Path, quick: bool = False, seed: int = 0, log: Log = lambda n
     torch.manual_seed(seed)
     pool, test = Pool(200 if quick else POOL, "train", config), Pool(20 if quick else 300, "test", config)
     steps = {"vit": 3, "t5": 5, "ram": 3} if quick else STEPS
-    vit, features, held_out = train_vit(config, pool, test, steps["vit"], log)
+    vit = train_vit(config, pool, test, steps["vit"], log)
     pieces = UnigramTokenizer.from_file(folder / "tokenizer.json")
-    reader = train_t5(config, features, pool, held_out, test, pieces, steps["t5"], seed, log)
+    t5 = train_t5(config, pool, test, pieces, steps["t5"], seed, log)
     ram, thresholds = train_ram(config, pool, test, steps["ram"], seed, log)
-    parts = {"vit": vit, "t5": reader.t5, "ram": ram}
+    parts = {"vit": vit, "t5": t5, "ram": ram}
     tensors = {f"{part}.{k}": v.bfloat16() for part, model in parts.items() for k, v in model.state_dict().items()}
     save_file({k: v.contiguous() for k, v in tensors.items()}, folder / "model.safetensors")
     made_by = f"stage 0: lion_mini/stage0.py (seed {seed}, {(time.perf_counter() - started) / 60:.1f} minutes)"

@@ -25,11 +25,12 @@ import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
+from PIL import Image, ImageFilter
 from torch import Tensor, nn
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -37,7 +38,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import bench_memory as memory  # noqa: E402
 import peers  # noqa: E402
-from bench_measure import DTYPES, HEAD, Case, Row, Run, agree, draw, halved, line, race, same  # noqa: E402
+from bench_measure import DTYPES, HEAD, Case, Row, Run, agree, draw, halved, in_turns, line, race, same  # noqa: E402
 from bench_work import (  # noqa: E402
     Phase,
     aggregator_work,
@@ -53,6 +54,7 @@ from conftest import OFFICIAL, randomise  # noqa: E402
 
 from lion_mini import Generation, Lion, LionConfig  # noqa: E402
 from lion_mini.config import EOS, PRESETS, AggregatorConfig, QFormerConfig, RamConfig, T5Config, VitConfig  # noqa: E402
+from lion_mini.data import MicroBatches, Mixture, Records, Toy  # noqa: E402
 from lion_mini.generate import generate  # noqa: E402
 from lion_mini.lion import Text  # noqa: E402
 from lion_mini.prompts import EVAL_TEMPLATES, render  # noqa: E402
@@ -358,6 +360,35 @@ def both_ways(forward: Sequence[Phase], module: nn.Module) -> list[Phase]:
     return [(times * operations, times * size) for operations, size in forward]
 
 
+def data(args: argparse.Namespace, dtype: str) -> list[Row]:
+    """Whether pictures come as fast as they are learned: one sample made by one thread, and one sample of a step."""
+    size = 2 if args.quick else 64
+    toy = replace(PRESETS["tiny"], ram=None)
+    _, _, _, step = memory.training(toy, texts(), 1, size, (12, 4), half=True)
+    with tempfile.TemporaryDirectory() as name:
+        photos = Path(name)
+        Image.effect_noise((640, 480), 64).filter(ImageFilter.GaussianBlur(2)).convert("RGB").save(photos / "a.jpg")
+        records = [{"image": "a.jpg", "question": "a", "answer": "a", "category": "image"}] * size
+        (photos / "records.json").write_text(json.dumps(records))
+        made = {
+            what: MicroBatches(Mixture([source], None, 0), size, config.vit.image_size)
+            for what, source, config in (
+                ("a photo", Records(photos / "records.json", photos, ("image",)), BASE),
+                ("a toy scene", Toy(("image",)), toy),
+            )
+        }
+
+        def make(batches: MicroBatches) -> None:
+            torch.set_num_threads(1)  # as in a worker
+            assert not batches[0].bad
+            torch.set_num_threads(args.threads)
+
+        runs: dict[str, Run] = {f"{what}, from source to tensor": partial(make, b) for what, b in made.items()}
+        runs["a toy scene, its share of stage 1's step"] = step
+        times = in_turns(runs, args.rounds)
+    return [Row("data", what, "", seconds / size) for what, seconds in times.items()]
+
+
 def peak(args: argparse.Namespace, dtype: str) -> list[Row]:
     """Bytes of a step, beside parameters, trained state, one layer's activations and the logits."""
     config, size, words = (replace(TINY, ram=None), 2, (12, 4)) if args.quick else (FOURTH, 4, (64, 16))
@@ -493,10 +524,10 @@ def per_sample(row: Row, b: int) -> Row:
 
 Part = Callable[[argparse.Namespace, str], list[Row]]
 PARTS: dict[str, Part] = {
-    "tokenizers": tokenizers, "vit": vit, "t5": t5, "tag": tag, "lion": whole, "train": train, "memory": peak,
-    "batches": batches, "convert": convert, "growth": growth,
+    "tokenizers": tokenizers, "vit": vit, "t5": t5, "tag": tag, "lion": whole, "train": train, "data": data,
+    "memory": peak, "batches": batches, "convert": convert, "growth": growth,
 }  # fmt: skip
-ONE_DTYPE = ("tokenizers", "batches", "convert")
+ONE_DTYPE = ("tokenizers", "data", "batches", "convert")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -160,15 +160,28 @@ def test_mixed_batch_equals_each_alone(golden_model: Lion, facts: dict, numbers:
     assert not torch.allclose(golden_model.logits(pixels, questions, answers, tags, other)[0], logits)
 
 
-def test_questions_about_one_picture_share_what_the_vit_sees(golden_model: Lion, numbers: dict[str, Tensor]) -> None:
+@pytest.mark.parametrize("training", [False, True])
+def test_questions_about_one_picture_share_what_is_seen_in_it(
+    golden_model: Lion, numbers: dict[str, Tensor], training: bool
+) -> None:
     one, two = numbers["s0.image"][0], numbers["s1.image"][0]
     seen: list[int] = []
+    assert golden_model.soft_prompt is not None
+    golden_model.soft_prompt.requires_grad_(training)
+    assert golden_model.train(training).training == training
     golden_model.vit.register_forward_hook(lambda module, args, out: seen.append(len(out[0])))
     questions = ["what is this?", "where?", "how many are there?", "which colour?"]
     together = golden_model.encode_image(torch.stack((two, one, two, two)), questions)
     assert seen == [2]
     for i, picture in enumerate((two, one, two, two)):
         assert relative(together[i], golden_model.encode_image(picture[None], questions[i : i + 1])[0]) < 1e-5
+
+    assert golden_model.ram is not None
+    golden_model.ram.register_forward_hook(lambda module, args, out: seen.append(len(out)))
+    seen.clear()
+    tags = golden_model.tag_pixels(torch.stack((two, one, two)))
+    assert seen == [2]
+    assert tags == [*golden_model.tag_pixels(two[None]), *golden_model.tag_pixels(one[None]), tags[0]]
 
 
 def test_ranking_is_the_sum_of_log_likelihoods(golden_model: Lion, facts: dict, numbers: dict[str, Tensor]) -> None:
