@@ -53,8 +53,9 @@ class PackedLinear(nn.Module):
 
 
 def linears(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Linear]]:
-    """Every linear layer with the module that it belongs to and its name there."""
-    for parent in list(model.modules()):
+    """Every linear layer with the module that it belongs to and its name there. None is held on to here: a layer that
+    is replaced goes, and its weight with it."""
+    for parent in [module for module in model.modules() if not isinstance(module, nn.Linear)]:
         for name, child in parent.named_children():
             if isinstance(child, nn.Linear):
                 yield parent, name, child
@@ -66,7 +67,7 @@ def to_int8(model: nn.Module) -> None:
 
 
 def pack(model: nn.Module) -> None:
-    """Lay the model's weights out for this CPU, layer by layer, so that memory holds at most one of them twice.
+    """Lay the model's weights out for this CPU, one after the other: memory holds no more than a sublayer's twice.
 
     The model answers as before, to rounding; it can no longer be saved, moved or trained. On other devices, and where
     PyTorch was built without oneDNN, this does nothing.

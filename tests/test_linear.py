@@ -1,5 +1,6 @@
 """Linear layers held otherwise: in eight bits, and in the CPU's own layout."""
 
+import weakref
 from pathlib import Path
 
 import pytest
@@ -109,6 +110,23 @@ def test_packed(dtype: torch.dtype) -> None:
             assert abs(one.score - other.score) < limit * max(1, abs(one.score))
             if dtype == torch.float32:
                 assert one.text == other.text
+
+
+def test_packing_holds_no_weight_longer_than_it_must(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else a model that is packed takes its memory twice."""
+    model = Lion.from_pretrained(TINY)
+    before = [weakref.ref(module.weight) for module in model.modules() if isinstance(module, nn.Linear)]
+    twice: list[int] = []
+
+    class Counting(PackedLinear):
+        def __init__(self, layer: nn.Linear):
+            super().__init__(layer)
+            made = sum(isinstance(module, PackedLinear) for module in model.modules())
+            twice.append(sum(weight() is not None for weight in before) - (len(before) - made))
+
+    monkeypatch.setattr("lion_mini.linear.PackedLinear", Counting)
+    pack(model)
+    assert max(twice, default=0) <= 4
 
 
 def test_pack_leaves_other_devices_alone() -> None:
