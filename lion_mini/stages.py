@@ -67,7 +67,8 @@ STAGES = {  # Appendix A; the fourth as the release's config has it
 }  # fmt: skip
 # Small models bear larger rates. A mean over tokens would starve the toy's one-word answers beside its captions. The
 # paper's slow aggregator matters here too: at 2e-3 like the rest of stage 2, its loss stood at 0.57 after 500 steps,
-# where 1e-4 has 0.18 after 180: the language model must first learn to read what does not move.
+# where 1e-4 has 0.18 after 180: the language model must first learn to read what does not move. Stage 3 is the first
+# to see tags: at 5e-4 it did not always learn how far to trust them.
 TOY = {
     1: replace(STAGES[1], batch=96, steps=1100, lr=1e-3, warmup=50, mean="samples"),
     2: replace(STAGES[2], batch=64, steps=1200, lr=3e-3, warmup=50, mean="samples", constant={"aggregator": 1e-4}),
