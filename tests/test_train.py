@@ -182,7 +182,10 @@ def test_one_step_changes_what_the_stage_trains_and_nothing_else(stage0: Path, d
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     optimizer = AdamW(groups(learning, stage), lr=0.01)
     gradients = train.Gradients(list(learning.values()), torch.device("cpu"))
+    graphs: list[bool] = []
+    model.vit.register_forward_hook(lambda module, args, out: graphs.append(out[0].requires_grad))
     train.share_of_loss(model, some_batch(stage.tasks), "tokens", 10).backward()
+    assert graphs == [False]  # no gradient goes through the frozen ViT
     for name, parameter in learning.items():
         assert parameter.grad is not None
         assert name.startswith(UNREAD) or parameter.grad.any(), name
