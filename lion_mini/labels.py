@@ -12,7 +12,7 @@ A real LION's parts learn such things from billions of pictures and sentences.  
 """
 
 from collections.abc import Sequence
-from functools import cache
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -71,7 +71,7 @@ class Meanings:
     """What the pieces of a question mean, in the order of REFERENT, then the measures."""
 
     def __init__(self, pieces: UnigramTokenizer):
-        self.encode = cache(pieces.encode)
+        self.encode = lru_cache(1 << 14)(pieces.encode)  # with tags hardly a prompt comes twice
         self.words = {self.encode(word)[0]: word for word in (*toy.TAGS, "shape")}
         self.words |= {self.encode(toy.plural(noun))[0]: noun for noun in (*toy.SHAPES, "shape")}
         self.sides = {self.encode(words)[0]: side for words, side in toy.RELATIONS.items()}

@@ -295,6 +295,7 @@ class UnigramTokenizer:
         self.pieces = {piece: (id, float(score)) for id, (piece, score) in enumerate(scored)}
         self.longest = max(map(len, self.pieces))
         self.unk_score = min(score for _, score in scored) - 10
+        self.cuts: dict[str, list[int]] = {}  # of the words seen last: few make up most of a text
         self.tokens = dict(enumerate(piece for piece, _ in scored))
 
         self.normalizers = _read_steps("normalizer", data.get("normalizer"), _NORMALIZERS)
@@ -366,6 +367,8 @@ class UnigramTokenizer:
 
     def cut(self, word: str) -> list[int]:
         """Viterbi: the ids of the most probable pieces; of two equally good last pieces the longer one."""
+        if word in self.cuts:
+            return self.cuts[word]
         best = [(0.0, 0, -1)] + [(-math.inf, 0, -1)] * len(word)  # score, start and id of the last piece, per end
         for start in range(len(word)):
             score = best[start][0]
@@ -381,7 +384,10 @@ class UnigramTokenizer:
             _, end, id = best[end]
             if id != self.unk_id or ids[-1:] != [id]:
                 ids.append(id)
-        return ids[::-1]
+        if len(self.cuts) == 1 << 14:
+            self.cuts.clear()
+        self.cuts[word] = ids[::-1]
+        return self.cuts[word]
 
 
 class WordPieceTokenizer:

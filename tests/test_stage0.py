@@ -45,6 +45,24 @@ def test_it_leaves_the_random_numbers_alone(tmp_path: Path) -> None:
     assert torch.equal(torch.rand(3), expected)
 
 
+def test_the_projector_begins_the_same_in_every_run(folder: Path) -> None:
+    """With as many rows as in earnest: there, on two threads, `torch.linalg.lstsq` never gave the same bits again."""
+    config, generator = PRESETS["tiny"], torch.Generator().manual_seed(0)
+    scenes = [toy.scene(seed, "train") for seed in range(20)]
+    patches = labels.patch_labels(scenes, torch.stack([torch.from_numpy(labels.owners(s, 6)) for s in scenes]))
+    features = torch.randn(2000, 37, config.vit.width, generator=generator).bfloat16()
+    pieces, begun = UnigramTokenizer.from_file(folder / "tokenizer.json"), []
+    for _ in range(3):
+        torch.manual_seed(0)
+        reader = stage0.Reader(config, pieces)
+        stage0.start_from_words(reader, features, patches.repeat(100, 1, 1))
+        begun.append([weight.clone() for weight in reader.projector.parameters()])
+    assert all(torch.equal(a, b) for other in begun[1:] for a, b in zip(begun[0], other, strict=True))
+    linear = reader.projector[1]
+    assert isinstance(linear, torch.nn.Linear)
+    assert linear.weight.norm() < 100  # the direction that LayerNorm empties is left alone
+
+
 def test_the_loss_of_tags_is_asymmetric() -> None:
     """A surely right no costs nothing; a wrong yes costs less than a missed tag; all are finite."""
     logits = torch.tensor([[-5.0], [1.0], [-1.0], [100.0]])
