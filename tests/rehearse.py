@@ -3,14 +3,16 @@
     LION_ASSETS=… python tests/rehearse.py --size xl
 
 writes the five files as they are published (names and shapes from tests/keys, ViT in float16, FlanT5 in float32 and two
-shards, the rest in float32), converts them to bfloat16 and to int8, opens the results and asks them two things about a
-photo. Each step is a process of its own; printed are its seconds, its peak of resident memory and the bytes that it
-wrote. The vocabularies and the photo come from LION_ASSETS. XL needs 40 GB of disk.
+shards, the rest in float32), converts them to bfloat16 and to int8, opens the results, packed and plain, and asks them
+about a photo. Each step is a process of its own; printed are its seconds, its peak of resident memory and the bytes
+that it wrote, and how long the beginning takes beside reading the bytes once. The vocabularies and the photo come from
+LION_ASSETS. XL needs 40 GB of disk.
 """
 
 import argparse
 import json
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -79,27 +81,53 @@ def write(size: str, folder: Path) -> None:
         shutil.copy(assets / name, folder)
 
 
-def answer(folder: Path) -> None:
-    """Open the model, answer a question, locate a thing."""
+def forget(folder: Path) -> None:
+    """Its files are on the disk alone again, as after a restart."""
+    for path in walk(folder):
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def read(folder: Path) -> float:
+    """Seconds to read all its bytes once."""
+    forget(folder)
+    start, room = time.perf_counter(), bytearray(2**24)
+    for path in walk(folder):
+        with path.open("rb", buffering=0) as file:
+            while file.readinto(room):
+                pass
+    return time.perf_counter() - start
+
+
+def answer(folder: Path, packed: bool) -> None:
+    """Open the model, answer a question twice, locate a thing. What the first answer takes longer is what it costs
+    to begin."""
     from lion_mini import GENERATION, Lion
     from lion_mini.images import open_image
     from lion_mini.prompts import EVAL_TEMPLATES, render
 
+    once = read(folder)
+    forget(folder)
     start = time.perf_counter()
-    model = Lion.from_pretrained(folder, dtype=None, packed=True)  # as infer.py does
-    print(f"  opened in {time.perf_counter() - start:.1f} s", flush=True)
+    model = Lion.from_pretrained(folder, dtype=None, packed=packed)
+    opened = time.perf_counter() - start
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+    print(f"  opened in {opened:.1f} s, peak {peak:.2f} GB", flush=True)
     photo = open_image(sorted((Path(os.environ["LION_ASSETS"]) / "photos").iterdir())[0])
-    for kind, prompt, task in (
-        ("answer", render(EVAL_TEMPLATES["vqa"], question="what is the man holding?"), "image"),
-        ("locate", render(EVAL_TEMPLATES["rec"], expression="the dog on the left"), "region"),
-    ):
+    question = "answer", render(EVAL_TEMPLATES["vqa"], question="what is the man holding?"), "image"
+    box = "locate", render(EVAL_TEMPLATES["rec"], expression="the dog on the left"), "region"
+    seconds = []
+    for kind, prompt, task in (question, question, box):
         start = time.perf_counter()
         reply = model.respond([photo], [prompt], [task], GENERATION[kind])[0]
+        seconds.append(time.perf_counter() - start)
         print(
-            f"  {kind} in {time.perf_counter() - start:.1f} s: {reply.text[:60]!r}, score {reply.score:.2f}, "
-            f"{len(reply.tags)} tags",
+            f"  {kind} in {seconds[-1]:.1f} s: {reply.text[:60]!r}, score {reply.score:.2f}, {len(reply.tags)} tags",
             flush=True,
         )
+    begun = opened + seconds[0] - seconds[1]
+    print(f"  to begin took {begun:.1f} s, {begun / once:.2f} x the {once:.1f} s of reading all bytes once", flush=True)
 
 
 def step(name: str, command: list[str], written: Path) -> tuple[float, float, float]:
@@ -126,14 +154,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=["xl", "xxl"], default="xl")
     parser.add_argument("--folder", type=Path, help="where to write; a temporary folder by default")
-    parser.add_argument("--step", choices=["write", "answer"], help=argparse.SUPPRESS)
+    parser.add_argument("--step", choices=["write", "answer", "answer plain"], help=argparse.SUPPRESS)
     args = parser.parse_args()
     if "LION_ASSETS" not in os.environ:
         sys.exit("rehearse.py: set LION_ASSETS to the folder with the real vocabularies and photos/")
     if args.step == "write":
         return write(args.size, args.folder)
-    if args.step == "answer":
-        return answer(args.folder)
+    if args.step:
+        return answer(args.folder, packed=args.step == "answer")
     work = Path(tempfile.mkdtemp(dir=args.folder))
     official = work / "official"
     official.mkdir()
@@ -149,8 +177,9 @@ def main() -> None:
             out = work / dtype
             flags = [*command, "--out", out, "--dtype", dtype]
             step(f"convert, {dtype}", [str(part) for part in flags], out)
-            _, running, disk = step(f"answer, {dtype}", [*me, "--step", "answer", "--folder", str(out)], out)
-            print(f"{dtype}: load and answer peak {running / disk:.3f} x the {disk:.2f} GB of the model")
+            for how in ("answer", "answer plain"):  # packed, as infer.py opens a model on a CPU, and as it is on disk
+                _, running, disk = step(f"{how}, {dtype}", [*me, "--step", how, "--folder", str(out)], out)
+                print(f"{how}, {dtype}: load and answer peak {running / disk:.3f} x the {disk:.2f} GB of the model")
             shutil.rmtree(out)
     finally:
         shutil.rmtree(work)
