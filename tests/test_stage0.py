@@ -63,6 +63,21 @@ def test_the_projector_begins_the_same_in_every_run(folder: Path) -> None:
     assert linear.weight.norm() < 100  # the direction that LayerNorm empties is left alone
 
 
+def test_the_projector_begins_with_the_words_for_what_is_there(folder: Path) -> None:
+    """Where the ViT's tokens tell shapes apart, each becomes the embedding of its shape's name more than another's."""
+    config, pieces = PRESETS["tiny"], UnigramTokenizer.from_file(folder / "tokenizer.json")
+    scenes = [toy.scene(seed, "train") for seed in range(100)]
+    patches = labels.patch_labels(scenes, torch.stack([torch.from_numpy(labels.owners(s, 6)) for s in scenes]))
+    torch.manual_seed(0)
+    tokens = torch.randn(len(toy.SHAPES) + 1, config.vit.width)[patches[..., 0]]
+    reader = stage0.Reader(config, pieces)
+    stage0.start_from_words(reader, torch.cat((tokens[:, :1], tokens), dim=1), patches)
+    shape = patches[..., 0]
+    names = reader.t5.shared.weight[[pieces.encode(word)[0] for word in toy.SHAPES]]
+    said = (reader.projector(tokens) @ names.T).argmax(-1)
+    assert torch.equal(said[shape < len(names)], shape[shape < len(names)])
+
+
 def test_the_loss_of_tags_is_asymmetric() -> None:
     """A surely right no costs nothing; a wrong yes costs less than a missed tag; all are finite."""
     logits = torch.tensor([[-5.0], [1.0], [-1.0], [100.0]])
