@@ -30,9 +30,7 @@ import sys
 import textwrap
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +39,6 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.optim import AdamW
 from tqdm import tqdm
 
@@ -219,8 +216,6 @@ def learn(
     """Train a stage from where `out`'s checkpoints are, and write its result there."""
     lead, device = team.rank == 0, team.device
     half = torch.autocast(device.type, torch.bfloat16, enabled=args.bf16)
-    # Backwards, the CPU's flash attention takes twice as long in bfloat16 as plain matrix products do.
-    kernels = partial(sdpa_kernel, SDPBackend.MATH) if device.type == "cpu" else nullcontext
     frozen = torch.bfloat16 if args.bf16 and device.type != "cpu" else torch.float32
     model, origin = begin(stage, init, args.seed, new, frozen)
     model.to(device).recompute(args.recompute)
@@ -281,10 +276,9 @@ def learn(
                 continue
             # Dropout belongs to the micro-batch: not to the process that has it, nor to what was drawn before.
             torch.manual_seed(random.Random(f"{args.seed} {i}").getrandbits(63))
-            with kernels():
-                with half:
-                    loss = share_of_loss(model, batch, stage.mean, words if stage.mean == "tokens" else usable)
-                loss.backward()
+            with half:
+                loss = share_of_loss(model, batch, stage.mean, words if stage.mean == "tokens" else usable)
+            loss.backward()
             gradients.flat[-1] += loss.detach()
             if not torch.isfinite(loss):
                 culprits += batch.names
