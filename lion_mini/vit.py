@@ -30,7 +30,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:  # (b, n, d) -> (b, n, d)
         bias = torch.cat((self.q_bias, torch.zeros_like(self.q_bias), self.v_bias))
-        x = self.qkv(x)
+        x = self.qkv(x)  # under autocast bfloat16, which a bias in float32 would undo
         q, k, v = rearrange(x + bias.to(x.dtype), "b n (three h e) -> three b h n e", three=3, h=self.heads)
         return self.o(attention(q, k, v))
 

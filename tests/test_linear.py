@@ -149,11 +149,16 @@ def test_attention_in_bfloat16_is_attention() -> None:
     bias, seen = torch.randn(1, 3, 5, 7).bfloat16(), torch.rand(2, 1, 1, 7) > 0.4
     seen[..., 0] = True
     for mask, scale in ((None, None), (bias, 1.0), (seen, 0.5), (bias.masked_fill(~seen, -torch.inf), None)):
-        exact = None if mask is None or mask.dtype == torch.bool else mask.float()
-        expected = attention(q.float(), k.float(), v.float(), mask if exact is None else exact, scale)
-        found = attention(q, k, v, mask, scale)
+        exact = mask if mask is None or mask.dtype == torch.bool else mask.float()
+        inputs = [x.clone().requires_grad_() for x in (q, k, v)]
+        precise = [x.float().requires_grad_() for x in (q, k, v)]
+        found, expected = attention(*inputs, mask, scale), attention(*precise, exact, scale)
         assert found.dtype == torch.bfloat16
         assert relative(found.float(), expected) < 0.02, (mask is None, scale)
+        pull = torch.randn_like(expected)  # of the sum whose gradients training would need
+        gradients = torch.autograd.grad((found * pull).sum(), inputs)
+        for ours, theirs in zip(gradients, torch.autograd.grad((expected * pull).sum(), precise), strict=True):
+            assert relative(ours.float(), theirs) < 0.03, (mask is None, scale)
     shares = torch.eye(7).bfloat16().expand(2, 3, 7, 7)  # as values they let the probabilities be seen
     kept, dropped = (attention(q, k, shares, dropout=p) for p in (0.0, 0.5))
     gone = dropped == 0
@@ -166,4 +171,4 @@ def test_no_part_takes_the_slow_kernel_under_autocast(monkeypatch: pytest.Monkey
     model = Lion.from_pretrained("tiny")
     monkeypatch.delattr("torch.nn.functional.scaled_dot_product_attention")
     with torch.autocast("cpu", torch.bfloat16):
-        assert model.logits(torch.randn(2, 3, 48, 48), ["where?", "what is it?"], ["a", "b c"], None, ["image"] * 2)
+        model.logits(torch.randn(2, 3, 48, 48), ["where?", "what is it?"], ["a", "b c"], None, ["image"] * 2)
