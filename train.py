@@ -263,7 +263,7 @@ def learn(
                 save(checkpoints, trained, optimizer, state, settings, args.keep, say)
             tell(f"stopped after {step} steps; --resume goes on from {checkpoints}")
             raise Stopped
-        for sentence in (sentence for batch in batches for sentence in batch.bad):
+        for sentence in dict.fromkeys(sentence for batch in batches for sentence in batch.bad):
             say(f"left out: {sentence}")
         state.seen, state.bad = state.seen + usable, state.bad + bad
         if state.bad > MOST_BAD * max(state.seen + state.bad, 200):

@@ -150,13 +150,15 @@ def test_attention_in_bfloat16_is_attention() -> None:
     seen[..., 0] = True
     for mask, scale in ((None, None), (bias, 1.0), (seen, 0.5), (bias.masked_fill(~seen, -torch.inf), None)):
         exact = mask if mask is None or mask.dtype == torch.bool else mask.float()
-        inputs = [x.clone().requires_grad_() for x in (q, k, v)]
-        precise = [x.float().requires_grad_() for x in (q, k, v)]
-        found, expected = attention(*inputs, mask, scale), attention(*precise, exact, scale)
+        coarse, precise = (
+            [x.to(dtype, copy=True).requires_grad_() for x in (q, k, v)] for dtype in (q.dtype, torch.float32)
+        )
+        found = attention(coarse[0], coarse[1], coarse[2], mask, scale)
+        expected = attention(precise[0], precise[1], precise[2], exact, scale)
         assert found.dtype == torch.bfloat16
         assert relative(found.float(), expected) < 0.02, (mask is None, scale)
         pull = torch.randn_like(expected)  # of the sum whose gradients training would need
-        gradients = torch.autograd.grad((found * pull).sum(), inputs)
+        gradients = torch.autograd.grad((found * pull).sum(), coarse)
         for ours, theirs in zip(gradients, torch.autograd.grad((expected * pull).sum(), precise), strict=True):
             assert relative(ours.float(), theirs) < 0.03, (mask is None, scale)
     shares = torch.eye(7).bfloat16().expand(2, 3, 7, 7)  # as values they let the probabilities be seen
