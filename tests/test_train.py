@@ -681,6 +681,12 @@ def test_bad_records_are_named_counted_and_at_last_too_many(
     argv[argv.index("--out") + 1] = str(tmp_path / "many")
     assert train.main([*argv, "--steps", "60"]) == 2
     assert re.search(r"\d\d of the first \d+ records cannot be used", capsys.readouterr().err)
+    alone = tmp_path / "one.jsonl"
+    alone.write_text("{\n")
+    argv[argv.index("--out") + 1], argv[argv.index("--data") + 1] = str(tmp_path / "one"), str(alone)
+    assert train.main([*argv, "--batch", "16"]) == 2
+    assert capsys.readouterr().err.count("left out") == 1  # a step comes to it 16 times
+    argv[argv.index("--data") + 1] = str(file)
     for text, words in (("", "holds no record"), ("[", "is not JSON")):
         file.write_text(text)
         argv[argv.index("--out") + 1] = str(tmp_path / "none")
