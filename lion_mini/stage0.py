@@ -254,7 +254,7 @@ def train_t5(
         early = step < 0.6 * steps  # first the questions alone, then the instructions around them
         few, bare = rng.random() < (0.8 if early else 0.5), rng.random() < (0.9 if early else 0.3)
         instructions = BARE if bare else {kind: [rng.choice(texts)] for kind, texts in toy.INSTRUCTIONS.items()}
-        tagged = not (early and bare) and rng.random() < (0.4 if early else 0.6)
+        tagged = rng.random() < 0.7 * step / steps  # more and more: words to tell from what it sees, from early on
         each = 1 if step % 20 == 19 else QUESTIONS  # long answers stand in batches of their own: less padding
         rows = rng.sample(range(len(pool.scenes)), min(2 * SCENES if each == 1 else SCENES, len(pool.scenes)))
         if each == 1:
