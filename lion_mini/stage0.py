@@ -239,8 +239,13 @@ def asked(
     return rng.choices(found, weights, k=count)
 
 
-def prompt(record: toy.Record, tags: bool) -> str:
-    return (tag_sentence(record["tags"]) if tags and "tags" in record else "") + record["question"]
+def prompt(record: toy.Record, tagged: bool, rng: random.Random) -> str:
+    """Tags come in any order, so that nothing but its place tells the "small" of a question from a tag."""
+    if not tagged or "tags" not in record:
+        return record["question"]
+    tags = record["tags"].split(", ")
+    rng.shuffle(tags)
+    return tag_sentence(tags) + record["question"]
 
 
 def train_t5(
@@ -254,7 +259,7 @@ def train_t5(
         early = step < 0.6 * steps  # first the questions alone, then the instructions around them
         few, bare = rng.random() < (0.8 if early else 0.5), rng.random() < (0.9 if early else 0.3)
         instructions = BARE if bare else {kind: [rng.choice(texts)] for kind, texts in toy.INSTRUCTIONS.items()}
-        tagged = rng.random() < 0.7 * step / steps  # more and more: words to tell from what it sees, from early on
+        tagged = rng.random() < 0.4  # from the first step: who learned without tags takes them for the question
         each = 1 if step % 20 == 19 else QUESTIONS  # long answers stand in batches of their own: less padding
         rows = rng.sample(range(len(pool.scenes)), min(2 * SCENES if each == 1 else SCENES, len(pool.scenes)))
         if each == 1:
@@ -263,7 +268,7 @@ def train_t5(
             records = [record for row in rows for record in asked(pool.scenes[row], rng, each, instructions)]
         rows = [row for row in rows for _ in range(each)]
         seen = torch.stack([pool.features[row][glimpse(pool.owner[row], few, config.qformer.queries)] for row in rows])
-        prompts = [prompt(record, tagged) for record in records]
+        prompts = [prompt(record, tagged, rng) for record in records]
         logits, labels, early_words, words = reader(seen.float(), prompts, [r["answer"] for r in records])
         wanted = reader.meanings.prompts(prompts, records, [pool.scenes[row] for row in rows])
         known = (wanted != IGNORE).any(-1)
@@ -291,7 +296,8 @@ def score(reader: Reader, pool: Pool, rng: random.Random, few: bool, tagged: boo
         pairs = [(row, r) for row in part for r in [*toy.records(pool.scenes[row], rng), grounded(pool.scenes[row])]]
         seen = torch.stack([pool.features[row][glimpse(pool.owner[row], few, 12)] for row, _ in pairs]).float()
         with torch.autocast("cpu", torch.bfloat16):
-            logits, labels, *_ = reader(seen, [prompt(r, tagged) for _, r in pairs], [r["answer"] for _, r in pairs])
+            prompts = [prompt(r, tagged, rng) for _, r in pairs]
+            logits, labels, *_ = reader(seen, prompts, [r["answer"] for _, r in pairs])
         same = ((logits.argmax(-1) == labels) | (labels == IGNORE)).all(1)
         for (_, r), yes in zip(pairs, same.tolist(), strict=True):
             right.setdefault(r["subkind"] or r["kind"], []).append(yes)
