@@ -1,5 +1,6 @@
 """Stage 0 writes what a download would bring: the three stand-ins, whole, under LION's own names."""
 
+import random
 from dataclasses import replace
 from pathlib import Path
 
@@ -133,6 +134,16 @@ def test_what_words_mean() -> None:
     tagged = meanings.prompts(["cross, red, small. the cross"], [question], [toy.scene(5, "train")])
     assert (tagged[0, :-2] == -100).all()  # the tags before the question, and the </s> after it, mean nothing
     assert tagged[0, -2, 0] == 3
+
+
+def test_tags_come_in_any_order() -> None:
+    record = {"question": "Where is the large cross?", "tags": "cross, red, small, large"}
+    prompts = {stage0.prompt(record, True, random.Random(seed)) for seed in range(200)}
+    assert len(prompts) == 24
+    for prompt in prompts:
+        tags, question = prompt.split("following tags: [")[1].split("]. ")
+        assert (sorted(tags.split(", ")), question) == (["cross", "large", "red", "small"], record["question"])
+    assert stage0.prompt(record, False, random.Random(0)) == record["question"]
 
 
 def test_only_what_is_known_counts() -> None:
