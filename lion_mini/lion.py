@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from .adapters import TASKS
 from .aggregator import Aggregator
 from .config import EOS, IGNORE, PAD, LionConfig
-from .files import check_tensors, read_lines, read_shards, to_float
+from .files import check_tensors, read_ahead, read_lines, read_shards, to_float
 from .generate import GENERATION, Generation, generate, log_likelihoods
 from .images import lion_transform, ram_from_lion, ram_transform
 from .linear import best_dtype, pack, to_int8
@@ -119,6 +119,7 @@ class Lion(nn.Module):
         folder = TINY if str(folder) == "tiny" else Path(folder)
         if not (folder / "config.json").is_file():
             raise ValueError(f"{folder} has no config.json: it is not a folder that weights.py convert wrote")
+        read_ahead(folder)
         config = LionConfig.from_json((folder / "config.json").read_text(encoding="utf-8"))
         text = Text.from_folder(folder, tagger=config.ram is not None)
         with torch.device("meta"):

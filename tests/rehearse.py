@@ -112,8 +112,7 @@ def answer(folder: Path, packed: bool) -> None:
     start = time.perf_counter()
     model = Lion.from_pretrained(folder, dtype=None, packed=packed)
     opened = time.perf_counter() - start
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
-    print(f"  opened in {opened:.1f} s, peak {peak:.2f} GB", flush=True)
+    print(f"  opened in {opened:.1f} s, peak {peak():.2f} GB", flush=True)
     photo = open_image(sorted((Path(os.environ["LION_ASSETS"]) / "photos").iterdir())[0])
     question = "answer", render(EVAL_TEMPLATES["vqa"], question="what is the man holding?"), "image"
     box = "locate", render(EVAL_TEMPLATES["rec"], expression="the dog on the left"), "region"
@@ -123,11 +122,16 @@ def answer(folder: Path, packed: bool) -> None:
         reply = model.respond([photo], [prompt], [task], GENERATION[kind])[0]
         seconds.append(time.perf_counter() - start)
         print(
-            f"  {kind} in {seconds[-1]:.1f} s: {reply.text[:60]!r}, score {reply.score:.2f}, {len(reply.tags)} tags",
+            f"  {kind} in {seconds[-1]:.1f} s, peak {peak():.2f} GB: {reply.text[:60]!r}, score {reply.score:.2f}, "
+            f"{len(reply.tags)} tags",
             flush=True,
         )
     begun = opened + seconds[0] - seconds[1]
     print(f"  to begin took {begun:.1f} s, {begun / once:.2f} x the {once:.1f} s of reading all bytes once", flush=True)
+
+
+def peak() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
 
 
 def step(name: str, command: list[str], written: Path) -> tuple[float, float, float]:

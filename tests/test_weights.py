@@ -17,7 +17,7 @@ from torch.nn.functional import cross_entropy
 import weights
 from lion_mini import Lion, LionConfig
 from lion_mini.config import IGNORE, PRESETS
-from lion_mini.files import write_shards
+from lion_mini.files import read_shards, write_shards
 
 FILES = {
     size: {
@@ -483,3 +483,26 @@ def test_a_damaged_converted_folder(words: str, tmp_path: Path, golden_folder: P
 def test_half_precision_is_refused(golden_folder: Path) -> None:
     with pytest.raises(ValueError, match="overflow"):
         Lion.from_pretrained(golden_folder, dtype=torch.float16)
+
+
+def test_mapped_tensors_are_those_of_the_file(tmp_path: Path) -> None:
+    """Of every type, where they lie as they come: the odd row of int8 puts what follows it on odd addresses."""
+    path = tmp_path / "model.safetensors"
+    kinds = (torch.int8, torch.bfloat16, torch.float16, torch.float32)
+    plan = {f"{i}.{kind}": torch.empty(3, i + 1, dtype=kind) for i in range(3) for kind in kinds}
+    plan["scalar"] = torch.empty((), dtype=torch.float32)
+    values = {name: (torch.randn(like.shape) * 9).to(like.dtype) for name, like in plan.items()}
+    write_shards(tmp_path, plan, values.__getitem__)
+    (tmp_path / "model-00001-of-00001.safetensors").rename(path)
+    found = read_shards(tmp_path, "cpu", None)
+    expected = load_file(path)
+    assert list(found) == list(plan)
+    for name, tensor in expected.items():
+        assert found[name].dtype == tensor.dtype == plan[name].dtype
+        assert torch.equal(found[name], tensor)
+        assert torch.equal(found[name], values[name])
+    found["scalar"].fill_(7)  # training writes into what it has read, not into the file
+    assert torch.equal(read_shards(tmp_path, "cpu", None)["scalar"], values["scalar"])
+    save_file({"step": torch.zeros(2, dtype=torch.int64)}, path)
+    with pytest.raises(ValueError, match=r"model.safetensors: step is of type I64, not one of F32, BF16, F16, I8"):
+        read_shards(tmp_path, "cpu", None)
