@@ -147,8 +147,11 @@ def read_shards(folder: Path, device: str | torch.device, dtype: torch.dtype | N
 
 
 def mapped(path: Path) -> Iterator[tuple[str, Tensor]]:
-    """safetensors' own reader maps the whole file again for each tensor that is to go by itself, and reads its header,
-    which for XL's 2,403 takes seconds; here a tensor is a mapping of its own bytes."""
+    """Names and tensors of a safetensors file, each tensor a private mapping of its own bytes.
+
+    The library's reader maps the whole file, so that no tensor could go before all do; asked for each tensor anew, it
+    reads the header 2,403 times for XL, which takes seconds.
+    """
     opened(path)  # says whether the file is whole
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
@@ -157,7 +160,8 @@ def mapped(path: Path) -> Iterator[tuple[str, Tensor]]:
     dtypes = {code: dtype for dtype, code in CODES.items()}
     for name, about in header.items():
         if about["dtype"] not in dtypes:
-            raise ValueError(f"{path}: {name} is of type {about['dtype']}, not one of {', '.join(dtypes)}")
+            kinds = ", ".join(dtypes)
+            raise ValueError(f"{path}: {name} is of type {about['dtype']}, not one of {kinds}: convert it again")
         start, end = about["data_offsets"]
         data = np.memmap(path, np.uint8, "c", 8 + length + start, (end - start,))
         yield name, torch.from_numpy(data).view(dtypes[about["dtype"]]).reshape(about["shape"])
