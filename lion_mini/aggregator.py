@@ -53,4 +53,4 @@ class Aggregator(nn.Module):
         return x
 
     def forward(self, taps: Sequence[Tensor]) -> Tensor:  # taps x (b, n, d) -> (b, n, out)
-        return self.proj(self.norm(self.fuse(taps)))
+        return run(self.proj, self.recompute, self.norm(self.fuse(taps)))

@@ -124,18 +124,24 @@ class DecoderLayer(nn.Module):
         self, x: Tensor, bias: Tensor, layer: int, cache: "Cache", task: Tensor
     ) -> Tensor:  # (b*k, t, d) -> (b*k, t, d)
         x = self.attn(x, bias, cache, layer)
-        k, v = cache.cross[layer]
+        k, v = cache.cross[layer] if cache.cross else self.cross_attn.keys_values(cache.states)
         x = self.cross_attn.cross(x, k, v, cache.mask)
         return self.ff(x, task)
 
 
 class Cache:
-    """All that decoding one batch remembers: what depends on the sample once, what depends on the row per row."""
+    """All that decoding one batch remembers: what depends on the sample once, what depends on the row per row.
+
+    Where gradients are wanted, each layer makes the image's keys and values itself: all of them at once, and their
+    gradients, would be most of a training step's memory.
+    """
 
     def __init__(self, t5: "T5", states: Tensor, mask: Tensor | None, task: Tensor, capacity: int):
-        layers: Any = t5.decoder
+        layers: Any = [] if torch.is_grad_enabled() else t5.decoder
         pairs = (layer.cross_attn.keys_values(states) for layer in layers)
         self.cross = [(k.contiguous(), v.contiguous()) for k, v in pairs]  # laid out once, read for every token
+        self.states = states
+        self.depth = len(t5.decoder)
         self.mask = None if mask is None else mask[:, None, None]
         self.task = task
         self.bias = relative_bias(t5.decoder_bias, capacity, t5.config.max_distance, causal=True)
@@ -149,7 +155,7 @@ class Cache:
             return k, v
         if not self.past.numel():
             rows, heads, _, width = k.shape
-            self.past = k.new_empty(len(self.cross), 2, rows, heads, self.capacity, width)
+            self.past = k.new_empty(self.depth, 2, rows, heads, self.capacity, width)
         keys, values = self.past[layer, :, :, :, : self.length]
         keys[:, :, -k.shape[2] :], values[:, :, -k.shape[2] :] = k, v
         return keys, values

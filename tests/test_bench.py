@@ -12,6 +12,9 @@ import torch
 from conftest import oracle
 from PIL import Image
 
+from lion_mini.config import T5Config
+from lion_mini.t5 import T5
+
 
 @pytest.fixture(scope="module")
 def figures(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[dict[str, Any]], Path]:
@@ -55,3 +58,20 @@ def test_recomputing_needs_less(figures: tuple[list[dict[str, Any]], Path]) -> N
     for (what, dtype), row in found.items():
         if "recompute" in what:
             assert row["ours"] < found[what.removesuffix(", recompute"), dtype]["ours"]
+
+
+def test_recomputing_keeps_one_tensor_of_each_layer() -> None:
+    """Its input: not what happens inside, and not a decoder layer's keys and values of the image."""
+    n, answer, width = 50, 3, 32
+    peaks = {}
+    for encoder, decoder in ((2, 2), (6, 2), (2, 6)):
+        shape = T5Config(width, 8, 4, 2 * width, encoder, decoder, vocab_size=40)
+        t5, task = T5(shape), torch.zeros(1, dtype=torch.long)
+        t5.requires_grad_(False).recompute = True
+        x, labels = torch.randn(1, n, width, requires_grad=True), torch.ones(1, answer, dtype=torch.long)
+        run = lambda t5=t5, x=x, labels=labels, task=task: (
+            t5.predict(labels, t5.start(t5.encode(x, None, task), None, task, answer)).sum().backward()
+        )
+        peaks[encoder, decoder] = bench_memory.peak_bytes(run)
+    assert peaks[6, 2] - peaks[2, 2] <= 4 * (4 * n * width) * 1.1
+    assert peaks[2, 6] - peaks[2, 2] <= 4 * (4 * answer * width) * 1.1

@@ -44,6 +44,18 @@ def test_int8_linear_is_the_linear_layer_of_its_rounded_weight() -> None:
     assert layer(x.requires_grad_()).requires_grad  # a gradient passes through to what lies before
 
 
+@pytest.mark.parametrize("width", [64, 96, 100])
+def test_int8_linear_with_few_rows(width: int) -> None:
+    """The same in bfloat16 with few rows or many, and a width that the kernel can read or cannot."""
+    layer = Int8Linear(nn.Linear(width, 37).requires_grad_(False).bfloat16())
+    x = torch.randn(3, 20, width).bfloat16()
+    weight = layer.weight.double() * layer.scale.double()[:, None]
+    for rows in (x, x[:, :5], x[:, ::4], x[0, 3]):
+        exact = rows.double() @ weight.T + layer.bias.double()
+        assert relative(layer(rows), exact) < 0.01
+    assert layer(x[:, :2].requires_grad_()).requires_grad
+
+
 def test_int8_folder(int8_folder: Path, golden_folder: Path) -> None:
     whole, small = Lion.from_pretrained(golden_folder), Lion.from_pretrained(int8_folder)
     layers = [name for name, module in whole.named_modules() if isinstance(module, nn.Linear)]
