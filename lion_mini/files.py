@@ -194,7 +194,8 @@ def check_tensors(where: object, found: dict[str, torch.Size], expected: dict[st
 
 def write_shards(folder: Path, plan: Mapping[str, Tensor], read: Callable[[str], Tensor], limit: int = 2**32) -> None:
     """Safetensors files of at most `limit` bytes and their index, written tensor by tensor; `plan` tells shapes and
-    dtypes and may be on the meta device."""
+    dtypes and may be on the meta device. Tensors of whole blocks of 64 bytes come first: mapped, they begin at one."""
+    plan = dict(sorted(plan.items(), key=lambda item: item[1].nbytes % 64 > 0))
     groups: list[list[str]] = [[]]
     room = limit
     for name, planned in plan.items():
@@ -214,7 +215,7 @@ def write_shards(folder: Path, plan: Mapping[str, Tensor], read: Callable[[str],
             header[name] = {"dtype": code, "shape": shape, "data_offsets": [start, end]}
             weight_map[name] = file
         text = json.dumps(header).encode()
-        text += b" " * (-len(text) % 8)
+        text += b" " * (-(8 + len(text)) % 64)
         with open(folder / file, "wb") as out:
             out.write(len(text).to_bytes(8, "little") + text)
             for name in names:

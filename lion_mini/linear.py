@@ -31,13 +31,19 @@ class Int8Linear(nn.Module):
         self.bias = linear.bias
 
     def forward(self, x: Tensor) -> Tensor:  # (..., d) -> (..., out)
-        rows = x.shape[:-1].numel()
-        answering = x.device.type == "cpu" and x.dtype == torch.bfloat16 and not x.requires_grad
-        if answering and rows <= FEW_ROWS and x.shape[-1] % 32 == 0:  # the kernel reads past the end of other widths
-            y = torch._weight_int8pack_mm(x.reshape(rows, -1), self.weight, self.scale).view(*x.shape[:-1], -1)
+        rows = x.reshape(-1, x.shape[-1])
+        if readable(rows, self.weight):
+            y = torch._weight_int8pack_mm(rows, self.weight, self.scale).view(*x.shape[:-1], -1)
         else:
             y = F.linear(x, self.weight.to(x.dtype)) * self.scale
         return y if self.bias is None else y + self.bias
+
+
+def readable(x: Tensor, weight: Tensor) -> bool:  # (r, d), (out, d)
+    """Whether PyTorch's product for few rows can take these. It reads 32 bytes at a time and trusts its caller that
+    they lie where the processor wants them; that of float32 is slow, and none has a gradient."""
+    few = len(x) <= FEW_ROWS and x.device.type == "cpu" and x.dtype == torch.bfloat16 and not x.requires_grad
+    return few and all(number % 32 == 0 for number in (x.shape[1], x.data_ptr(), weight.data_ptr()))
 
 
 def quantise(weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:  # (out, d) -> (out, d) int8, (out,)

@@ -50,10 +50,15 @@ def test_int8_linear_with_few_rows(width: int) -> None:
     layer = Int8Linear(nn.Linear(width, 37).requires_grad_(False).bfloat16())
     x = torch.randn(3, 20, width).bfloat16()
     weight = layer.weight.double() * layer.scale.double()[:, None]
-    for rows in (x, x[:, :5], x[:, ::4], x[0, 3]):
+    shifted = torch.randn(6 * width + 1).bfloat16()[1:].view(2, 3, width)
+    for rows in (x, x[:, :5], x[:, ::4], x[0, 3], shifted):
         exact = rows.double() @ weight.T + layer.bias.double()
         assert relative(layer(rows), exact) < 0.01
     assert layer(x[:, :2].requires_grad_()).requires_grad
+    memory = torch.zeros(layer.weight.numel() + 1, dtype=torch.int8)  # as in a file that another program laid out
+    memory[1:] = layer.weight.flatten()
+    before, layer.weight.data = layer(x), memory[1:].view_as(layer.weight)
+    assert relative(layer(x[:, :2]), before[:, :2]) < 0.01
 
 
 def test_int8_folder(int8_folder: Path, golden_folder: Path) -> None:
@@ -71,7 +76,11 @@ def test_int8_folder(int8_folder: Path, golden_folder: Path) -> None:
             assert torch.equal(state[name], tensor.bfloat16().float()), name
     size, before = (sum(p.stat().st_size for p in f.glob("*.safetensors")) for f in (int8_folder, golden_folder))
     assert size < 0.4 * before
-    assert Lion.from_pretrained(int8_folder, dtype=None).dtype == torch.bfloat16
+    mapped = Lion.from_pretrained(int8_folder, dtype=None)
+    assert mapped.dtype == torch.bfloat16
+    blocks = [one for name, one in mapped.named_parameters() if one.nbytes % 64 == 0]
+    assert len(blocks) > 20
+    assert all(one.data_ptr() % 64 == 0 for one in blocks)  # where the processor reads fastest
 
 
 def test_int8_in_memory_is_int8_on_disk(int8_folder: Path, golden_folder: Path) -> None:
