@@ -172,7 +172,7 @@ def read_ahead(folder: Path) -> None:
     others already work with them: a first use that must wait for the disk brings in a few pages at a time."""
 
     def sweep(path: Path) -> None:
-        room = bytearray(2**24)
+        room = bytearray(2**20)
         with suppress(OSError), path.open("rb", buffering=0) as file:  # who needs the bytes will say what is wrong
             while file.readinto(room):
                 pass
