@@ -32,9 +32,11 @@ from lion_mini import GENERATION, Box, Lion, toy
 from lion_mini.data import Records
 from lion_mini.data import check as check_record
 from lion_mini.images import draw_boxes, open_image
+from lion_mini.linear import pack
 from lion_mini.lion import DTYPES, Answer
 from lion_mini.prompts import EVAL_TEMPLATES, render
 
+MANY = 16  # pictures: on a CPU packing a model takes about as long as it saves on so many
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 
 
@@ -153,8 +155,10 @@ def look(
             yield path, image, record(job, path, image, answer)
 
 
-def opened(args: argparse.Namespace) -> Lion:
-    model = Lion.from_pretrained(args.weights, args.device, DTYPES[args.dtype], packed=True)
+def opened(args: argparse.Namespace, pictures: int) -> Lion:
+    model = Lion.from_pretrained(args.weights, args.device, DTYPES[args.dtype])
+    if pictures >= MANY:
+        pack(model.tagger() if args.tags else model)
     if args.dtype == "auto":
         chosen = str(model.dtype).removeprefix("torch.")
         print(f"--dtype auto: {args.weights} computes in {chosen} on {model.device}", file=sys.stderr)
@@ -170,7 +174,7 @@ def tag_records(args: argparse.Namespace) -> int:
         raise ValueError(f"--out {args.out} is the file that --data reads: choose another")
     source = Records(args.data, args.root, ("image", "region"))
     done = resume_after(args.out, source)
-    model = opened(args)
+    model = opened(args, len(source) - done)
     known: dict[Path, Any] = {}
     failed = 0
     with open(args.out, "a", encoding="utf-8") as out:
@@ -230,7 +234,7 @@ def demonstrate(args: argparse.Namespace) -> int:
     """Draw a scene that no training saw, and let the model say all that it can about it."""
     seed = random.randrange(10**9) if args.seed is None else args.seed
     scene = toy.scene(seed, "test")
-    model = opened(args)
+    model = opened(args, pictures=1)
     args.out.mkdir(parents=True, exist_ok=True)
     scene.image.save(args.out / "scene.png")
     rng = random.Random(seed)
@@ -283,7 +287,7 @@ def run(args: argparse.Namespace) -> int:
     if not args.images:
         return demonstrate(args)
     paths = find_images(args.images)
-    model = opened(args)
+    model = opened(args, len(paths))
     if args.use_tags is not None and model.config.tags == "none":
         raise ValueError(f"--use-tags: {args.weights} answers without tags in its prompt")
     if args.no_tags:

@@ -181,7 +181,7 @@ def main() -> None:
             out = work / dtype
             flags = [*command, "--out", out, "--dtype", dtype]
             step(f"convert, {dtype}", [str(part) for part in flags], out)
-            for how in ("answer", "answer plain"):  # packed, as infer.py opens a model on a CPU, and as it is on disk
+            for how in ("answer", "answer plain"):  # packed, as for many pictures on a CPU, and as it is on disk
                 _, running, disk = step(f"{how}, {dtype}", [*me, "--step", how, "--folder", str(out)], out)
                 print(f"{how}, {dtype}: load and answer peak {running / disk:.3f} x the {disk:.2f} GB of the model")
             shutil.rmtree(out)

@@ -173,6 +173,18 @@ def test_batches_answer_like_each_alone(run: Run, tmp_path: Path) -> None:
     assert [line["text"] for line in alone] == [line["text"] for line in together]
 
 
+def test_what_pays_is_packed(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Many pictures, and of the model only what looks at them."""
+    for name in "abc":
+        open_image(PHOTO).save(tmp_path / f"{name}.png")
+    packed: list[str] = []
+    monkeypatch.setattr(infer, "MANY", 3)
+    monkeypatch.setattr(infer, "pack", lambda part: packed.append(type(part).__name__))
+    for paths, flags in (([PHOTO], []), ([tmp_path], []), ([tmp_path], ["--tags"])):
+        assert run(*paths, *flags)[0] == 0
+    assert packed == ["Lion", "Ram"]
+
+
 def test_globs_and_several_paths(run: Run, tmp_path: Path) -> None:
     odd_pictures(tmp_path / "in")
     code, _, _, lines = run(tmp_path / "in" / "*a*.png", tmp_path / "in" / "alpha.png", PHOTO, "--tags")
