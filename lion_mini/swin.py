@@ -73,7 +73,7 @@ class WindowAttention(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:  # (b, w, n, d), (w, 1, n, n) -> (b, w, n, d)
         q, k, v = rearrange(self.qkv(x), "b w n (three h e) -> three (b w) h n e", three=3, h=self.heads)
-        bias = rearrange(self.bias_table[relative_index(self.window, x.device)], "n m h -> 1 h n m")
+        bias = rearrange(self.bias_table[relative_index(self.window, x.device)], "n m h -> 1 h n m").contiguous()
         if mask is not None:
             bias = repeat(bias + mask.to(bias.dtype), "w h n m -> (b w) h n m", b=len(x))
         return rearrange(self.o(attention(q, k, v, bias)), "(b w) n d -> b w n d", b=len(x))

@@ -50,7 +50,7 @@ def relative_bias(table: nn.Embedding, length: int, max_distance: int, causal: b
         index = bucket((-ahead).clamp_min(0), buckets, max_distance)
     else:
         index = bucket(ahead.abs(), buckets // 2, max_distance) + (ahead > 0) * (buckets // 2)
-    bias = rearrange(table(index), "i j h -> 1 h i j")
+    bias = rearrange(table(index), "i j h -> 1 h i j").contiguous()
     return bias.masked_fill(ahead > 0, -torch.inf) if causal else bias
 
 
