@@ -39,7 +39,8 @@ def bucket(distance: Tensor, buckets: int, max_distance: int) -> Tensor:
 
 
 def relative_bias(table: nn.Embedding, length: int, max_distance: int, causal: bool) -> Tensor:  # -> (1, h, t, t)
-    """What to add to the score of query i (row) and key j (column), learned per head and bucket of j - i.
+    """What to add to the score of query i (row) and key j (column), learned per head and bucket of j - i, and laid out
+    like the scores, to which every layer adds it.
 
     The encoder spends half of its buckets on each direction; the decoder sees no future, so -inf stands there.
     """

@@ -10,8 +10,9 @@ what else the machine does falls on all alike. An absolute time means nothing on
 have the same random parameters, dtype and threads, and what they compute is compared before anything is timed.
 
 The limit is what this machine could do at best. Work comes in phases, one after the other (the encoder, then the
-tokens); a phase takes at least as long as its multiplications at the rate of a large matrix product in that dtype, and
-as long as its weights at the rate at which memory can be read, whichever is more; the limit is the sum over phases.
+tokens); a phase takes at least as long as its multiplications at the rate of the fastest large matrix product in that
+dtype, and as long as its weights at the rate at which memory can be read, whichever is more; the limit is the sum over
+phases.
 
 Without transformers its column stays empty. Tokenisers and vocabularies are the tests' small ones; weights are random.
 """

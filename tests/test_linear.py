@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import convert, relative
-from torch import nn
+from torch import Tensor, nn
 
 import eval as script
 import weights
@@ -45,7 +45,7 @@ def test_int8_linear_is_the_linear_layer_of_its_rounded_weight() -> None:
 
 
 @pytest.mark.parametrize("width", [64, 96, 100])
-def test_int8_linear_with_few_rows(width: int) -> None:
+def test_int8_linear_with_few_rows(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same in bfloat16 with few rows or many, and a width that the kernel can read or cannot."""
     layer = Int8Linear(nn.Linear(width, 37).requires_grad_(False).bfloat16())
     x = torch.randn(3, 20, width).bfloat16()
@@ -55,10 +55,22 @@ def test_int8_linear_with_few_rows(width: int) -> None:
         exact = rows.double() @ weight.T + layer.bias.double()
         assert relative(layer(rows), exact) < 0.01
     assert layer(x[:, :2].requires_grad_()).requires_grad
+    calls: list[int] = []
+    kernel = torch._weight_int8pack_mm
+
+    def counted(rows: Tensor, *rest: Tensor) -> Tensor:
+        calls.append(len(rows))
+        return kernel(rows, *rest)
+
+    monkeypatch.setattr(torch, "_weight_int8pack_mm", counted)
+    for rows in (x, x[:, :5], x[0, 3], shifted):
+        layer(rows)
+    assert calls == ([15, 1] if width % 32 == 0 else [])
     memory = torch.zeros(layer.weight.numel() + 1, dtype=torch.int8)  # as in a file that another program laid out
     memory[1:] = layer.weight.flatten()
     before, layer.weight.data = layer(x), memory[1:].view_as(layer.weight)
     assert relative(layer(x[:, :2]), before[:, :2]) < 0.01
+    assert len(calls) < 3
 
 
 def test_int8_folder(int8_folder: Path, golden_folder: Path) -> None:
