@@ -319,8 +319,7 @@ def convert(args: argparse.Namespace) -> None:
     for path in texts:
         if not path.is_file():
             raise ValueError(f"{path}: no such file")
-    with torch.device("meta"):
-        model = Lion(config)
+    model = Lion.plan(config)
     plan = {name: tensor.shape for name, tensor in model.state_dict().items()}
 
     sources = [Source(args.vit, EVA, EVA_UNUSED), Source(args.t5, T5, T5_UNUSED)]
@@ -412,8 +411,7 @@ def inspect(args: argparse.Namespace) -> int:
     print(f"{args.path}: {kind}, {len(source.where)} tensors")
     problems, places = 0, set()
     config = LionConfig.from_json(args.config.read_text()) if args.config else guessed_config(kind, source)
-    with torch.device("meta"):
-        model = Lion(config).state_dict()
+    model = Lion.plan(config).state_dict()
     for name, shape in source.shapes.items():
         ours, reason = translate(name, source.table), translate(name, source.unused)
         if ours is not None and ours in model:
@@ -446,8 +444,7 @@ def guessed_config(kind: str, source: Source) -> LionConfig:
 
 def inspect_converted(folder: Path) -> int:
     model = Lion.from_pretrained(folder, dtype=None)
-    with torch.device("meta"):
-        plan = Lion(model.config).state_dict()
+    plan = Lion.plan(model.config).state_dict()
     for name, tensor in model.state_dict().items():
         source = name if name in plan else f"{name.removesuffix('scale')}weight"
         print(f"{name} {tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')} from {official_name(source)}")

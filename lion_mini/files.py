@@ -13,11 +13,13 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Thread
+from typing import Any
 
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from tqdm import tqdm
 
 CODES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.int8: "I8"}
@@ -128,6 +130,16 @@ def read_json(path: Path) -> dict:
     if not isinstance(data, dict):
         raise ValueError(f"{path} must hold a JSON object, found a {type(data).__name__}")
     return data
+
+
+class Undrawn(TorchFunctionMode):
+    """Layers that are made in here, on the meta device, get shapes, and no numbers are drawn for them: PyTorch would
+    load its compiler for that, which takes a second."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        draws = func in (nn.init.uniform_, nn.init.normal_, nn.init.kaiming_uniform_)
+        return kwargs["tensor"] if draws else func(*args, **kwargs)
 
 
 def read_shards(folder: Path, device: str | torch.device, dtype: torch.dtype | None) -> dict[str, Tensor]:

@@ -49,6 +49,8 @@ def readable(x: Tensor, weight: Tensor) -> bool:  # (r, d), (out, d)
 def quantise(weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:  # (out, d) -> (out, d) int8, (out,)
     """Each row in steps of its own, a 127th of its largest value. The scale is rounded to its dtype before the row is
     divided by it, so that what bfloat16 loses of it is not lost from the weight."""
+    if weight.is_meta:
+        return torch.empty(weight.shape, dtype=torch.int8, device="meta"), weight[:, 0].to(dtype)
     scale = (weight.float().abs().amax(1) / 127).clamp_min(1e-30).to(dtype)
     return (weight.float() / scale.float()[:, None]).round().clamp(-127, 127).to(torch.int8), scale
 

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from .adapters import TASKS
 from .aggregator import Aggregator
 from .config import EOS, IGNORE, PAD, LionConfig
-from .files import check_tensors, read_ahead, read_lines, read_shards, to_float
+from .files import Undrawn, check_tensors, read_ahead, read_lines, read_shards, to_float
 from .generate import GENERATION, Generation, generate, log_likelihoods
 from .images import lion_transform, ram_from_lion, ram_transform
 from .linear import best_dtype, pack, to_int8
@@ -94,9 +94,15 @@ class Lion(nn.Module):
         self.qformer = QFormer(config.qformer, config.vit.width, width) if image else None
         self.aggregator = Aggregator(config.aggregator, config.vit.width, len(config.taps), width) if region else None
         self.t5 = T5(config.t5, config.adapter_width, config.adapters)
-        self.soft_prompt = nn.Parameter(torch.randn(width)) if config.tags == "soft" else None
+        self.soft_prompt = nn.Parameter(nn.init.normal_(torch.empty(width))) if config.tags == "soft" else None
         self.ram = Ram(config.ram) if config.ram else None
         self._text = text
+
+    @classmethod
+    def plan(cls, config: LionConfig, text: Text | None = None) -> "Lion":
+        """A LION of which only names and shapes are there, to be filled or looked at."""
+        with torch.device("meta"), Undrawn():
+            return cls(config, text)
 
     @classmethod
     def from_pretrained(
@@ -122,8 +128,7 @@ class Lion(nn.Module):
         read_ahead(folder)
         config = LionConfig.from_json((folder / "config.json").read_text(encoding="utf-8"))
         text = Text.from_folder(folder, tagger=config.ram is not None)
-        with torch.device("meta"):
-            model = cls(config, text)
+        model = cls.plan(config, text)
         tensors = read_shards(folder, device, dtype)
         if any(tensor.dtype == torch.int8 for tensor in tensors.values()):
             to_int8(model)

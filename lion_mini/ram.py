@@ -45,7 +45,7 @@ class Ram(nn.Module):
         self.config = config
         self.swin = Swin(config)
         self.image_proj = nn.Linear(config.width * 2 ** (len(config.depths) - 1), config.tag_width)
-        self.label_embed = nn.Parameter(torch.randn(config.tags, config.tag_width))
+        self.label_embed = nn.Parameter(nn.init.normal_(torch.empty(config.tags, config.tag_width)))
         self.wordvec_proj = nn.Linear(config.tag_width, config.head.width)
         self.head = nn.ModuleList(TagLayer(config.head, config.tag_width) for _ in range(config.head.depth))
         self.fc = nn.Linear(config.head.width, 1)

@@ -136,8 +136,7 @@ def begin(
         config = replace(config, adapter_width=2 * config.adapter_width)
     text = Text.from_folder(init[0], tagger=config.ram is not None)
     text.check(config)
-    with torch.device("meta"):
-        model = Lion(config, text)
+    model = Lion.plan(config, text)
     found, *others = (read_shards(folder, "cpu", None) for folder in init)
     for folder, tensors in zip(init, (found, *others), strict=True):
         if any(tensor.dtype == torch.int8 for tensor in tensors.values()):

@@ -186,8 +186,7 @@ def process(script: str | Path, *arguments: str | Path) -> tuple[float, int]:
 
 def official_files(config: LionConfig, folder: Path) -> list[str | Path]:
     """The files of a release of that size, random, and the command that converts them."""
-    with torch.device("meta"):
-        plan = Lion(config).state_dict()
+    plan = Lion.plan(config).state_dict()
     (folder / "t5").mkdir()
     (folder / "config.json").write_text(config.to_json())
     shutil.copy(OFFICIAL / "flan-t5" / "tokenizer.json", folder / "t5")

@@ -39,8 +39,16 @@ def manifest(file: str) -> dict[str, tuple[int, ...]]:
 
 
 def on_meta(config: LionConfig) -> dict[str, Tensor]:
-    with torch.device("meta"):
-        return Lion(config).state_dict()
+    return Lion.plan(config).state_dict()
+
+
+def test_a_plan_is_the_model_without_its_numbers() -> None:
+    before, plan = torch.get_rng_state(), Lion.plan(PRESETS["tiny"])
+    assert torch.equal(before, torch.get_rng_state())
+    assert all(tensor.is_meta for tensor in plan.state_dict().values())
+    shapes = [[(name, tensor.shape, tensor.dtype) for name, tensor in model.state_dict().items()]
+              for model in (plan, Lion(PRESETS["tiny"]))]  # fmt: skip
+    assert shapes[0] == shapes[1]
 
 
 # --- the real sizes, without the files
