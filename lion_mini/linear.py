@@ -33,7 +33,7 @@ class Int8Linear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:  # (..., d) -> (..., out)
         rows = x.reshape(-1, x.shape[-1])
         if readable(rows, self.weight):
-            y = torch._weight_int8pack_mm(rows, self.weight, self.scale).view(*x.shape[:-1], -1)
+            y = torch._weight_int8pack_mm(rows, self.weight, self.scale).view(*x.shape[:-1], len(self.weight))
         else:
             y = F.linear(x, self.weight.to(x.dtype)) * self.scale
         return y if self.bias is None else y + self.bias

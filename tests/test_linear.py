@@ -55,6 +55,7 @@ def test_int8_linear_with_few_rows(width: int, monkeypatch: pytest.MonkeyPatch) 
         exact = rows.double() @ weight.T + layer.bias.double()
         assert relative(layer(rows), exact) < 0.01
     assert layer(x[:, :2].requires_grad_()).requires_grad
+    assert layer(x[:, :0]).shape == (3, 0, 37)
     calls: list[int] = []
     kernel = torch._weight_int8pack_mm
 
