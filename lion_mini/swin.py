@@ -61,7 +61,8 @@ class PatchEmbed(nn.Module):
 
 
 class WindowAttention(nn.Module):
-    """Attention within each window, with a learned bias for every offset between two of its tokens."""
+    """Attention within each window, with a learned bias for every offset between two of its tokens, laid out like the
+    scores to which it is added."""
 
     def __init__(self, width: int, heads: int, window: int):
         super().__init__()
