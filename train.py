@@ -215,7 +215,8 @@ def learn(
 ) -> None:
     """Train a stage from where `out`'s checkpoints are, and write its result there."""
     lead, device = team.rank == 0, team.device
-    half = torch.autocast(device.type, torch.bfloat16, enabled=args.bf16)
+    # Every weight is used once in a pass: a cache of their bfloat16 copies would only keep what --recompute forgets.
+    half = torch.autocast(device.type, torch.bfloat16, enabled=args.bf16, cache_enabled=False)
     frozen = torch.bfloat16 if args.bf16 and device.type != "cpu" else torch.float32
     model, origin = begin(stage, init, args.seed, new, frozen)
     model.to(device).recompute(args.recompute)

@@ -277,9 +277,7 @@ def t5_sizes(folder: Path) -> dict[str, int]:
 def chosen_config(config: Path | None, t5: Path, ram: bool) -> LionConfig:
     """The sizes to build: those of `--config`, or the preset whose T5 is the one in the folder."""
     if config is not None:
-        chosen = LionConfig.from_json(config.read_text(encoding="utf-8")) if config.is_file() else None
-        if chosen is None:
-            raise ValueError(f"--config {config}: no such file")
+        chosen = LionConfig.from_json(config.read_text(encoding="utf-8"))
     else:
         sizes = t5_sizes(t5)
         fitting = [c for c in PRESETS.values() if c.t5 == replace(T5Config(), **sizes)]
@@ -312,13 +310,12 @@ def convert(args: argparse.Namespace) -> None:
         raise ValueError(f"--dtype {args.dtype}: {why}there are {', '.join(DTYPES)}")
     if args.ram and not (args.ram_tags and args.ram_thresholds):
         raise ValueError("--ram needs --ram-tags and --ram-thresholds, the two text files beside it")
-    config = chosen_config(args.config, args.t5, ram=args.ram is not None)
-    texts = [args.bert / "vocab.txt", args.t5 / "tokenizer.json"] + [args.ram_tags, args.ram_thresholds] * bool(
-        args.ram
-    )
-    for path in texts:
+    texts = [args.bert / "vocab.txt", args.t5 / "tokenizer.json"]
+    texts += [args.ram_tags, args.ram_thresholds] if args.ram else []
+    for path in [*texts, args.config or args.t5 / "config.json"]:
         if not path.is_file():
-            raise ValueError(f"{path}: no such file")
+            raise ValueError(f"{path}: no such file; README.md, Porting, lists what to download")
+    config = chosen_config(args.config, args.t5, ram=args.ram is not None)
     model = Lion.plan(config)
     plan = {name: tensor.shape for name, tensor in model.state_dict().items()}
 

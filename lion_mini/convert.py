@@ -22,6 +22,7 @@ import random
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -110,7 +111,8 @@ def turns(paths: Sequence[Path]) -> Iterator[Raw]:
     for path in paths:
         for where, row in rows(load_json(path), path):
             said = get(row, "conversations", where, list)
-            for i, (person, model) in enumerate(zip(said[::2], said[1::2], strict=False)):
+            unanswered = {"from": "gpt", "value": ""}
+            for i, (person, model) in enumerate(zip_longest(said[::2], said[1::2], fillvalue=unanswered)):
                 here = f"{where}, turn {i + 1}"
                 if (get(person, "from", here), get(model, "from", here)) != ("human", "gpt"):
                     raise ValueError(f"{here}: expected human and gpt, found {person['from']} and {model['from']}")
@@ -181,13 +183,15 @@ def convert(args: argparse.Namespace) -> str:
     if kind not in KINDS[args.name]:
         raise ValueError(f"{args.name} has no --as {kind}, only {', '.join(KINDS[args.name])}")
     templates = TEMPLATES if args.templates is None else load_templates(args.templates)
-    images, kept, skipped = Images(args.images), 0, 0
+    images, kept, skipped, unanswered = Images(args.images), 0, 0, 0
     args.out.parent.mkdir(parents=True, exist_ok=True)
     new = args.out.with_name(args.out.name + ".new")
     try:
         with open(new, "w", encoding="utf-8") as file:
             for record in records(args.name, kind, args.ann, templates, args.seed):
-                if images.without_missing([record["image"]], args.skip_missing)[0]:
+                if not record["answer"].strip() and args.name != "release":
+                    unanswered += 1
+                elif images.without_missing([record["image"]], args.skip_missing)[0]:
                     file.write(json.dumps(record, ensure_ascii=False) + "\n")
                     kept += 1
                 else:
@@ -200,10 +204,12 @@ def convert(args: argparse.Namespace) -> str:
     lines = [f"{args.out}: {kept:,} records of {args.name} as {kind}, {len(images.found):,} pictures"]
     if skipped:
         lines.append(f"{skipped:,} records without a picture left out")
+    if unanswered:
+        lines.append(f"{unanswered:,} records without an answer left out")
     expected = TABLE_7.get((args.name, kind))
     if expected is not None:
         about = "about " if args.name in ROUNDED else ""
-        lines.append(f"Table 7 counts {about}{expected:,}: {kept + skipped - expected:+,}")
+        lines.append(f"Table 7 counts {about}{expected:,}: {kept + skipped + unanswered - expected:+,}")
     return "\n".join(lines)
 
 

@@ -95,7 +95,7 @@ def training(
 
     def passes() -> Tensor:
         gradients.flat.zero_()
-        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+        with torch.autocast("cpu", torch.bfloat16, enabled=half, cache_enabled=False):
             loss = share_of_loss(model, batch, stage.mean, size * words[1])
         loss.backward()
         return loss.detach()
@@ -132,7 +132,7 @@ def one_layer(model: Lion, tokens: int, size: int, half: bool) -> int:
     task = torch.zeros(size, dtype=torch.long)
 
     def run() -> None:
-        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+        with torch.autocast("cpu", torch.bfloat16, enabled=half, cache_enabled=False):
             y = model.t5.encoder[0](x, bias, task)
         y.backward(y.detach())
 

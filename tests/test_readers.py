@@ -412,7 +412,7 @@ def converted(
 
 
 def test_llava_turns_stand_alone(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    said = ["<image>\nWhat is it?", "A bus.", "What colour?", "Red.\n"]
+    said = ["<image>\nWhat is it?", "A bus.", "What colour?", "Red.\n", "And the last, which nobody answered?"]
     turns = [{"from": ("human", "gpt")[i % 2], "value": text} for i, text in enumerate(said)]
     path = write(tmp_path, "llava.json", [{"id": "1", "image": "000000033471.jpg", "conversations": turns}])
     first, second = converted(tmp_path, "llava", path)
@@ -420,7 +420,9 @@ def test_llava_turns_stand_alone(tmp_path: Path, capsys: pytest.CaptureFixture) 
         "image": "000000033471.jpg", "question": "What is it?", "answer": "A bus.", "category": "image_level",
     }  # fmt: skip
     assert (second["question"], second["answer"]) == ("What colour?", "Red.")
-    assert "Table 7 counts about 361,000: -360,998" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "1 records without an answer left out" in out
+    assert "Table 7 counts about 361,000: -360,997" in out
 
 
 def test_vqa_and_vqg(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
