@@ -18,6 +18,7 @@ Exit code 0: measured; 2: it could not be, in one sentence.
 
 import argparse
 import csv
+import hashlib
 import io
 import json
 import os
@@ -39,8 +40,8 @@ from lion_mini.annotations import Images
 from lion_mini.benchmarks import OPEN, RANKED, ToyScore, kind_of, report, score, table, toy_rows
 from lion_mini.data import split_tags
 from lion_mini.images import draw_boxes, lion_transform, open_image
-from lion_mini.linear import best_dtype
-from lion_mini.lion import DTYPES
+from lion_mini.linear import best_dtype, usable
+from lion_mini.lion import DTYPES, TINY
 from lion_mini.predictions import join, load, part
 from lion_mini.prompts import EVAL_TEMPLATES, TASK_OF, load_templates, render
 from lion_mini.readers import SHIPPED, TASKS, Example, read
@@ -52,6 +53,8 @@ PRESET_OF = {"caption": "caption", "rec": "locate", "reg": "describe"}  # for th
 def main(argv: list[str] | None = None) -> int:
     args = parse(sys.argv[1:] if argv is None else argv)
     try:
+        if args.dtype == "auto":  # what was chosen belongs to the results
+            args.dtype = str(best_dtype(usable(args.device))).removeprefix("torch.")
         if args.task is None:
             return toy_main(args)
         if args.task == "table":
@@ -91,10 +94,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--scenes", type=int, default=200, help="the toy world's held-out scenes")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", default="auto", choices=DTYPES, help="auto: bfloat16 where it is fast")
-    args = parser.parse_args(argv)
-    if args.dtype == "auto":  # what was chosen belongs to the results
-        args.dtype = str(best_dtype(args.device)).removeprefix("torch.")
-    return args
+    return parser.parse_args(argv)
 
 
 # --- asking
@@ -116,6 +116,9 @@ def check(args: argparse.Namespace) -> None:
     place = {"caption": "", "rec": "{expression}"}.get(kind, "{question}")
     if args.template is not None and (place not in args.template or not args.template.strip()):
         raise ValueError(f"--template {args.template!r} has no place for the {place or 'text'}")
+    always = [line for line in (args.template or "").split("\n") if "{history}" not in line and "{hint}" not in line]
+    if args.template is not None and place not in "\n".join(always):
+        raise ValueError(f"--template: give {place} a line of its own; one with {{history}} or {{hint}} goes with them")
     if args.templates is not None and (kind != "rec" or args.template is not None):
         raise ValueError("--templates draws REC instructions; it goes with no other task, nor with --template")
 
@@ -137,6 +140,7 @@ def header(args: argparse.Namespace) -> dict[str, Any]:
     return {
         "task": args.task,
         "weights": str(args.weights),
+        "fingerprint": fingerprint(args.weights),
         "decoding": "ranked" if kind in RANKED else "official" if args.official else "greedy",
         "template": drawn or (args.template if args.template is not None else EVAL_TEMPLATES[kind]),
         "tags": not args.no_tags,
@@ -144,6 +148,20 @@ def header(args: argparse.Namespace) -> dict[str, Any]:
         "dtype": args.dtype,
         "batch_size": args.batch_size,
     }
+
+
+def fingerprint(folder: Path) -> str:
+    """Of a sample of all its bytes: other weights in a folder of the same name are other weights."""
+    folder, found = TINY if folder == Path("tiny") else folder, hashlib.sha256()
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"--weights {folder} has no config.json: it is not a folder of weights.py or train.py")
+    for path in [folder / "config.json", *sorted(folder.glob("*.safetensors"))]:
+        size = path.stat().st_size
+        with open(path, "rb") as file:
+            for i in range(256):
+                file.seek(size * i // 256)
+                found.update(file.read(1024))
+    return found.hexdigest()[:16]
 
 
 def answers(
@@ -193,12 +211,12 @@ def predict(
     todo = [s for s in starts if any(id not in known for id in ids[s : s + args.batch_size])]
     if todo:
         device = args.device if args.device != "cuda" or world == 1 else f"cuda:{os.environ['LOCAL_RANK']}"
-        model = Lion.from_pretrained(args.weights, device, DTYPES[args.dtype], packed=True)
-        if args.no_tags:
-            model.config = replace(model.config, tags="none")
         asked = questions(args, examples)
+        model = opened(args, device)
         mine = path if world == 1 else part(path, rank)
         with open(mine, "a", encoding="utf-8") as file:
+            if mine != path:
+                file.write(json.dumps(first, ensure_ascii=False) + "\n")
             for s in tqdm(todo[rank::world], unit="batch", disable=None if rank == 0 else True):
                 end = s + args.batch_size
                 lines = answers(model, args, examples[s:end], asked[s:end], images)
@@ -210,6 +228,13 @@ def predict(
     if rank == 0:
         join(path, every, first)
     return load(path, every, first) if rank == 0 else {}
+
+
+def opened(args: argparse.Namespace, device: str) -> Lion:
+    model = Lion.from_pretrained(args.weights or "tiny", device, DTYPES[args.dtype], packed=True)
+    if args.no_tags:
+        model.config = replace(model.config, tags="none")
+    return model
 
 
 def gathered() -> tuple[int, int]:
@@ -366,7 +391,10 @@ def can(model: Lion, task: str) -> bool:
 def toy_main(args: argparse.Namespace) -> int:
     if args.scenes < 1:
         raise ValueError(f"--scenes must be at least 1, not {args.scenes}")
-    model = Lion.from_pretrained(args.weights or "tiny", args.device, DTYPES[args.dtype], packed=True)
+    for name in ("ann", "score", "official", "template", "templates", "limit", "skip_missing"):
+        if getattr(args, name):
+            raise ValueError(f"--{name.replace('_', '-')} goes with a benchmark: name it first, as in: eval.py coco")
+    model = opened(args, args.device)
     scores = toy_scores(model, [toy.scene(i, "test") for i in range(args.scenes)])
     print(f"{args.scenes} held-out scenes of the shapes world, computed in {str(model.dtype).removeprefix('torch.')}")
     print(f"{'':22}{'LION':>7}{'blind':>8}   the blind guess")

@@ -17,10 +17,12 @@ on. Exit code 0: all is done; 1: some pictures failed; 2: nothing could be done.
 import argparse
 import glob
 import json
+import os
 import random
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,7 @@ from PIL import Image
 from tqdm import tqdm, trange
 
 from lion_mini import GENERATION, Box, Lion, toy
+from lion_mini.annotations import Images
 from lion_mini.data import Records
 from lion_mini.data import check as check_record
 from lion_mini.images import draw_boxes, open_image
@@ -157,6 +160,10 @@ def look(
 
 def opened(args: argparse.Namespace, pictures: int) -> Lion:
     model = Lion.from_pretrained(args.weights, args.device, DTYPES[args.dtype])
+    if args.use_tags is not None and model.config.tags == "none":
+        raise ValueError(f"--use-tags: {args.weights} answers without tags in its prompt")
+    if args.no_tags:
+        model.config = replace(model.config, tags="none")
     if pictures >= MANY:
         pack(model.tagger() if args.tags else model)
     if args.dtype == "auto":
@@ -172,58 +179,74 @@ def tag_records(args: argparse.Namespace) -> int:
     """
     if args.data.resolve() == args.out.resolve():
         raise ValueError(f"--out {args.out} is the file that --data reads: choose another")
-    source = Records(args.data, args.root, ("image", "region"))
-    done = resume_after(args.out, source)
-    model = opened(args, len(source) - done)
+    source, images = Records(args.data, args.root, ("image", "region")), Images(args.root)
+    done, failed = resume_after(args.out, source)
+    model = opened(args, len(source) - done) if done < len(source) else None
     known: dict[Path, Any] = {}
-    failed = 0
-    with open(args.out, "a", encoding="utf-8") as out:
+    with open(args.out, "a", encoding="utf-8", errors="surrogateescape") as out:
         for start in trange(done, len(source), args.batch_size, unit_scale=args.batch_size, disable=None):
-            records: list[tuple[Any, Path | None]] = []
-            images: dict[Path, Image.Image] = {}
+            lines: list[tuple[Any, str, Path | None]] = []
+            new: dict[Path, Image.Image] = {}
             for i in range(start, min(start + args.batch_size, len(source))):
-                record, path = whole_record(source, i), None
+                (record, line), path = stored(source, i), None
                 try:
-                    fields = check_record(record)
-                    path = None if fields["tags"] is not None else args.root / fields["image"]
-                    if path is not None and path not in known:
-                        images[path], known[path] = open_image(path), []
+                    fields = check_record(source.raw(i))
+                    if fields["tags"] is None:
+                        path = images.path(fields["image"])
+                        if path is None:
+                            raise ValueError(f"the image {fields['image']} is not below {args.root}")
+                        if path not in known:
+                            new[path], known[path] = open_image(path), []
                 except ValueError as error:
                     failed, path = failed + 1, None
                     tqdm.write(f"{args.data}, record {i + 1}: {error}", file=sys.stderr)
-                records.append((record, path))
-            if images:
-                known |= zip(images, model.tag(list(images.values())), strict=True)
-            for record, path in records:
-                out.write(json.dumps(record | {"tags": known[path]} if path else record, ensure_ascii=False) + "\n")
+                lines.append((record, line, path))
+            if new and model is not None:
+                known |= zip(new, model.tag(list(new.values())), strict=True)
+            for record, line, path in lines:
+                out.write((line if path is None else written(record | {"tags": known[path]})) + "\n")
             out.flush()
     tqdm.write(f"{args.out}: {len(source)} records" + f", {failed} of them untagged" * (failed > 0))
     return int(failed > 0)
 
 
-def resume_after(out: Path, source: Records) -> int:
-    """How many records `out` has already; the line that was being written when a run ended is cut off."""
-    if not out.exists():
+def resume_after(out: Path, source: Records) -> tuple[int, int]:
+    """How many records `out` has already, and how many of them without tags; the next one's torn line is cut off."""
+    if out.is_dir():
+        raise ValueError(f"--out {out} is a folder: with --data it is the file to write")
+    if not out.exists() or not out.stat().st_size:
         out.parent.mkdir(parents=True, exist_ok=True)
-        return 0
-    with open(out, "rb+") as file:
-        whole = [line for line in file if line.endswith(b"\n")]
-        file.truncate(sum(map(len, whole)))
-    if whole and len(whole) <= len(source):
-        record, written = whole_record(source, len(whole) - 1), json.loads(whole[-1])
-        if without_tags(record) == without_tags(written):
-            return len(whole)
-    if whole:
+        return 0, 0
+    with open(out, encoding="utf-8", errors="surrogateescape", newline="\n") as file:
+        whole = [line.rstrip("\n") for line in file if line.endswith("\n")]
+    last, line = stored(source, len(whole) - 1) if 0 < len(whole) <= len(source) else (None, None)
+    if line is None or (whole[-1] != line and without_tags(parsed(whole[-1])) != without_tags(last)):
         raise ValueError(f"--out {out} holds something else than the first records of --data: choose another file")
-    return 0
+    os.truncate(out, sum(len(line.encode("utf-8", "surrogateescape")) + 1 for line in whole))
+    untagged = [record for record in map(parsed, whole) if not isinstance(record, dict) or record.get("tags") is None]
+    return len(whole), len(untagged)
 
 
-def whole_record(source: Records, index: int) -> Any:
-    """The record as it stands in the file; a line that is no JSON is an empty one."""
+def stored(source: Records, index: int) -> tuple[Any, str]:
+    """A record, and the line that it is written as; one that is no JSON stays the text that it is."""
     try:
-        return source.raw(index)
+        record = source.raw(index)
+        return record, written(record)
     except ValueError:
-        return {}
+        with open(source.path, "rb") as file:
+            file.seek(source.starts[index])
+            return None, file.readline().decode("utf-8", "surrogateescape").strip()
+
+
+def written(record: Any) -> str:
+    return json.dumps(record, ensure_ascii=False)
+
+
+def parsed(line: str) -> Any:
+    try:
+        return json.loads(line)
+    except ValueError:
+        return None
 
 
 def without_tags(record: Any) -> Any:
@@ -277,6 +300,13 @@ def check(args: argparse.Namespace) -> None:
         raise ValueError(f"--batch-size must be at least 1, not {args.batch_size}")
     if args.use_tags is not None and not args.use_tags.strip(" ,"):
         raise ValueError("--use-tags is empty: for no tags at all say --no-tags")
+    if args.pixels and args.describe is None:
+        raise ValueError("--pixels is for --describe: it says what the four numbers are")
+    for flag in ("caption", "ask", "locate", "describe", "tags"):
+        if getattr(args, flag) and not args.images and args.data is None:
+            raise ValueError(f"--{flag} needs a picture: name one, or a folder of them")
+    if args.tags and (args.no_tags or args.use_tags is not None or args.official):
+        raise ValueError("--tags asks the tagger alone: --use-tags, --no-tags and --official do not go with it")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -288,10 +318,6 @@ def run(args: argparse.Namespace) -> int:
         return demonstrate(args)
     paths = find_images(args.images)
     model = opened(args, len(paths))
-    if args.use_tags is not None and model.config.tags == "none":
-        raise ValueError(f"--use-tags: {args.weights} answers without tags in its prompt")
-    if args.no_tags:
-        model.config = replace(model.config, tags="none")
     failed, out = 0, None
     drawn: set[str] = set()
     bar = tqdm(total=len(paths), unit="image", disable=None if len(paths) > 1 else True)
@@ -305,21 +331,21 @@ def run(args: argparse.Namespace) -> int:
             continue
         if out is None:
             args.out.mkdir(parents=True, exist_ok=True)
-            out = open(args.out / "results.jsonl", "w", encoding="utf-8")  # noqa: SIM115
+            # A file's name need not be text: json reads such bytes back from the escapes that they become.
+            out = open(args.out / "results.jsonl", "w", encoding="utf-8", errors="backslashreplace")  # noqa: SIM115
         out.write(json.dumps(line, ensure_ascii=False) + "\n")
         out.flush()
-        tqdm.write(f"{path}: {readable(job, line)}")
+        tqdm.write(f"{path}: {readable(job, line)}".encode("utf-8", "backslashreplace").decode())
         if line["box"] is not None:
-            name = path.stem if path.stem not in drawn else f"{path.stem}-{len(drawn)}"
-            drawn.add(name)
+            names = (f"{path.stem}-{i}" if i else path.stem for i in count())
+            drawn.add(name := next(name for name in names if name not in drawn))
             label = job.text if job.mode == "locate" else line["answer"]
             draw_boxes(image, [(Box(*line["box"]), label)]).save(args.out / f"{name}-box.png")
     bar.close()
-    if out is not None:
-        out.close()
-        tqdm.write(
-            f"{args.out / 'results.jsonl'}: {len(paths) - failed} pictures" + f", {failed} failed" * (failed > 0)
-        )
+    if out is None:
+        raise ValueError(f"not one of the {len(paths)} pictures could be read")
+    out.close()
+    tqdm.write(f"{args.out / 'results.jsonl'}: {len(paths) - failed} pictures" + f", {failed} failed" * (failed > 0))
     return int(failed > 0)
 
 

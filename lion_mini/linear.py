@@ -99,6 +99,15 @@ def has_bfloat16() -> bool:
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
+def usable(device: str | torch.device) -> torch.device:
+    """The device, if this machine has it and this PyTorch can use it; else a ValueError."""
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError) as error:
+        why = str(error).split("\n")[0].split(". ")[0]
+        raise ValueError(f"the device {str(device)!r} cannot be used: {why}; cpu always can") from None
+
+
 def best_dtype(device: str | torch.device) -> torch.dtype:
     kind = torch.device(device).type
     fast = has_bfloat16() if kind == "cpu" else kind == "cuda" and torch.cuda.is_bf16_supported()

@@ -27,7 +27,7 @@ from .config import EOS, IGNORE, PAD, LionConfig
 from .files import Undrawn, check_tensors, read_ahead, read_lines, read_shards, to_float
 from .generate import GENERATION, Generation, generate, log_likelihoods
 from .images import lion_transform, ram_from_lion, ram_transform
-from .linear import best_dtype, pack, to_int8
+from .linear import best_dtype, pack, to_int8, usable
 from .prompts import EVAL_TEMPLATES, PLACEHOLDER, Box, render, tag_sentence
 from .qformer import QFormer
 from .ram import Ram, select
@@ -120,14 +120,19 @@ class Lion(nn.Module):
         """
         if dtype == torch.float16:
             raise ValueError("T5 overflows in float16: use bfloat16, or float32")
+        device = usable(device)
         if dtype == "auto":
             dtype = best_dtype(device)
         folder = TINY if str(folder) == "tiny" else Path(folder)
         if not (folder / "config.json").is_file():
             raise ValueError(f"{folder} has no config.json: it is not a folder that weights.py convert wrote")
         read_ahead(folder)
-        config = LionConfig.from_json((folder / "config.json").read_text(encoding="utf-8"))
-        text = Text.from_folder(folder, tagger=config.ram is not None)
+        try:
+            config = LionConfig.from_json((folder / "config.json").read_text(encoding="utf-8"))
+            text = Text.from_folder(folder, tagger=config.ram is not None)
+            text.check(config)
+        except ValueError as error:
+            raise ValueError(str(error) if str(folder) in str(error) else f"{folder}: {error}") from None
         model = cls.plan(config, text)
         tensors = read_shards(folder, device, dtype)
         if any(tensor.dtype == torch.int8 for tensor in tensors.values()):
@@ -135,7 +140,6 @@ class Lion(nn.Module):
         expected = model.state_dict()
         check_tensors(folder, {k: v.shape for k, v in tensors.items()}, {k: v.shape for k, v in expected.items()})
         model.load_state_dict(tensors, strict=True, assign=True)
-        text.check(config)
         if packed:
             del tensors
             pack(model)
@@ -207,6 +211,7 @@ class Lion(nn.Module):
         if self.config.tags == "none":
             return list(questions)
         assert tags is not None
+        check_tags(tags, len(questions))
         soft = self.config.tags == "soft"
         return [tag_sentence(one, soft) + question for one, question in zip(tags, questions, strict=True)]
 
@@ -268,8 +273,12 @@ class Lion(nn.Module):
         tasks: Sequence[str],
     ) -> tuple[Tensor, Tensor]:  # -> (b, t, v), (b, t)
         """The logits of every answer token given the ones before it, and the labels, IGNORE where padded."""
+        if len(answers) != len(questions) or isinstance(answers, str):
+            raise ValueError(f"answers must be one text per question: found {len(answers)} for {len(questions)}")
         if tags is None and self.config.tags != "none":
             tags = self.tag_pixels(pixels)
+        if tags is not None:
+            check_tags(tags, len(questions))
         prompts = [self.training_prompt(q, t) for q, t in zip(questions, tags or [""] * len(questions), strict=True)]
         states, mask, task = self.encode(pixels, prompts, questions, tasks)
         labels = self.pad([self.answer_ids(answer) for answer in answers], IGNORE)[0]
@@ -317,9 +326,9 @@ class Lion(nn.Module):
         segment: int = 32,
     ) -> list[list[float]]:
         """The log-likelihood of each sample's candidates, `</s>` included: the greatest is the answer."""
-        if len(candidates) != len(questions) or not all(candidates):
-            raise ValueError("candidates must be one list per question, none of them empty")
-        ids = [[self.answer_ids(text) for text in texts] for texts in candidates]
+        if len(candidates) != len(questions) or not all(candidates) or any(isinstance(c, str) for c in candidates):
+            raise ValueError("candidates must be one list of texts per question, none of them empty")
+        ids = [[self.text.pieces.encode(text) for text in texts] for texts in candidates]
         return log_likelihoods(self.t5, *self.see(pixels, questions, tags, tasks), ids, segment)
 
     # --- tags
@@ -380,6 +389,7 @@ class Lion(nn.Module):
         elif tags is None:
             scored = self.scored_tags(images)
         else:
+            check_tags(tags, len(questions))
             scored = [[(tag, 1.0) for tag in (one.split(", ") if isinstance(one, str) else one)] for one in tags]
         prompts = self.prompts(questions, [[tag for tag, _ in one] for one in scored])
         encoded = self.encode(pixels, [self.text.pieces.encode(prompt) for prompt in prompts], questions, tasks)
@@ -406,6 +416,14 @@ class Lion(nn.Module):
     def describe(self, image: Image.Image, box: Box) -> str:
         prompt = render(EVAL_TEMPLATES["reg"], box=box)
         return self.respond([image], [prompt], ["region"], GENERATION["describe"])[0].text
+
+
+def check_tags(tags: Tags, count: int) -> None:
+    if isinstance(tags, str) or len(tags) != count:
+        raise ValueError(f"tags must be one list or text per question, found {tags!r:.60} for {count}")
+    for i, one in enumerate(tags):
+        if PLACEHOLDER in one or any(PLACEHOLDER in tag for tag in one):
+            raise ValueError(f"the tags of question {i} hold {PLACEHOLDER}, which is the soft prompt's place")
 
 
 def check_questions(questions: Sequence[str]) -> None:

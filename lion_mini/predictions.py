@@ -4,7 +4,8 @@
     {"id": "391895", "prompt": "A short image description:", "text": "a man on a motorbike"}
     {"id": "60623", ...                                  torn by a kill: as if it had never been begun
 
-Several processes write a part each, which `join` brings into the examples' order.       next: ../eval.py
+Several processes write a part each, below the same line, which `join` brings into the examples' order.
+next: ../eval.py
 """
 
 import json
@@ -22,7 +23,7 @@ def join(path: Path, ids: Sequence[str], first: dict[str, Any]) -> None:
     parts = sorted(path.parent.glob(part(path, "*").name))
     known = load(path, ids, first) if path.exists() else {}
     for other in parts:
-        known |= load(other, ids, None)
+        known |= load(other, ids, first)
     lines = [first, *(known[id] for id in ids if id in known)]
     text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
     if not path.exists() or path.read_text(encoding="utf-8") != text:

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import socket
 import subprocess
 import sys
@@ -339,6 +340,31 @@ def test_two_processes_write_the_same_file(run: Run, tmp_path: Path, golden_fold
     assert not list((tmp_path / "two").glob("*part*"))
 
 
+def test_predictions_belong_to_the_weights_that_made_them(run: Run, tmp_path: Path, golden_folder: Path) -> None:
+    """Not to their folder's name; and what other weights left unjoined is not taken for these."""
+    folder, path = tmp_path / "mine", pope_file(tmp_path)
+    shutil.copytree(golden_folder, folder)
+    command = ("pope_random", "--ann", path, "--weights", folder)
+    assert run(*command, weights=False)[0] == 0
+    file = tmp_path / "results" / "pope_random.jsonl"
+    whole = lines(file)
+    file.rename(file.with_name("pope_random.part1.jsonl"))
+    (tensors,) = folder.glob("*.safetensors")
+    content = bytearray(tensors.read_bytes())
+    content[-(len(content) // 20) :] = bytes(len(content) // 20)
+    tensors.write_bytes(content)
+    code, _, error = run(*command, weights=False)
+    assert code == 2
+    assert f"pope_random.part1.jsonl was made with another fingerprint, '{whole[0]['fingerprint']}' and not" in error
+    file.with_name("pope_random.part1.jsonl").rename(file)
+    code, _, error = run(*command, weights=False)
+    assert code == 2
+    assert "pope_random.jsonl was made with another fingerprint" in error
+    shutil.rmtree(folder)
+    assert "mine has no config.json" in run(*command, weights=False)[2]
+    assert run("pope_random", "--ann", path, "--score", file, weights=False)[0] == 0
+
+
 def test_a_limit_can_be_raised_and_lowered(run: Run, tmp_path: Path) -> None:
     command = ("pope_random", "--ann", pope_file(tmp_path), "--batch-size", 2)
     assert "pope_random, 3 examples" in run(*command, "--limit", 3)[1]
@@ -387,6 +413,9 @@ def test_bad_input_is_one_sentence(run: Run, tmp_path: Path) -> None:
         (["pope_random", "--ann", path, "--score", silent], "line 1: it has neither text nor scores"),
         (["pope_random", "--ann", path, "--score", tmp_path / "no"], "cannot be read: No such file"),
         (["pope_random", "--ann", path, "--templates", path], "--templates draws REC instructions"),
+        (["pope_random", "--ann", path, "--device", "nowhere"], "the device 'nowhere' cannot be used"),
+        (["visdial", "--ann", path, "--template", "{history} {question}"], "give {question} a line of its own"),
+        (["--official"], "--official goes with a benchmark"),
     ):
         code, _, error = run(*args)
         assert code == 2, args
@@ -411,6 +440,22 @@ def test_missing_pictures_are_counted(run: Run, tmp_path: Path) -> None:
 
 
 # --- the shapes world
+
+
+def test_the_toy_is_asked_without_tags(monkeypatch: pytest.MonkeyPatch) -> None:
+    prompts: list[str] = []
+    respond = Lion.respond
+
+    def heard(self: Lion, *args: Any) -> list[Answer]:
+        answers = respond(self, *args)
+        prompts.extend(answer.prompt for answer in answers)
+        return answers
+
+    monkeypatch.setattr(Lion, "respond", heard)
+    for flags, tagged in (([], True), (["--no-tags"], False)):
+        prompts.clear()
+        assert script.main(["--scenes", "1", *flags]) == 0
+        assert all(("tags" in prompt) == tagged for prompt in prompts)
 
 
 def test_toy_scores_of_one_who_knows(golden_model: Lion, monkeypatch: pytest.MonkeyPatch) -> None:

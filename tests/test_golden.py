@@ -202,6 +202,13 @@ def test_ranking_is_the_sum_of_log_likelihoods(golden_model: Lion, facts: dict, 
             assert score == pytest.approx(-loss.item() * len(golden_model.answer_ids(text)), rel=1e-5)
 
 
+def test_long_candidates_count_to_their_end(golden_model: Lion, facts: dict, numbers: dict[str, Tensor]) -> None:
+    pixels, questions, tags, tasks = inputs(facts, numbers, 0)
+    long = "a " * golden_model.config.max_answer_tokens
+    one, other = golden_model.rank(pixels[:1], questions[:1], tags[:1], tasks[:1], [[long + "dog", long + "beer"]])[0]
+    assert one != other
+
+
 # --- what callers get wrong
 
 
@@ -214,12 +221,21 @@ def test_callers_mistakes(golden_model: Lion, facts: dict, numbers: dict[str, Te
         ({"questions": ["a", "b <extra_id_0> c"]}, "question 1 holds <extra_id_0>"),
         ({"pixels": pixels[:, :, :-1]}, r"pixels must be \(b, 3, 56, 56\)"),
         ({"pixels": pixels[:1]}, "one per question"),
+        ({"tags": "red, blue"}, "tags must be one list or text per question, found 'red, blue' for 2"),
+        ({"tags": [["red"]]}, "tags must be one list or text per question"),
+        ({"tags": [["red"], ["a <extra_id_0>"]]}, "tags of question 1 hold <extra_id_0>"),
+        ({"tags": ["red", "a <extra_id_0>"]}, "tags of question 1 hold <extra_id_0>"),
     ):
         arguments: dict[str, Any] = {"pixels": pixels, "questions": questions, "tags": tags, "tasks": tasks} | change
         with pytest.raises(ValueError, match=words):
             golden_model.generate(**arguments)
-    with pytest.raises(ValueError, match="one list per question"):
-        golden_model.rank(pixels, questions, tags, tasks, [["a"]])
+    wrong: list[Any] = [[["a"]], [["a"], []], ["yes", "no"]]
+    for candidates in wrong:
+        with pytest.raises(ValueError, match="one list of texts per question"):
+            golden_model.rank(pixels, questions, tags, tasks, candidates)
+    for answers in (["a"], ["a", "b", "c", "d"]):
+        with pytest.raises(ValueError, match=f"one text per question: found {len(answers)} for 2"):
+            golden_model(pixels, questions, answers, tags, tasks)
 
 
 def test_long_questions_are_cut_for_the_qformer_only(golden_model: Lion, numbers: dict[str, Tensor]) -> None:

@@ -1,6 +1,7 @@
 """infer.py as a person calls it: answers, files, and what it says when something is wrong."""
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -166,6 +167,13 @@ def test_a_folder_with_bad_pictures(run: Run, tmp_path: Path, batch: int) -> Non
     assert len(list((tmp_path / "out").glob("*-box.png"))) == 8
 
 
+def test_not_one_picture_is_nothing_done(run: Run, tmp_path: Path) -> None:
+    code, _, error, _ = run(__file__, Path(__file__).parent / "conftest.py")
+    assert code == 2
+    assert "not one of the 2 pictures could be read" in error
+    assert not (tmp_path / "out").exists()
+
+
 def test_batches_answer_like_each_alone(run: Run, tmp_path: Path) -> None:
     odd_pictures(tmp_path / "in")
     _, _, _, alone = run(tmp_path / "in", "--batch-size", 1)
@@ -183,6 +191,18 @@ def test_what_pays_is_packed(run: Run, tmp_path: Path, monkeypatch: pytest.Monke
     for paths, flags in (([PHOTO], []), ([tmp_path], []), ([tmp_path], ["--tags"])):
         assert run(*paths, *flags)[0] == 0
     assert packed == ["Lion", "Ram"]
+
+
+def test_names_that_meet_and_names_that_are_no_text(run: Run, tmp_path: Path) -> None:
+    paths = [tmp_path / name for name in ("a/x-1.png", "b/x.png", "c/x.png", os.fsdecode(b"d/caf\xe9.png"))]
+    for path in paths:
+        path.parent.mkdir(exist_ok=True)
+        open_image(PHOTO).save(path)
+    code, out, _, lines = run(*paths, "--describe", "0.1,0.1,0.6,0.9")
+    assert code == 0
+    assert "caf\\udce9" in out
+    assert [line["image"] for line in lines] == [str(path) for path in paths]
+    assert len(list((tmp_path / "out").glob("*-box.png"))) == 4
 
 
 def test_globs_and_several_paths(run: Run, tmp_path: Path) -> None:
@@ -206,6 +226,10 @@ WRONG: dict[str, tuple[list[object], str]] = {
     "dtype": ([PHOTO, "--dtype", "float16"], "T5 overflows in float16"),
     "no batch": ([PHOTO, "--batch-size", 0], "--batch-size must be at least 1"),
     "no tags": ([PHOTO, "--use-tags", " , "], "--use-tags is empty"),
+    "no picture": (["--ask", "who?"], "--ask needs a picture"),
+    "tags without tags": ([PHOTO, "--tags", "--no-tags"], "--no-tags and --official do not go with it"),
+    "pixels of nothing": ([PHOTO, "--pixels"], "--pixels is for --describe"),
+    "no such device": ([PHOTO, "--device", "nowhere"], "the device 'nowhere' cannot be used"),
 }
 
 
@@ -279,12 +303,12 @@ def test_tags_for_a_training_set(
     assert f"{data}, record 8: " in error
     assert sum(looked) == 3
     tagged = out.read_text()
-    written = [json.loads(line) for line in tagged.splitlines()]
+    written = [json.loads(line) for line in tagged.splitlines()[:7]]
     model = Lion.from_pretrained(golden_folder)
     expected = [tag(model, [open_image(tmp_path / f"{i}.png")])[0] for i in range(3)]
     for i, record in enumerate(records):
         assert written[i] == (record if i in (2, 4) else record | {"tags": expected[i % 3]})
-    assert written[7] == {}
+    assert tagged.splitlines()[7] == "no json"
 
     whole = tagged.splitlines(keepends=True)
     out.write_text("".join(whole[:3]) + whole[3][:9])
@@ -292,10 +316,20 @@ def test_tags_for_a_training_set(
     assert infer.main([*map(str, argv)]) == 1
     assert out.read_text() == tagged
     assert sum(looked) == 2  # of records 4 to 8 only two pictures are new
+    capsys.readouterr()
+    assert infer.main([*map(str, argv), "--device", "nowhere"]) == 1  # nothing is left to do: no model is opened
+    assert "8 records, 2 of them untagged" in capsys.readouterr().out
+    for foreign in ('[{"image": "0.png"}]', "one\ntwo", "{}\n" * 3):
+        out.write_text(foreign)
+        assert infer.main([*map(str, argv)]) == 2
+        assert "holds something else than the first records of --data" in capsys.readouterr().err
+        assert out.read_text() == foreign
+    out.write_text(tagged)
     data.write_text(lines[1])
     for words, flags in (
         ("holds something else than the first records of --data", argv),
         ("is the file that --data reads", [*argv, "--out", data]),
+        ("is a folder: with --data it is the file to write", [*argv, "--out", tmp_path]),
         ("--data is for --tags", argv[1:]),
         ("give pictures to look at, or a file of records", [PHOTO, *argv]),
     ):
