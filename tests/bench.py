@@ -18,6 +18,7 @@ Without transformers its column stays empty. Tokenisers and vocabularies are the
 """
 
 import argparse
+import copy
 import json
 import os
 import shutil
@@ -287,8 +288,11 @@ def tag(args: argparse.Namespace, dtype: str) -> list[Row]:
 
 
 def whole(args: argparse.Namespace, dtype: str) -> list[Row]:
-    """Pictures to captions and boxes: what `Lion.caption` and `Lion.locate` do, for one picture and for eight."""
+    """Pictures to captions and boxes: what `Lion.caption` and `Lion.locate` do, for one picture and for eight.
+
+    Packed, as for many pictures, and plain, as infer.py opens a model for a few."""
     model = lion(TINY if args.quick else BASE, dtype)
+    plain = copy.deepcopy(model)
     side = model.config.vit.image_size
     picture = Image.effect_noise((2 * side, side), 64).convert("RGB")
     settings = {"caption": Generation(max_new_tokens=4 if args.quick else 30)}
@@ -300,11 +304,10 @@ def whole(args: argparse.Namespace, dtype: str) -> list[Row]:
     cases = []
     for b in (1, 2 if args.quick else 8):
         for kind, (prompt, task) in asked.items():
-            run = lambda b=b, kind=kind, prompt=prompt, task=task: model.respond(
-                [picture] * b, [prompt] * b, [task] * b, settings[kind]
-            )
             work = whole_work(model, b, prompt, settings[kind].max_new_tokens)
-            cases.append(Case(f"{kind}, batch {b}", run, None, work))
+            for how, one in (("", model), (", plain", plain)):
+                run = partial(one.respond, [picture] * b, [prompt] * b, [task] * b, settings[kind])
+                cases.append(Case(f"{kind}, batch {b}{how}", run, None, work))
     pixels = torch.randn(1, 3, side, side)
     same(lambda: model.see(pixels, ["a"], [["a"]], ["image"])[0], model)
     return race("lion", dtype, cases, args, rounds=3)
