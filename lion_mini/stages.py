@@ -131,6 +131,10 @@ def begin(
     do where their number differs: only a merge makes two of one. `dtype` is for what is frozen.
     """
     configs = [read_config(folder) for folder in init]
+    if len(init) == 2:
+        last = configs[1].made_by.split("\n")[-1]  # without the aggregator nothing else tells them apart
+        if configs[0].visual_input != "image" or configs[1].visual_input == "all" or last.startswith("stage 1: "):
+            raise ValueError(f"{init[0]} and {init[1]} are not of stage 1 and stage 2: give stage 1's folder first")
     config = replace(configs[0], **stage.model, made_by="")
     if len(init) == 2 and config.adapters == 1:
         config = replace(config, adapter_width=2 * config.adapter_width)

@@ -459,6 +459,9 @@ def test_the_toy_run_and_its_ablations(
     assert len(exported) == len(trained(tmp_path / "run" / "stage3")) + 1
     assert train.main(argv) == 2  # a folder is not trained over
     assert train.main([*argv, "--resume"]) == 0  # there is nothing left to do
+    if "--single-stage" not in flags:
+        with pytest.raises(ValueError, match="give stage 1's folder first"):
+            begin(STAGES[3], [tmp_path / "run" / name for name in ("stage2", "stage1")], seed=0)
 
 
 def test_who_made_it(tmp_path: Path) -> None:
