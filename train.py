@@ -348,6 +348,25 @@ def sources(stage: Stage, args: argparse.Namespace, held_out: bool = False) -> l
 # --- the command line
 
 
+def check(args: argparse.Namespace) -> None:
+    """Refuse numbers that make no run, and flags that would change nothing: `made_by` would claim what never was."""
+    for name in ("batch", "steps", "micro_batch", "save_every", "keep", "draw_every", "workers"):
+        value, least = getattr(args, name), 0 if name == "workers" else 1
+        if value is not None and value < least:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, not {value}")
+    for name, idle in (
+        ("tags", (1, 2, 4)),
+        ("no_router", (1, 2, 4)),
+        ("no_aggregator", (1, 4)),
+        ("from_scratch", STAGES),
+        ("single_stage", STAGES),
+    ):
+        if args.stage in idle and getattr(args, name):
+            raise ValueError(f"--{name.replace('_', '-')} changes nothing with --stage {args.stage}: leave it out")
+    if args.held_out and args.data == ["toy"]:
+        raise ValueError("--held-out is for files of records, and changes nothing with --data toy: leave it out")
+
+
 def plan(args: argparse.Namespace, team: Team) -> Iterator[tuple[int, Stage, list[Path], list[str], Path]]:
     """The stages to run: number, recipe, folders to begin with, parts to begin anew all the same, folder to write."""
     toy = args.data == ["toy"]
@@ -386,7 +405,7 @@ def changed(stage: Stage, args: argparse.Namespace) -> Stage:
         model["visual_input"] = "image"
     if args.no_router and model:
         model["adapters"] = 1
-    if model.get("tags") == "soft":
+    if args.tags and model.get("tags") == "soft":
         model["tags"] = args.tags
     given = {name: getattr(args, name) for name in ("batch", "steps", "lr", "warmup", "mean")}
     if args.quick:
@@ -417,7 +436,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     how.add_argument("--seed", type=int, default=0)
     parts = parser.add_argument_group("ablations")
     parts.add_argument("--no-aggregator", action="store_true", help="image-level visual tokens only")
-    parts.add_argument("--tags", choices=("soft", "plain", "none"), default="soft", help="plain: no soft prompt")
+    parts.add_argument("--tags", choices=("soft", "plain", "none"), help="default: soft; plain: no soft prompt")
     parts.add_argument("--no-router", action="store_true", help="both adapters added, for both levels")
     parts.add_argument("--single-stage", action="store_true", help="everything at once, for as many steps")
     machine = parser.add_argument_group("the machine")
@@ -452,6 +471,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     usual = {name: signal.getsignal(name) for name in (signal.SIGINT, signal.SIGTERM)}
     team = gathered(args)
     try:
+        check(args)
         for number, stage, init, new, out in plan(args, team):
             for name in usual:  # not before: stage 0 has nothing to save
                 signal.signal(name, heard)

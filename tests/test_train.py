@@ -707,7 +707,20 @@ def test_a_user_is_told_what_is_missing(
         (["--stage", "1", "--init", "a", "b"], "--init takes one folder"),
         (["--stage", "1", "--init", str(tmp_path / "none")], "has no config.json"),
         (["--stage", "4", "--init", str(stage0)], "soft prompt: fine-tuning begins with a whole LION"),
+        (["--stage", "4", "--tags", "soft"], "--tags changes nothing with --stage 4: leave it out"),
+        (["--stage", "2", "--no-router"], "--no-router changes nothing with --stage 2"),
+        (["--stage", "1", "--no-aggregator"], "--no-aggregator changes nothing with --stage 1"),
+        (["--stage", "3", "--from-scratch"], "--from-scratch changes nothing with --stage 3"),
+        (["--stage", "3", "--single-stage"], "--single-stage changes nothing with --stage 3"),
+        (["--held-out", "a.json"], "--held-out is for files of records"),
+        (["--micro-batch", "0"], "--micro-batch must be at least 1, not 0"),
+        (["--save-every", "0"], "--save-every must be at least 1, not 0"),
+        (["--draw-every", "0"], "--draw-every must be at least 1, not 0"),
+        (["--keep", "-1"], "--keep must be at least 1, not -1"),
+        (["--steps", "0"], "--steps must be at least 1, not 0"),
+        (["--batch", "0"], "--batch must be at least 1, not 0"),
+        (["--workers", "-1"], "--workers must be at least 0, not -1"),
     ):
-        code = train.main([*argv, "--out", str(tmp_path / "run"), "--steps", "1", "--batch", "1", "--device", "cpu"])
+        code = train.main(["--out", str(tmp_path / "run"), "--steps", "1", "--batch", "1", "--device", "cpu", *argv])
         said = capsys.readouterr().err
         assert (code, words in said) == (2, True), said
