@@ -235,7 +235,7 @@ def learn(
     checkpoints, metrics = out / "checkpoints", out / "metrics.jsonl"
     tell = say if lead else lambda text: None
     tell(f"stage {number} -> {out}\n{overview(model, origin, stage)}")
-    state = restore(checkpoints, trained, optimizer, settings, tell) or State()
+    state = restore(checkpoints, trained, optimizer, settings, lead, tell) or State()
     if lead:
         out.mkdir(parents=True, exist_ok=True)
         trim(metrics, state.step)

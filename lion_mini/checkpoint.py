@@ -93,10 +93,16 @@ def flush(folder: Path) -> None:
 
 
 def restore(
-    folder: Path, trained: Mapping[str, Tensor], optimizer: Optimizer, settings: Mapping[str, Any], say: Say
+    folder: Path,
+    trained: Mapping[str, Tensor],
+    optimizer: Optimizer,
+    settings: Mapping[str, Any],
+    lead: bool,
+    say: Say,
 ) -> State | None:
     """Put the newest checkpoint that is whole into the parameters and the optimizer; None where there is none.
 
+    A damaged one is renamed by the process that has the `lead`; the others, if they come to it, cannot read it either.
     One that another recipe wrote is refused: with other settings the run would not be the one that was begun.
     """
     for path in sorted(folder.glob(".step-*")):
@@ -108,6 +114,10 @@ def restore(
             weights, found = (load_file(path / f"{name}.safetensors") for name in ("trained", "optimizer"))
         except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
             say(f"{path} is damaged ({error}): the checkpoint before it counts")
+            if lead:  # in its place a whole one shall be written
+                aside = path.with_name(f"damaged-{path.name}")
+                shutil.rmtree(aside, ignore_errors=True)
+                path.rename(aside)
             continue
         for name in sorted(settings.keys() | before.keys()):
             if settings.get(name) != before.get(name):

@@ -546,6 +546,9 @@ def test_a_damaged_checkpoint_is_passed_over(
     assert f"{newest} is damaged" in said
     assert f"going on from {before}" in said
     same(out, whole)
+    kept = sorted(path.name for path in (out / "checkpoints").glob("[!.]*"))
+    assert kept == ["damaged-step-00000008", "step-00000006", "step-00000008"]
+    assert len(load_file(file)) > 0  # written anew
 
 
 def test_another_recipe_does_not_go_on(
