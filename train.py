@@ -9,7 +9,8 @@
     python train.py --stage 2 --init weights/xl --data region.jsonl --images coco --out runs/two
     python train.py --stage 3 --init runs/one runs/two --data image.json region.jsonl --images coco --out runs/lion
     python train.py --stage 4 --init runs/lion --data mine.json --images photos --steps 500 --out runs/mine
-    torchrun --nproc-per-node 8 train.py --stage 2 ...    # the same batch, and so the same training, on 8 GPUs
+    torchrun --nproc-per-node 8 train.py --stage 2 ...    # the same batch on 8 GPUs; with an equal --micro-batch,
+                                                          # to which dropout belongs, also the same training
 
 The recipes stand in lion_mini/stages.py, what a record of --data looks like in lion_mini/data.py. The ablations of the
 paper: --no-aggregator, --tags plain, --tags none, --no-router, --single-stage.
@@ -43,7 +44,7 @@ from torch.optim import AdamW
 from tqdm import tqdm
 
 from lion_mini import GENERATION, Box, Lion, stage0
-from lion_mini.checkpoint import State, history, restore, save, write_result
+from lion_mini.checkpoint import State, fingerprint, history, restore, save, write_result
 from lion_mini.config import IGNORE
 from lion_mini.data import Batch, MicroBatches, Mixture, Records, Source, Toy, collate, loader
 from lion_mini.images import draw_boxes, lion_transform
@@ -219,6 +220,7 @@ def learn(
     half = torch.autocast(device.type, torch.bfloat16, enabled=args.bf16, cache_enabled=False)
     frozen = torch.bfloat16 if args.bf16 and device.type != "cpu" else torch.float32
     model, origin = begin(stage, init, args.seed, new, frozen)
+    begun = fingerprint(init, model)
     model.to(device).recompute(args.recompute)
     trained = choose(model, stage)
     optimizer = AdamW(groups(trained, stage), lr=0.0, betas=(0.9, 0.999), fused=True)
@@ -231,6 +233,7 @@ def learn(
 
     settings = asdict(stage) | {"stage": number, "seed": args.seed, "clip": args.clip}
     settings |= {"bf16": args.bf16, "data": args.data, "ratios": args.ratios}
+    settings |= {"micro_batch": size, "fingerprint of --init": begun}
     settings = json.loads(json.dumps(settings))  # as it will be read again
     checkpoints, metrics = out / "checkpoints", out / "metrics.jsonl"
     tell = say if lead else lambda text: None
@@ -479,6 +482,9 @@ def main(argv: Sequence[str] | None = None) -> int:
                 raise ValueError(f"{out} holds a run already: --resume goes on with it, or choose another --out")
             if not (out / "config.json").exists():
                 learn(number, stage, init, new, out, args, team)
+            elif team.rank == 0:
+                more = f"; --stage 4 --init {out} goes on from it" if number > 2 else ""
+                say(f"{out} is finished already{more}")
     except Stopped:
         return 128 + (SIGNALS[0] if SIGNALS else signal.SIGTERM)
     except KeyboardInterrupt:

@@ -12,7 +12,8 @@ next: train.py
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping
+import zlib
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -119,9 +120,10 @@ def restore(
                 shutil.rmtree(aside, ignore_errors=True)
                 path.rename(aside)
             continue
-        for name in sorted(settings.keys() | before.keys()):
-            if settings.get(name) != before.get(name):
-                raise ValueError(f"{path} was trained with {name} {before.get(name)}, not {settings.get(name)}")
+        for name in sorted(before):  # an older version may have written fewer: what it did not is taken as given
+            if settings.get(name) != before[name]:
+                now = f"{name} {before[name]}, not {settings.get(name)}"
+                raise ValueError(f"{path} was trained with {now}: give what it was begun with, or another --out")
         shapes = {name: tensor.shape for name, tensor in trained.items()}
         check_tensors(path, {name: tensor.shape for name, tensor in weights.items()}, shapes)
         with torch.no_grad():
@@ -136,6 +138,17 @@ def restore(
         say(f"going on from {path}")
         return state
     return None
+
+
+def fingerprint(init: Sequence[Path], model: Lion) -> str:
+    """Of what a run begins with, wherever it lies: who made it, and the first numbers of each frozen tensor.
+
+    In bfloat16, as which a GPU has what a CPU keeps in float32. What trains need not be known: the checkpoint has it.
+    """
+    made_by = "\n".join(read_config(folder).made_by for folder in init)
+    frozen = (tensor for name, tensor in model.state_dict().items() if part_of(name) is None)
+    numbers = torch.cat([tensor.flatten()[:8].bfloat16() for tensor in frozen]).view(torch.int16).numpy().tobytes()
+    return f"{zlib.crc32(numbers, zlib.crc32(made_by.encode())):08x}"
 
 
 def write_result(out: Path, init: Path, model: Lion, made_by: str) -> None:

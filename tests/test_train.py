@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import random
 import re
+import shutil
 import signal
 import socket
 import sys
@@ -556,11 +557,44 @@ def test_another_recipe_does_not_go_on(
 ) -> None:
     argv, out = command(1, stage0, data, tmp_path / "run"), tmp_path / "run"
     assert train.main(argv) == 0
+    assert train.main([*argv, "--resume", "--steps", "9"]) == 0
+    assert capsys.readouterr().err.endswith(f"{out} is finished already\n")
     (out / "config.json").unlink()
+    assert train.main([*argv, "--resume", "--micro-batch", "1"]) == 2
+    assert "was trained with micro_batch 4, not 1" in capsys.readouterr().err
     assert train.main([*argv, "--resume", "--seed", "1"]) == 2
     assert "was trained with seed 0, not 1" in capsys.readouterr().err
     assert train.main(argv) == 2
     assert "--resume goes on with it" in capsys.readouterr().err
+
+
+def test_another_beginning_does_not_go_on(
+    stage0: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, moved = tmp_path / "run", tmp_path / "moved"
+    assert train.main(command(3, stage0, data, out)) == 0
+    again = command(3, shutil.copytree(stage0, moved), data, out, "--resume")
+    assert train.main(again) == 0
+    assert capsys.readouterr().err.endswith(f"{out} is finished already; --stage 4 --init {out} goes on from it\n")
+    (out / "config.json").unlink()
+    assert train.main(again) == 0  # the same under another name
+
+    (out / "config.json").unlink()
+    frozen = load_file(moved / "frozen.safetensors")
+    (moved / "frozen.safetensors").unlink()
+    save_file(frozen | {"vit.positions": frozen["vit.positions"] + 1}, moved / "frozen.safetensors")
+    assert train.main(again) == 2
+    assert "was trained with fingerprint of --init " in capsys.readouterr().err
+    (moved / "frozen.safetensors").unlink()
+    save_file(frozen, moved / "frozen.safetensors")
+    (moved / "config.json").write_text(replace(SIZES, made_by="another").to_json())
+    assert train.main(again) == 2
+    assert "was trained with fingerprint of --init " in capsys.readouterr().err
+    for state in (out / "checkpoints").glob("*/state.json"):  # as they were before it was written
+        facts = json.loads(state.read_text())
+        del facts["settings"]["fingerprint of --init"]
+        state.write_text(json.dumps(facts))
+    assert train.main(again) == 0
 
 
 @pytest.mark.parametrize("name", [signal.SIGTERM, signal.SIGINT])
