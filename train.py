@@ -16,8 +16,9 @@ The recipes stand in lion_mini/stages.py, what a record of --data looks like in 
 paper: --no-aggregator, --tags plain, --tags none, --no-router, --single-stage.
 
 A run's folder gets `metrics.jsonl`, `loss.png`, `samples.png` and `checkpoints/`; when it is done, also what
-`Lion.from_pretrained`, infer.py and `weights.py export` read. Ctrl-C and SIGTERM save first. Order of the data, crops
-and dropout are functions of --seed and the step, so a run gives the same however often it was stopped.
+`Lion.from_pretrained`, infer.py and `weights.py export` read. Ctrl-C and SIGTERM save first; stage 0 alone begins anew.
+Order of the data, crops and dropout are functions of --seed and the step, so a run gives the same however often it was
+stopped.
 """
 
 import argparse
@@ -32,6 +33,7 @@ import textwrap
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -464,7 +466,8 @@ def gathered(args: argparse.Namespace) -> Team:
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(days=7))  # the others wait while one of them runs stage 0
     return Team(dist.get_rank(), dist.get_world_size(), device)
 
 

@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Mapping
 from dataclasses import replace
+from datetime import timedelta
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
@@ -646,6 +647,17 @@ def test_two_processes_are_one_with_twice_the_rounds(stage0: Path, data: Path, t
     assert max((tensor - start[name]).abs().max() for name, tensor in one.items()) > 5e-3  # a thousand times as far
     for name, tensor in one.items():
         assert (tensor - two[name]).abs().max() < 1e-5, name
+
+
+def test_processes_wait_for_stage_0(monkeypatch: pytest.MonkeyPatch) -> None:
+    waits: list[timedelta] = []
+    monkeypatch.setattr("torch.distributed.init_process_group", lambda backend, timeout: waits.append(timeout))
+    monkeypatch.setattr("torch.distributed.get_rank", lambda: 1)
+    monkeypatch.setattr("torch.distributed.get_world_size", lambda: 2)
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert train.gathered(train.parse(["--device", "cpu"])).size == 2
+    assert waits[0] > timedelta(hours=24)  # it takes half an hour, and longer on another machine
 
 
 def test_the_batch_does_not_depend_on_how_it_is_cut(stage0: Path, data: Path, tmp_path: Path) -> None:
