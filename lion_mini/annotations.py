@@ -9,6 +9,7 @@ next: readers.py
 
 import io
 import json
+import os.path
 import pickle
 import struct
 from collections.abc import Iterator, Sequence
@@ -128,10 +129,14 @@ class Images:
 
     def path(self, name: str) -> Path | None:
         if name not in self.found:
-            parts = Path(name).parts
-            ends = (self.root.joinpath(*parts[i:]) for i in range(len(parts)))
-            self.found[name] = next((path for path in ends if path.is_file()), None)
+            self.found[name] = self.look(name)
         return self.found[name]
+
+    def look(self, name: str) -> Path | None:
+        """`path` without its memory, which in every worker of a long training would hold every picture's name."""
+        parts = Path(name).parts
+        ends = (self.root.joinpath(*parts[i:]) for i in range(len(parts)))
+        return next((path for path in ends if os.path.isfile(path)), None)  # Path.is_file raises where it may not look
 
     def without_missing(self, names: Sequence[str | bytes], skip: bool) -> list[bool]:
         """Which of them are there; unless `skip`, a ValueError where one is not."""

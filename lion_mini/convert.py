@@ -216,7 +216,7 @@ def convert(args: argparse.Namespace) -> str:
 def inspect(args: argparse.Namespace) -> str:
     """What a file of records holds, what is wrong in it, and three of its records as a picture."""
     source = Records(args.file, args.images, ("image", "region"))
-    images, counts, wrong, missing = Images(args.images), Counter[str](), list[str](), 0
+    counts, wrong, missing = Counter[str](), list[str](), 0
     longest: list[tuple[int, int, str]] = []
     drawable: list[tuple[Path, dict[str, Any]]] = []
     step = max(1, len(source) // 3)
@@ -227,7 +227,7 @@ def inspect(args: argparse.Namespace) -> str:
             wrong.append(f"record {i}: {error}")
             continue
         counts[f"{fields['task']}_level, {'with' if fields['tags'] is not None else 'without'} tags"] += 1
-        path = images.path(fields["image"])
+        path = source.images.path(fields["image"])
         missing += path is None
         if path is not None and len(drawable) < 3 and i >= step * len(drawable):
             drawable.append((path, fields))

@@ -36,6 +36,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from . import toy
+from .annotations import Images
 from .images import augment, lion_transform, open_image
 from .prompts import PLACEHOLDER, TASK_OF, Box
 
@@ -90,7 +91,7 @@ class Records:
     augments = True
 
     def __init__(self, path: Path, root: Path, tasks: Sequence[str]):
-        self.path, self.root, self.tasks = path, root, tasks
+        self.path, self.images, self.tasks = path, Images(root), tasks
         self.whole: list[Any] | None = None
         self.starts = np.empty(0, np.int64)
         try:
@@ -119,9 +120,13 @@ class Records:
             fields = check(self.raw(index))
             if fields["task"] not in self.tasks:
                 raise ValueError(f"is {fields['task']}-level, which this stage does not train")
-            return Example(open_image(self.root / fields.pop("image")), name=name, **fields)
+            return Example(open_image(self.picture(fields.pop("image"))), name=name, **fields)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
+
+    def picture(self, name: str) -> Path:
+        """Where it is, or should be: who opens it there says that it is missing."""
+        return self.images.look(name) or self.images.root / name
 
     def raw(self, index: int) -> Any:
         if self.whole is not None:

@@ -73,6 +73,7 @@ BAD = [
     (REGION | {"answer": "[10,20,300,400]"}, "is no box"),
     (REGION | {"question": "what is in [0.1,0.2,0.3]?"}, "is no box"),
     ({"image": "missing.png", "question": "what?"}, "missing.png cannot be read: No such file"),
+    ({"image": "long" * 99, "question": "what?"}, "cannot be read: File name too long"),
     ({"image": "broken.png", "question": "what?"}, "broken.png"),
 ]
 
