@@ -260,6 +260,11 @@ class Source(Tensors):
                 found[ours] = name
         return found
 
+    def fits(self, name: str, ours: str, wanted: torch.Size) -> bool:
+        found = self.shapes[name]
+        fewer = self.table is BERT and ours == WORDS and found[1:] == wanted[1:] and found[0] < wanted[0]
+        return found == wanted or fewer
+
 
 # --- convert
 
@@ -337,10 +342,9 @@ def convert(args: argparse.Namespace) -> None:
     if missing:
         raise ValueError(f"no file holds {official_name(missing[0])}, and {len(missing) - 1} more are missing")
     for ours, (source, name) in filled.items():
-        found, wanted = source.shapes[name], plan[ours]
-        if found != wanted and not (source.table is BERT and ours == WORDS and found[0] < wanted[0]):
+        if not source.fits(name, ours, plan[ours]):
             raise ValueError(
-                f"{source.path}: {name} has shape {tuple(found)}, this model needs {tuple(wanted)}: "
+                f"{source.path}: {name} has shape {tuple(source.shapes[name])}, this model needs {tuple(plan[ours])}: "
                 "do the files belong to one size (XL or XXL)?"
             )
     if new:
@@ -387,11 +391,12 @@ def official_name(ours: str) -> str:
 # --- inspect, export
 
 KINDS = {
-    "EVA ViT-g": (EVA, EVA_UNUSED, "vit."),
-    "FlanT5": (T5, T5_UNUSED, "t5."),
-    "RAM": (RAM, RAM_UNUSED, "ram."),
-    "LION": (LION, LION_UNUSED, ""),
-    "BERT": (BERT, BERT_UNUSED, ""),
+    "EVA ViT-g": (EVA, EVA_UNUSED),
+    "FlanT5": (T5, T5_UNUSED),
+    "RAM": (RAM, RAM_UNUSED),
+    "BLIP-2": (BLIP2, BLIP2_UNUSED),  # before LION, which knows as many names of it, and more of its own file
+    "LION": (LION, LION_UNUSED),
+    "BERT": (BERT, BERT_UNUSED),
 }
 
 
@@ -399,7 +404,7 @@ def inspect(args: argparse.Namespace) -> int:
     """Print every tensor's place; 1 if one is unknown or missing, else 0."""
     if (args.path / "config.json").is_file() and "vit" in read_json(args.path / "config.json"):
         return inspect_converted(args.path)
-    sources = {kind: Source(args.path, table, unused) for kind, (table, unused, _) in KINDS.items()}
+    sources = {kind: Source(args.path, *tables) for kind, tables in KINDS.items()}
     known = {k: sum(translate(n, s.table) is not None for n in s.where) for k, s in sources.items()}
     kind = max(known, key=lambda k: known[k])
     source = sources[kind]
@@ -413,7 +418,8 @@ def inspect(args: argparse.Namespace) -> int:
         ours, reason = translate(name, source.table), translate(name, source.unused)
         if ours is not None and ours in model:
             places.add(ours)
-            fault = "" if shape == model[ours].shape else f"  SHAPE DIFFERS: the model has {tuple(model[ours].shape)}"
+            fits = source.fits(name, ours, model[ours].shape)
+            fault = "" if fits else f"  SHAPE DIFFERS: the model has {tuple(model[ours].shape)}"
             print(f"{name} {tuple(shape)} -> {ours}{fault}")
         elif reason is not None:
             fault = ""
@@ -424,18 +430,19 @@ def inspect(args: argparse.Namespace) -> int:
         problems += bool(fault)
     for ours in model:
         theirs = translate(ours, inverted(source.table))
-        if theirs is not None and ours not in places and kind != "BERT":
-            print(f"{theirs} MISSING, for {ours}")
-            problems += 1
+        if theirs is not None and ours not in places:
+            starts = kind in ("BERT", "BLIP-2")  # what stage 1 starts without, it draws
+            print(f"{theirs} {'not there' if starts else 'MISSING'}, for {ours}")
+            problems += not starts
     print(f"{len(places)} used, {len(source.where) - len(places)} not, {problems} problems")
     return int(problems > 0)
 
 
 def guessed_config(kind: str, source: Source) -> LionConfig:
     """XL, or XXL where the file has its width."""
-    probe = {"LION": "t5_proj.weight", "FlanT5": "shared.weight"}.get(kind, "")
+    probe = "shared.weight" if kind == "FlanT5" else "t5_proj.weight"
     shape = source.shapes.get(probe, torch.Size())
-    axis = 0 if kind == "LION" else -1
+    axis = -1 if kind == "FlanT5" else 0
     return PRESETS["xxl" if shape and shape[axis] == PRESETS["xxl"].t5.width else "xl"]
 
 

@@ -291,9 +291,10 @@ def test_stage_1_starts_from_bert(tmp_path: Path, older: bool, capsys: pytest.Ca
     assert torch.equal(found["qformer.layers.1.ff_query.wi.weight"], wi)
     assert torch.equal(found["qformer.norm.bias"], bert["bert.embeddings.LayerNorm.bias"])
     assert not found["t5.encoder.0.ff.adapters.adapters.1.up.weight"].any()
+    assert weights.main(["inspect", str(folder), "--config", str(GOLDEN / "sizes.json")]) == 0  # a word fewer is right
 
 
-def test_stage_1_starts_from_blip2(tmp_path: Path) -> None:
+def test_stage_1_starts_from_blip2(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     lion = torch.load(OFFICIAL / "LION-FlanT5-XL.pth", weights_only=True)["model"]
     blip2 = {k: v for k, v in lion.items() if k.startswith(("Qformer", "query_tokens", "ln_vision", "t5_proj"))}
     torch.save({"model": blip2 | {"Qformer.cls.predictions.bias": torch.zeros(3)}}, tmp_path / "blip2.pth")
@@ -302,6 +303,16 @@ def test_stage_1_starts_from_blip2(tmp_path: Path) -> None:
     for name, tensor in blip2.items():
         if (ours := weights.translate(name, weights.BLIP2)) is not None:
             assert torch.equal(found[ours], tensor.float()), name
+    inspected = ["inspect", str(tmp_path / "blip2.pth"), "--config", str(GOLDEN / "sizes.json")]
+    capsys.readouterr()
+    assert weights.main(inspected) == 0
+    out = capsys.readouterr().out
+    assert f"BLIP-2, {len(blip2) + 1} tensors" in out
+    assert "Qformer.cls.predictions.bias (3,) not used: the word head" in out
+    texts = "Qformer.bert.embeddings.word_embeddings.weight"
+    torch.save({"model": {k: v for k, v in blip2.items() if k != texts}}, tmp_path / "blip2.pth")  # as trained with T5
+    assert weights.main(inspected) == 0
+    assert f"{texts} not there" in capsys.readouterr().out
 
 
 # --- inspect
