@@ -32,7 +32,7 @@ from .annotations import Images, get, load_json, load_lines, rows, whole
 from .data import NUMBERS, Records, check
 from .images import draw_boxes, open_image
 from .prompts import TASK_OF, TEMPLATES, Box, load_templates, render
-from .readers import aokvqa, box_of, captions, refcoco, vqa
+from .readers import any_box_of, aokvqa, captions, refcoco, vqa
 
 Raw = tuple[str, dict[str, str | Box], str]  # picture, what fills the template, answer
 TABLE_7 = {  # sizes that add up to Table 7's: VQG 470K without OCR-VQA, VQA 1.3M with it, captions 524K
@@ -124,9 +124,9 @@ def regions(paths: Sequence[Path]) -> Iterator[tuple[str, str, Box]]:
     """Visual Genome's regions, clamped to the picture, or Shikra's lines of them; empty ones are dropped."""
     if len(paths) == 1 and paths[0].suffix == ".jsonl":
         for where, row in load_lines(paths[0]):
-            box = box_of(row, where, corners=True)
-            name = get(row, "img_path", where).removeprefix("images/").removeprefix("images2/")
-            yield name, get(row, "expression", where).strip(), box
+            box, phrase = any_box_of(row, where, corners=True), get(row, "expression", where).strip()
+            if phrase and written(box):
+                yield get(row, "img_path", where).removeprefix("images/").removeprefix("images2/"), phrase, box
         return
     data = {path: load_json(path) for path in paths}
     parts = {}
@@ -138,7 +138,7 @@ def regions(paths: Sequence[Path]) -> Iterator[tuple[str, str, Box]]:
     pictures = {}
     for where, row in rows(data[parts["pictures"]], parts["pictures"]):
         name = "/".join(get(row, "url", where).split("/")[-2:])  # VG_100K or VG_100K_2 stands only there
-        pictures[whole(row, "image_id", where)] = (name, whole(row, "width", where), whole(row, "height", where))
+        pictures[whole(row, "image_id", where)] = name, {side: whole(row, side, where) for side in ("width", "height")}
     for where, row in rows(data[parts["regions"]], parts["regions"]):
         for i, region in enumerate(get(row, "regions", where, list)):
             here = f"{where}, region {i}"
@@ -146,9 +146,10 @@ def regions(paths: Sequence[Path]) -> Iterator[tuple[str, str, Box]]:
             number = whole(region, "image_id", here) if named else whole(row, "id", where)
             if number not in pictures:
                 raise ValueError(f"{here}: the image {number} is not in {parts['pictures']}")
-            name, across, down = pictures[number]
-            x, y, w, h = (get(region, key, here, (int, float)) for key in ("x", "y", "width", "height"))
-            box, phrase = Box.from_pixels(x, y, x + w, y + h, across, down), get(region, "phrase", here).strip()
+            name, size = pictures[number]
+            bbox = [get(region, key, here, (int, float)) for key in ("x", "y", "width", "height")]
+            box = any_box_of({"bbox": bbox}, here, corners=False, size=size)
+            phrase = get(region, "phrase", here).strip()
             if phrase and written(box):
                 yield name, phrase, box
 

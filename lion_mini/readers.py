@@ -295,16 +295,22 @@ def refcoco(paths: Sequence[Path], split: str) -> list[Example]:
 
 
 def box_of(row: Any, where: str, corners: bool, size: Any = None) -> Box:
-    """`bbox` in pixels, as two corners or as a corner with width and height."""
-    x, y, a, b = numbers(row, "bbox", 4, where)
-    width, height = (get(row if size is None else size, name, where, (int, float)) for name in ("width", "height"))
-    try:
-        box = Box.from_pixels(x, y, a if corners else x + a, b if corners else y + b, width, height)
-    except ValueError as error:
-        raise ValueError(f"{where}: {error}") from None
+    """`any_box_of` that has an area: without one no answer could be right."""
+    box = any_box_of(row, where, corners, size)
     if not box.area:
+        width, height = ((size or row)[name] for name in ("width", "height"))
         raise ValueError(f"{where}: the bbox {row['bbox']} covers nothing of an image of {width} x {height}")
     return box
+
+
+def any_box_of(row: Any, where: str, corners: bool, size: Any = None) -> Box:
+    """`bbox` in pixels, as two corners or as a corner with width and height."""
+    x, y, a, b = numbers(row, "bbox", 4, where)
+    width, height = (get(size or row, name, where, (int, float)) for name in ("width", "height"))
+    try:
+        return Box.from_pixels(x, y, a if corners else x + a, b if corners else y + b, width, height)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
 
 
 def refer(path: Path, instances: Path, split: str) -> list[Example]:

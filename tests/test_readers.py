@@ -486,8 +486,15 @@ def test_visual_genome(tmp_path: Path) -> None:
     assert "[0.000,0.200,0.500,1.000]" in reg["question"]
     assert reg["category"] == "region_level"
     line = {"img_path": "images2/VG_100K_2/61512.jpg", "expression": "the clock", "bbox": [0, 120, 400, 600]}
-    shikra = write(tmp_path, "GC_genome196_train.jsonl", [line | {"width": 800, "height": 600}], lines=True)
-    assert converted(tmp_path, "vg", shikra) == [rec]
+    boxes = [0, 120, 400, 600], [1, 1, 1, 20], [0, 2, 0.3, 40], [9, 9, 3, 3]  # nothing, nothing once written, inverted
+    lines = [line | {"width": 800, "height": 600, "bbox": box} for box in boxes]
+    assert converted(tmp_path, "vg", write(tmp_path, "GC_genome196_train.jsonl", lines, lines=True)) == [rec]
+    for part, key, value in ((1, "width", 0), (0, "x", float("nan"))):
+        files = [json.loads(path.read_text()) for path in paths]
+        (files[part][0] if part else files[0][0]["regions"][1])[key] = value
+        names = [write(tmp_path, f"{i}.json", data) for i, data in enumerate(files)]
+        with pytest.raises(ValueError, match=rf"0\.json, record 0, region {1 - part}: pixel box .* has no fractions"):
+            list(convert.regions(names))
 
 
 def test_refcoco_for_training(tmp_path: Path) -> None:
