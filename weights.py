@@ -313,8 +313,11 @@ def convert(args: argparse.Namespace) -> None:
     if args.dtype not in DTYPES:
         why = "T5 overflows in float16; " if args.dtype == "float16" else ""
         raise ValueError(f"--dtype {args.dtype}: {why}there are {', '.join(DTYPES)}")
-    if args.ram and not (args.ram_tags and args.ram_thresholds):
-        raise ValueError("--ram needs --ram-tags and --ram-thresholds, the two text files beside it")
+    tagger = args.ram, args.ram_tags, args.ram_thresholds
+    if any(tagger) and not all(tagger):
+        raise ValueError("--ram needs --ram-tags and --ram-thresholds, the two text files beside it: give all or none")
+    if args.lion and args.blip2:
+        raise ValueError(f"--blip2 {args.blip2} starts a Q-Former, which --lion has trained: give one of the two")
     texts = [args.bert / "vocab.txt", args.t5 / "tokenizer.json"]
     texts += [args.ram_tags, args.ram_thresholds] if args.ram else []
     for path in [*texts, args.config or args.t5 / "config.json"]:
@@ -337,6 +340,7 @@ def convert(args: argparse.Namespace) -> None:
     filled: dict[str, tuple[Source, str]] = {}
     for source in sources:
         filled |= {ours: (source, name) for ours, name in source.targets(model.state_dict()).items()}
+    torch.manual_seed(0)  # the same files make the same start
     new = {} if args.lion else {name: tensor for name, tensor in fresh(config, model) if name not in filled}
     missing = [name for name in plan if name not in filled and name not in new]
     if missing:

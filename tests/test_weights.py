@@ -280,6 +280,8 @@ def test_stage_1_starts_from_bert(tmp_path: Path, older: bool, capsys: pytest.Ca
     folder, bert = bert_folder(tmp_path, config, older)
     assert convert(tmp_path / "out", lion=None, bert=folder, ram=None, ram_tags=None, ram_thresholds=None) == 0
     assert "freshly initialised" in capsys.readouterr().out
+    assert convert(tmp_path / "again", lion=None, bert=folder, ram=None, ram_tags=None, ram_thresholds=None) == 0
+    assert (tmp_path / "again" / SHARD).read_bytes() == (tmp_path / "out" / SHARD).read_bytes()
     model = Lion.from_pretrained(tmp_path / "out")
     assert model.ram is None
     found = model.state_dict()
@@ -447,6 +449,8 @@ BAD = {
     "config": (text_file("c.json", "config", '{"vit": {"depht": 3}}'), "config.vit.depht is unknown"),
     "half precision": (lambda _: {"dtype": "float16"}, "T5 overflows in float16"),
     "no thresholds": (lambda _: {"ram_thresholds": None}, "--ram needs --ram-tags and --ram-thresholds"),
+    "no tagger": (lambda _: {"ram": None}, "--ram needs --ram-tags and --ram-thresholds"),
+    "two Q-Formers": (lambda _: {"blip2": "nowhere.pth"}, "--blip2 nowhere.pth starts a Q-Former, which --lion has"),
 }  # fmt: skip
 
 
