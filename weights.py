@@ -359,14 +359,17 @@ def convert(args: argparse.Namespace) -> None:
     if args.dtype == "int8":
         to_int8(stored)
     layout = stored.state_dict()
+    scales: dict[str, Tensor] = {}  # of weights already written: a scale may come much later, and is small
 
     def value(name: str) -> Tensor:
         """What is stored under this name: the tensor itself, or one half of a weight in eight bits."""
         part, _, kind = name.rpartition(".")
         if name in plan and layout[name].dtype != torch.int8:
             return read(name)
-        rounded, scale = quantise(read(f"{part}.weight"), DTYPES[args.dtype])
-        return scale if kind == "scale" else rounded
+        if name in scales:
+            return scales.pop(name)
+        rounded, scales[f"{part}.scale"] = quantise(read(f"{part}.weight"), DTYPES[args.dtype])
+        return rounded if kind == "weight" else scales.pop(name)  # before a weight that is no whole blocks of 64 bytes
 
     def read(ours: str) -> Tensor:
         if ours in new:

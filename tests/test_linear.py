@@ -11,6 +11,7 @@ from torch import Tensor, nn
 import eval as script
 import weights
 from lion_mini import GENERATION, Lion, toy
+from lion_mini.files import read_shards
 from lion_mini.layers import attention
 from lion_mini.linear import Int8Linear, PackedLinear, best_dtype, pack, quantise, to_int8
 from lion_mini.lion import TINY
@@ -94,6 +95,25 @@ def test_int8_folder(int8_folder: Path, golden_folder: Path) -> None:
     blocks = [one for name, one in mapped.named_parameters() if one.nbytes % 64 == 0]
     assert len(blocks) > 20
     assert all(one.data_ptr() % 64 == 0 for one in blocks)  # where the processor reads fastest
+
+
+def test_a_weight_is_rounded_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or twice where its scale comes before it, which is so at no real size: whole blocks of 64 bytes come first."""
+    rounded = []
+
+    def counted(weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        rounded.append(weight.shape)
+        return quantise(weight, dtype)
+
+    monkeypatch.setattr(weights, "quantise", counted)
+    assert convert(tmp_path / "out", dtype="int8") == 0
+    stored = read_shards(tmp_path / "out", "cpu", None)
+    blocks = [tensor.nbytes % 64 == 0 for tensor in stored.values()]
+    assert blocks == sorted(blocks, reverse=True)
+    place = {name: i for i, name in enumerate(stored)}
+    small = [name for name, tensor in stored.items() if tensor.dtype == torch.int8]
+    scales = {name.removesuffix("weight") + "scale": name for name in small}
+    assert len(rounded) == len(scales) + sum(place[scale] < place[weight] for scale, weight in scales.items())
 
 
 def test_int8_in_memory_is_int8_on_disk(int8_folder: Path, golden_folder: Path) -> None:
