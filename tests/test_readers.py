@@ -413,7 +413,15 @@ def converted(
 
 
 def test_llava_turns_stand_alone(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    said = ["<image>\nWhat is it?", "A bus.", "What colour?", "Red.\n", "And the last, which nobody answered?"]
+    said = [
+        "<image>\nWhat is it?",
+        "A bus.",
+        "What colour?",
+        "Red.\n",
+        "<image>",
+        "A street.",
+        "And the last, unanswered?",
+    ]
     turns = [{"from": ("human", "gpt")[i % 2], "value": text} for i, text in enumerate(said)]
     path = write(tmp_path, "llava.json", [{"id": "1", "image": "000000033471.jpg", "conversations": turns}])
     first, second = converted(tmp_path, "llava", path)
@@ -422,8 +430,8 @@ def test_llava_turns_stand_alone(tmp_path: Path, capsys: pytest.CaptureFixture) 
     }  # fmt: skip
     assert (second["question"], second["answer"]) == ("What colour?", "Red.")
     out = capsys.readouterr().out
-    assert "1 records without an answer left out" in out
-    assert "Table 7 counts about 361,000: -360,997" in out
+    assert "2 records without a question or without an answer left out" in out
+    assert "Table 7 counts about 361,000: -360,996" in out
 
 
 def test_vqa_and_vqg(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -436,6 +444,13 @@ def test_vqa_and_vqg(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     assert turned["answer"] == "What sport?"
     assert "ride" in turned["question"]
     assert "Table 7 counts 9,009: -9,008" in capsys.readouterr().out
+    questions, annotations = (json.loads(path.read_text()) for path in paths)
+    questions["questions"].append(questions["questions"][0] | {"question_id": 5})
+    annotations["annotations"].append({"question_id": 5, "answers": []})
+    paths = write(tmp_path, "q.json", questions), write(tmp_path, "a.json", annotations)
+    for kind, expected in (("vqa", asked), ("vqg", turned)):
+        assert converted(tmp_path, "okvqa", *paths, as_=kind) == [expected]
+        assert "1 records without a question or without an answer left out" in capsys.readouterr().out
 
 
 def test_ocrvqa_trains_on_split_1(tmp_path: Path) -> None:
