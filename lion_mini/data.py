@@ -19,6 +19,7 @@ mirrored, and a category that is neither level is an error. `python -m lion_mini
 official ones, `inspect` looks at one.                                                  next: stages.py
 """
 
+import codecs
 import json
 import random
 import re
@@ -96,7 +97,7 @@ class Records:
         self.starts = np.empty(0, np.int64)
         try:
             with open(path, "rb") as file:
-                first = file.read(4096).lstrip()[:1]
+                first = file.read(4096).removeprefix(codecs.BOM_UTF8).lstrip()[:1]
                 file.seek(0)
                 if first == b"[":
                     self.whole = json.load(file)
@@ -144,15 +145,18 @@ def check(record: Any) -> dict[str, Any]:
     """A record's fields in our names, by the release's rules; ValueError for what nobody could train from."""
     if not isinstance(record, dict):
         raise ValueError(f"a record is a JSON object, not {record!r:.40}")
-    image = next((record[key] for key in ("image", "image_path", "image_id") if record.get(key)), None)
+    key = next((key for key in ("image", "image_path", "image_id") if record.get(key)), None)
     question, answer, tags = record.get("question"), record.get("answer", ""), record.get("tags")
     category = record.get("category", "image_level")
     if isinstance(answer, list):
         answer = answer[0] if answer else ""
     if isinstance(tags, str):
         tags = split_tags(tags)
-    if not isinstance(image, str):
+    if key is None:
         raise ValueError("it has no image")
+    if not isinstance(image := record[key], str):
+        kind = "a number" if isinstance(image, (int, float)) else "not text"
+        raise ValueError(f"its {key} is {image!r:.40}, {kind}, and must be a path")
     if not isinstance(question, str) or not question.strip():
         raise ValueError("it has no question")
     if PLACEHOLDER in question:

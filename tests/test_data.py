@@ -62,7 +62,8 @@ def test_the_releases_records(record: dict[str, Any], expected: dict[str, Any]) 
 BAD = [
     ("text", "a record is a JSON object"),
     ({"question": "what?"}, "it has no image"),
-    ({"image": 7, "question": "what?"}, "it has no image"),
+    ({"image_id": 42, "question": "what?"}, "its image_id is 42, a number, and must be a path"),
+    ({"image": ["0.png"], "question": "what?"}, "its image is ['0.png'], not text, and must be a path"),
     ({"image": "0.png", "answer": "a"}, "it has no question"),
     ({"image": "0.png", "question": "  "}, "it has no question"),
     ({"image": "0.png", "question": "what is <extra_id_0>?"}, "holds <extra_id_0>"),
@@ -123,6 +124,9 @@ def test_list_and_lines_are_the_same_records(folder: Path) -> None:
     for i in range(12):
         one, two = (source.read(i, random.Random()) for source in (lines, whole))
         assert (one.question, one.answer) == (two.question, two.answer) == (f"question {i}", str(i))
+    for source in (lines, whole):  # as some editors begin a text
+        source.path.write_bytes(b"\xef\xbb\xbf" + source.path.read_bytes())
+        assert [Records(source.path, folder, BOTH).raw(i) for i in range(12)] == whole.whole
 
 
 # --- order
