@@ -174,7 +174,7 @@ def released(path: Path) -> Iterator[dict[str, Any]]:
         try:
             fields = check(source.raw(i))
         except ValueError as error:
-            raise ValueError(f"{path}, record {i}: {error}") from None
+            raise ValueError(f"{path}, record {i + 1}: {error}") from None
         tags = {} if fields["tags"] is None else {"tags": fields["tags"]}
         plain = {name: fields[name] for name in ("image", "question", "answer")}
         yield {**plain, "category": f"{fields['task']}_level", **tags}
@@ -220,20 +220,20 @@ def inspect(args: argparse.Namespace) -> str:
     source = Records(args.file, args.images, ("image", "region"))
     counts, wrong, missing = Counter[str](), list[str](), 0
     longest: list[tuple[int, int, str]] = []
-    drawable: list[tuple[Path, dict[str, Any]]] = []
+    drawable: list[tuple[int, Path, dict[str, Any]]] = []
     step = max(1, len(source) // 3)
     for i in range(len(source)):
         try:
             fields = check(source.raw(i))
         except ValueError as error:
-            wrong.append(f"record {i}: {error}")
+            wrong.append(f"record {i + 1}: {error}")
             continue
         counts[f"{fields['task']}_level, {'with' if fields['tags'] is not None else 'without'} tags"] += 1
         path = source.images.path(fields["image"])
         missing += path is None
         if path is not None and len(drawable) < 3 and i >= step * len(drawable):
-            drawable.append((path, fields))
-        longest = sorted([*longest, (len(fields["question"].split()), i, fields["question"])], reverse=True)[:3]
+            drawable.append((i + 1, path, fields))
+        longest = sorted([*longest, (len(fields["question"].split()), i + 1, fields["question"])], reverse=True)[:3]
     lines = [f"{args.file}: {len(source):,} records"]
     lines += [f"  {count:,} {what}" for what, count in sorted(counts.items())]
     lines += [f"  {missing:,} whose picture is not below {args.images}"]
@@ -243,11 +243,14 @@ def inspect(args: argparse.Namespace) -> str:
     lines += [f"  {words} words in the question of record {i}: {question:.70}" for words, i, question in longest]
     if drawable:
         sheet = Image.new("RGB", (1080, 360), "white")
-        for i, (path, fields) in enumerate(drawable):
+        for i, (number, path, fields) in enumerate(drawable):
             found = [Box.parse(text) for text in NUMBERS.findall(f"{fields['question']} {fields['answer']}")]
-            picture = draw_boxes(open_image(path), [(box, "") for box in found if box])
-            picture.thumbnail((352, 290))
-            sheet.paste(picture, (i * 360 + 4, 4))
+            try:
+                picture = draw_boxes(open_image(path), [(box, "") for box in found if box])
+                picture.thumbnail((352, 290))
+                sheet.paste(picture, (i * 360 + 4, 4))
+            except ValueError as error:
+                lines.append(f"  record {number}: {error}")
             ImageDraw.Draw(sheet).text(
                 (i * 360 + 4, 300), f"{fields['question']:.55}\n{fields['answer']:.55}", fill="black"
             )

@@ -588,7 +588,13 @@ def test_inspect(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     assert "3 records" in out
     assert "1 whose picture is not below" in out
     assert "1 that cannot be used, 1 of them for a box out of range" in out
+    assert "record 2: [0.1,0.2,1.5,0.3] is no box" in out  # the number that training gives it
+    assert "words in the question of record 3:" in out
     assert Image.open(picture).width == 1080
+    damaged = tmp_path / "images" / found[0]["image"]
+    damaged.write_bytes(damaged.read_bytes()[:60])
+    assert convert.main(command) == 0
+    assert f"  record 1: {damaged} cannot be read" in capsys.readouterr().out
     (tmp_path / "empty.jsonl").touch()
     assert convert.main(["inspect", str(tmp_path / "empty.jsonl")]) == 2
     assert "holds no record" in capsys.readouterr().err
