@@ -84,7 +84,7 @@ def rows(data: Any, path: Path, name: str = "") -> Iterator[tuple[str, Any]]:
     listed = get(data, name, str(path), list) if name else data
     if not isinstance(listed, list):
         raise ValueError(f"{path}: expected a list of records, found {listed!r:.40}")
-    for i, record in enumerate(listed):
+    for i, record in enumerate(listed, 1):
         yield f"{path}, {name + ' ' if name else ''}record {i}", record
 
 

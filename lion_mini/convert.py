@@ -141,7 +141,7 @@ def regions(paths: Sequence[Path]) -> Iterator[tuple[str, str, Box]]:
         name = "/".join(get(row, "url", where).split("/")[-2:])  # VG_100K or VG_100K_2 stands only there
         pictures[whole(row, "image_id", where)] = name, {side: whole(row, side, where) for side in ("width", "height")}
     for where, row in rows(data[parts["regions"]], parts["regions"]):
-        for i, region in enumerate(get(row, "regions", where, list)):
+        for i, region in enumerate(get(row, "regions", where, list), 1):
             here = f"{where}, region {i}"
             named = isinstance(region, dict) and "image_id" in region  # not in Visual Genome's first version
             number = whole(region, "image_id", here) if named else whole(row, "id", where)

@@ -365,7 +365,7 @@ def mmbench(paths: Sequence[Path]) -> list[Example]:
     raw = {row.get("index"): row.get("image") or "" for row in table}
     decoded: dict[str, bytes] = {}
     found = []
-    for i, row in enumerate(table):
+    for i, row in enumerate(table, 1):
         where = f"{path}, record {i}"
         index, question, ability = (get(row, name, where) for name in ("index", "question", "l2-category"))
         key = get(row, "image", where)

@@ -106,7 +106,7 @@ def test_aokvqa(tmp_path: Path) -> None:
     (found,) = readers.read("aokvqa", [write(tmp_path, "l.json", [lavis])])
     assert (found.image, found.group) == (lavis["image"], "")
     del row["direct_answers"]  # as in the test file, whose answers are hidden
-    with pytest.raises(ValueError, match=r"b\.json, record 0: the field direct_answers is missing"):
+    with pytest.raises(ValueError, match=r"b\.json, record 1: the field direct_answers is missing"):
         readers.read("aokvqa", [write(tmp_path, "b.json", [row])])
 
 
@@ -300,10 +300,10 @@ def test_broken_files_are_one_sentence(tmp_path: Path) -> None:
     row = {"question_id": "1", "question": "Q", "answer": "no", "image": "1.jpg"}
     path = tmp_path / "x.json"
     for text, words in (
-        (json.dumps([row, row | {"question": 3}]), "record 1: question is 3"),
-        (json.dumps([row, {"question_id": "2"}]), "record 1: the field image is missing"),
+        (json.dumps([row, row | {"question": 3}]), "record 2: question is 3"),
+        (json.dumps([row, {"question_id": "2"}]), "record 2: the field image is missing"),
         (json.dumps([row, row]), "the id 1 stands there twice"),
-        (json.dumps([row, 7]), "record 1: expected an object with question_id, found 7"),
+        (json.dumps([row, 7]), "record 2: expected an object with question_id, found 7"),
         (json.dumps([row])[:-5], "is not whole JSON"),
         ("[]", "there is no example in it"),
         ("", "is empty"),
@@ -508,7 +508,7 @@ def test_visual_genome(tmp_path: Path) -> None:
         files = [json.loads(path.read_text()) for path in paths]
         (files[part][0] if part else files[0][0]["regions"][1])[key] = value
         names = [write(tmp_path, f"{i}.json", data) for i, data in enumerate(files)]
-        with pytest.raises(ValueError, match=rf"0\.json, record 0, region {1 - part}: pixel box .* has no fractions"):
+        with pytest.raises(ValueError, match=rf"0\.json, record 1, region {2 - part}: pixel box .* has no fractions"):
             list(convert.regions(names))
 
 
