@@ -31,7 +31,6 @@ from PIL import Image
 from tqdm import tqdm, trange
 
 from lion_mini import GENERATION, Box, Lion, toy
-from lion_mini.annotations import Images
 from lion_mini.data import Records
 from lion_mini.data import check as check_record
 from lion_mini.images import draw_boxes, open_image
@@ -179,7 +178,7 @@ def tag_records(args: argparse.Namespace) -> int:
     """
     if args.data.resolve() == args.out.resolve():
         raise ValueError(f"--out {args.out} is the file that --data reads: choose another")
-    source, images = Records(args.data, args.root, ("image", "region")), Images(args.root)
+    source = Records(args.data, args.root, ("image", "region"))
     done, failed = resume_after(args.out, source)
     model = opened(args, len(source) - done) if done < len(source) else None
     known: dict[Path, Any] = {}
@@ -191,12 +190,9 @@ def tag_records(args: argparse.Namespace) -> int:
                 (record, line), path = stored(source, i), None
                 try:
                     fields = check_record(source.raw(i))
-                    if fields["tags"] is None:
-                        path = images.path(fields["image"])
-                        if path is None:
-                            raise ValueError(f"the image {fields['image']} is not below {args.root}")
-                        if path not in known:
-                            new[path], known[path] = open_image(path), []
+                    path = None if fields["tags"] is not None else source.picture(fields["image"])
+                    if path is not None and path not in known:
+                        new[path], known[path] = open_image(path), []
                 except ValueError as error:
                     failed, path = failed + 1, None
                     tqdm.write(f"{args.data}, record {i + 1}: {error}", file=sys.stderr)

@@ -50,6 +50,7 @@ from lion_mini.checkpoint import State, fingerprint, history, restore, save, wri
 from lion_mini.config import IGNORE
 from lion_mini.data import Batch, MicroBatches, Mixture, Records, Source, Toy, collate, loader
 from lion_mini.images import draw_boxes, lion_transform
+from lion_mini.linear import usable
 from lion_mini.lion import TINY
 from lion_mini.stages import PARTS, STAGES, TOY, Stage, begin, choose, groups, part_of, rate
 
@@ -461,8 +462,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 def gathered(args: argparse.Namespace) -> Team:
     """This process alone, or those that torchrun started."""
     if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
-        return Team(device=torch.device(args.device))
-    device = torch.device(args.device)
+        return Team(device=usable(args.device))
+    device = usable(args.device)
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
@@ -475,9 +476,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse(sys.argv[1:] if argv is None else argv)
     SIGNALS.clear()
     usual = {name: signal.getsignal(name) for name in (signal.SIGINT, signal.SIGTERM)}
-    team = gathered(args)
     try:
         check(args)
+        team = gathered(args)
         for number, stage, init, new, out in plan(args, team):
             for name in usual:  # not before: stage 0 has nothing to save
                 signal.signal(name, heard)

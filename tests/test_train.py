@@ -769,6 +769,7 @@ def test_a_user_is_told_what_is_missing(
         (["--steps", "0"], "--steps must be at least 1, not 0"),
         (["--batch", "0"], "--batch must be at least 1, not 0"),
         (["--workers", "-1"], "--workers must be at least 0, not -1"),
+        (["--device", "nowhere"], "the device 'nowhere' cannot be used"),
     ):
         code = train.main(["--out", str(tmp_path / "run"), "--steps", "1", "--batch", "1", "--device", "cpu", *argv])
         said = capsys.readouterr().err
