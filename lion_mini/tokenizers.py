@@ -13,23 +13,18 @@ and the models were trained with it. Only characters younger than Unicode 8 may 
 next: images.py
 """
 
-import base64
 import json
 import math
 import re
-import struct
 import unicodedata
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import partial
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
-# Unicode's White_Space; Python's own notion holds four control characters more.
-_SPACE = "\t\n\v\f\r \x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000" + "".join(map(chr, range(0x2000, 0x200B)))
-# Joiners, Thai and Lao AM, half-width voicing marks and skin tones attach to what they follow, like accents.
-_JOINING = "\u200c\u200d\u0e33\u0eb3\uff9e\uff9f" + "".join(map(chr, range(0x1F3FB, 0x1F400)))
+from .normalise import NORMALIZERS, PRE_TOKENIZERS, SPACE, get, read_metaspace, read_steps
+
 _CHINESE = re.compile(  # the blocks that BERT's authors chose
     "[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0002a6df\U0002a700-\U0002b81f\U0002b920-\U0002ceaf"
     "\U0002f800-\U0002fa1f]"
@@ -93,9 +88,9 @@ class _Splitter:
             if token.single_word and (_in_word(text[:start][-1:]) or _in_word(text[end:][:1])):
                 continue
             if token.lstrip:
-                start = len(text[:start].rstrip(_SPACE))
+                start = len(text[:start].rstrip(SPACE))
             if token.rstrip:
-                end = len(text) - len(text[end:].lstrip(_SPACE))
+                end = len(text) - len(text[end:].lstrip(SPACE))
             if done < start:
                 yield done, text[done:start]
             yield start, token.id
@@ -108,161 +103,6 @@ def _in_word(char: str) -> bool:
     kind = unicodedata.category(char or " ")
     letter = kind[0] in "LM" or char.islower() or char.isupper()  # circled letters, too, have a case
     return letter or kind in ("Nd", "Nl", "Pc") or char in ("\u200c", "\u200d")
-
-
-# --- the steps that a tokenizer.json may declare
-
-Normalizer = Callable[[str], str]
-PreTokenizer = Callable[[str, bool], list[tuple[str, bool]]]  # the flag: is this where the whole text begins?
-
-
-class _Precompiled:
-    """sentencepiece's normalisation (NFKC and rules of its own): full width to half width, tabs to spaces, ...
-
-    The rules are a trie over UTF-8 bytes, stored as Darts' double array, and then their right-hand sides, each ended
-    by a zero. A unit of the array holds the byte that leads to it, the offset of its children (child = node ^ offset ^
-    byte) and whether a rule ends here; then child 0 holds the position of the right-hand side.
-    """
-
-    def __init__(self, encoded: str):
-        try:
-            data = base64.b64decode(encoded, validate=True)
-            size = struct.unpack_from("<I", data)[0]
-            self.units = struct.unpack_from(f"<{size // 4}I", data, 4)
-            self.strings = data[4 + size :]
-        except (struct.error, ValueError):
-            raise ValueError("precompiled_charsmap is not a trie and its strings in base64") from None
-        if not self.units or not self.strings.endswith(b"\0"):
-            raise ValueError("precompiled_charsmap is cut off")
-
-    def __call__(self, text: str) -> str:
-        """A character and its marks are looked up whole if they are short, else one by one."""
-        out = []
-        for cluster in _clusters(text):
-            whole = self.find(cluster) if len(_utf8(cluster)) < 6 else None
-            out += [whole] if whole is not None else [c if (rule := self.find(c)) is None else rule for c in cluster]
-        return "".join(out)
-
-    def find(self, text: str) -> str | None:
-        """What the *shortest* rule that begins `text` makes of all of it: the accent on a ligature is lost."""
-        node = self.units[0] >> 10
-        for byte in _utf8(text):
-            node ^= byte
-            if node >= len(self.units) or self.units[node] & 0x800000FF != byte:
-                return None
-            rule_ends = self.units[node] >> 8 & 1
-            node ^= self.units[node] >> 10
-            if rule_ends:
-                start = self.units[node] & 0x7FFFFFFF
-                return self.strings[start : self.strings.index(b"\0", start)].decode()
-        return None
-
-
-def _utf8(text: str) -> bytes:
-    return text.encode("utf-8", "surrogatepass")
-
-
-def _clusters(text: str) -> Iterator[str]:
-    """Grapheme clusters, as far as `_Precompiled` can tell: those of Hangul, flags and emoji have 6 bytes or more."""
-    start = 0
-    for i in range(1, len(text)):
-        before, char = text[i - 1], text[i]
-        if char < "\x80":
-            joined = before + char == "\r\n"
-        else:
-            mark = char in _JOINING or unicodedata.category(char)[0] == "M"
-            joined = mark and (before in _JOINING or unicodedata.category(before) not in ("Cc", "Cf", "Zl", "Zp"))
-        if not joined:
-            yield text[start:i]
-            start = i
-    yield text[start:]
-
-
-def _replace(pattern: re.Pattern[str], content: str, text: str) -> str:
-    return pattern.sub(lambda _: content, text)
-
-
-def _strip(left: bool, right: bool, text: str) -> str:
-    text = text.lstrip(_SPACE) if left else text
-    return text.rstrip(_SPACE) if right else text
-
-
-def _whitespace_split(text: str, first: bool) -> list[tuple[str, bool]]:
-    return [(word[0], first and word.start() == 0) for word in re.finditer(f"[^{_SPACE}]+", text)]
-
-
-@dataclass(frozen=True)
-class _Metaspace:
-    """A space becomes a visible mark that belongs to the word behind it: "a dog" is ▁a, ▁dog."""
-
-    mark: str
-    prepend: str  # a mark where there is no space: "always", to the "first" word of a text, or "never"
-    split: bool
-
-    def __call__(self, text: str, first: bool) -> list[tuple[str, bool]]:
-        text = text.replace(" ", self.mark)
-        if (self.prepend == "always" or (self.prepend == "first" and first)) and not text.startswith(self.mark):
-            text = self.mark + text
-        if not self.split:
-            return [(text, first)]
-        head, *rest = text.split(self.mark)
-        return [(head, first), *((self.mark + word, False) for word in rest)]
-
-
-# --- reading them
-
-
-def _get(data: Any, key: str, kind: type, default: Any = None) -> Any:
-    value = data.get(key, default) if isinstance(data, dict) else None
-    if type(value) is not kind:
-        name = {dict: "an object", list: "a list", str: "a string", int: "a whole number", bool: "true or false"}[kind]
-        raise ValueError(f"{key} must be {name}, found {value!r:.60}")
-    return value
-
-
-def _read_replace(spec: Any) -> Normalizer:
-    pattern = _get(spec, "pattern", dict)
-    text = _get(pattern, "Regex", str) if "Regex" in pattern else re.escape(_get(pattern, "String", str))
-    try:
-        return partial(_replace, re.compile(text), _get(spec, "content", str))
-    except re.error as error:
-        raise ValueError(f"the pattern {text!r} of Replace is not a regular expression: {error}") from None
-
-
-def _read_metaspace(spec: Any) -> _Metaspace:
-    older = "always" if _get(spec, "add_prefix_space", bool, True) else "never"  # how older files say it
-    step = _Metaspace(
-        _get(spec, "replacement", str), _get(spec, "prepend_scheme", str, older), _get(spec, "split", bool, True)
-    )
-    if len(step.mark) != 1:
-        raise ValueError(f"replacement must be one character, found {step.mark!r}")
-    if step.prepend not in ("always", "first", "never"):
-        raise ValueError(f"prepend_scheme must be always, first or never, found {step.prepend!r}")
-    return step
-
-
-_NORMALIZERS: dict[str, Callable[[Any], Normalizer]] = {
-    "Precompiled": lambda spec: _Precompiled(_get(spec, "precompiled_charsmap", str)),
-    "Replace": _read_replace,
-    "Strip": lambda spec: partial(_strip, _get(spec, "strip_left", bool), _get(spec, "strip_right", bool)),
-}
-_PRE_TOKENIZERS: dict[str, Callable[[Any], PreTokenizer]] = {
-    "Metaspace": _read_metaspace,
-    "WhitespaceSplit": lambda spec: _whitespace_split,
-}
-
-
-def _read_steps(name: str, spec: Any, known: Mapping[str, Callable[[Any], Any]]) -> list[Any]:
-    """The steps that stand at one key of a tokenizer.json, sequences unrolled."""
-    if spec is None:
-        return []
-    kind = _get(spec, "type", str)
-    if kind == "Sequence":
-        parts = _get(spec, name.replace("_", "") + "s", list)
-        return [step for part in parts for step in _read_steps(name, part, known)]
-    if kind not in known:
-        raise ValueError(f"the {name} {kind!r} is unknown here; there are {', '.join(known)} and Sequence")
-    return [known[kind](spec)]
 
 
 # --- the tokenizers
@@ -281,15 +121,15 @@ class UnigramTokenizer:
     """
 
     def __init__(self, data: Any):
-        model = _get(data, "model", dict)
+        model = get(data, "model", dict)
         if model.get("type", "Unigram") != "Unigram" or model.get("byte_fallback"):
             raise ValueError(f"model must be Unigram without byte_fallback, found {model.get('type')!r:.60}")
-        scored = _get(model, "vocab", list)
+        scored = get(model, "vocab", list)
         for i, pair in enumerate(scored):
             fits = isinstance(pair, list) and [*map(type, pair)] in ([str, float], [str, int])
             if not fits or not pair[0] or not math.isfinite(pair[1]):
                 raise ValueError(f"model.vocab[{i}] must be a piece and its score, found {pair!r:.60}")
-        self.unk_id: int = _get(model, "unk_id", int)
+        self.unk_id: int = get(model, "unk_id", int)
         if not 0 <= self.unk_id < len(scored):
             raise ValueError(f"unk_id is {self.unk_id}, but model.vocab has {len(scored)} pieces")
         self.pieces = {piece: (id, float(score)) for id, (piece, score) in enumerate(scored)}
@@ -298,11 +138,11 @@ class UnigramTokenizer:
         self.cuts: dict[str, list[int]] = {}  # of the words seen last: few make up most of a text
         self.tokens = dict(enumerate(piece for piece, _ in scored))
 
-        self.normalizers = _read_steps("normalizer", data.get("normalizer"), _NORMALIZERS)
-        self.pre_tokenizers = _read_steps("pre_tokenizer", data.get("pre_tokenizer"), _PRE_TOKENIZERS)
-        (self.decoder,) = _read_steps("decoder", _get(data, "decoder", dict), {"Metaspace": _read_metaspace})
+        self.normalizers = read_steps("normalizer", data.get("normalizer"), NORMALIZERS)
+        self.pre_tokenizers = read_steps("pre_tokenizer", data.get("pre_tokenizer"), PRE_TOKENIZERS)
+        (self.decoder,) = read_steps("decoder", get(data, "decoder", dict), {"Metaspace": read_metaspace})
 
-        added = [self._add(spec) for spec in _get(data, "added_tokens", list)]
+        added = [self._add(spec) for spec in get(data, "added_tokens", list)]
         self.special = {token.content: token.id for token in added if token.special}
         for name in ("<pad>", "</s>", "<extra_id_0>"):
             if name not in self.special:
@@ -312,13 +152,13 @@ class UnigramTokenizer:
         self.split_normal = _Splitter({self.normalise(token.content): token for token in added if token.normalized})
 
     def _add(self, spec: Any) -> _Added:
-        content, id = _get(spec, "content", str), _get(spec, "id", int)
+        content, id = get(spec, "content", str), get(spec, "id", int)
         expected = self.pieces[content][0] if content in self.pieces else len(self.tokens)
         if id != expected:
             raise ValueError(f"added_tokens gives {content!r} the id {id}, where model.vocab leads to {expected}")
         self.tokens[id] = content
         flags = ("special", "lstrip", "rstrip", "single_word", "normalized")
-        return _Added(content, id, **{flag: _get(spec, flag, bool, False) for flag in flags})
+        return _Added(content, id, **{flag: get(spec, flag, bool, False) for flag in flags})
 
     @classmethod
     def from_file(cls, path: str | PathLike[str]) -> "UnigramTokenizer":
