@@ -41,7 +41,7 @@ from lion_mini.benchmarks import OPEN, RANKED, ToyScore, kind_of, report, score,
 from lion_mini.data import split_tags
 from lion_mini.images import draw_boxes, lion_transform, open_image
 from lion_mini.linear import best_dtype, usable
-from lion_mini.lion import DTYPES, TINY
+from lion_mini.lion import DTYPES, TINY, Text
 from lion_mini.predictions import join, load, part
 from lion_mini.prompts import EVAL_TEMPLATES, TASK_OF, load_templates, render
 from lion_mini.readers import SHIPPED, TASKS, Example, read
@@ -53,6 +53,8 @@ PRESET_OF = {"caption": "caption", "rec": "locate", "reg": "describe"}  # for th
 def main(argv: list[str] | None = None) -> int:
     args = parse(sys.argv[1:] if argv is None else argv)
     try:
+        if args.device == "cuda" and "LOCAL_RANK" in os.environ:
+            args.device = f"cuda:{os.environ['LOCAL_RANK']}"
         if args.dtype == "auto":  # what was chosen belongs to the results
             args.dtype = str(best_dtype(usable(args.device))).removeprefix("torch.")
         if args.task is None:
@@ -114,11 +116,14 @@ def check(args: argparse.Namespace) -> None:
         raise ValueError(f"--sheet must be at least 0, not {args.sheet}")
     kind = kind_of(args.task)
     place = {"caption": "", "rec": "{expression}"}.get(kind, "{question}")
-    if args.template is not None and (place not in args.template or not args.template.strip()):
-        raise ValueError(f"--template {args.template!r} has no place for the {place or 'text'}")
-    always = [line for line in (args.template or "").split("\n") if "{history}" not in line and "{hint}" not in line]
-    if args.template is not None and place not in "\n".join(always):
-        raise ValueError(f"--template: give {place} a line of its own; one with {{history}} or {{hint}} goes with them")
+    if args.template is not None:
+        if place not in args.template or not args.template.strip():
+            raise ValueError(f"--template {args.template!r} has no place for the {place or 'text'}")
+        always = [line for line in args.template.split("\n") if "{history}" not in line and "{hint}" not in line]
+        if place not in "\n".join(always):
+            raise ValueError(
+                f"--template: {place} needs a line of its own; one with {{history}} or {{hint}} may be left out"
+            )
     if args.templates is not None and (kind != "rec" or args.template is not None):
         raise ValueError("--templates draws REC instructions; it goes with no other task, nor with --template")
 
@@ -151,11 +156,12 @@ def header(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def fingerprint(folder: Path) -> str:
-    """Of a sample of all its bytes: other weights in a folder of the same name are other weights."""
+    """Of a sample of its bytes, wherever it lies: other weights in a folder of the same name are other weights."""
     folder, found = TINY if folder == Path("tiny") else folder, hashlib.sha256()
     if not (folder / "config.json").is_file():
         raise ValueError(f"--weights {folder} has no config.json: it is not a folder of weights.py or train.py")
-    for path in [folder / "config.json", *sorted(folder.glob("*.safetensors"))]:
+    texts = [folder / name for name in ("config.json", *Text.FILES) if (folder / name).is_file()]
+    for path in [*texts, *sorted(folder.glob("*.safetensors"))]:
         size = path.stat().st_size
         with open(path, "rb") as file:
             for i in range(256):
@@ -210,9 +216,8 @@ def predict(
     starts = range(0, len(examples), args.batch_size)
     todo = [s for s in starts if any(id not in known for id in ids[s : s + args.batch_size])]
     if todo:
-        device = args.device if args.device != "cuda" or world == 1 else f"cuda:{os.environ['LOCAL_RANK']}"
         asked = questions(args, examples)
-        model = opened(args, device)
+        model = opened(args)
         mine = path if world == 1 else part(path, rank)
         with open(mine, "a", encoding="utf-8") as file:
             if mine != path:
@@ -230,8 +235,8 @@ def predict(
     return load(path, every, first) if rank == 0 else {}
 
 
-def opened(args: argparse.Namespace, device: str) -> Lion:
-    model = Lion.from_pretrained(args.weights or "tiny", device, DTYPES[args.dtype], packed=True)
+def opened(args: argparse.Namespace) -> Lion:
+    model = Lion.from_pretrained(args.weights or "tiny", args.device, DTYPES[args.dtype], packed=True)
     if args.no_tags:
         model.config = replace(model.config, tags="none")
     return model
@@ -394,7 +399,7 @@ def toy_main(args: argparse.Namespace) -> int:
     for name in ("ann", "score", "official", "template", "templates", "limit", "skip_missing"):
         if getattr(args, name):
             raise ValueError(f"--{name.replace('_', '-')} goes with a benchmark: name it first, as in: eval.py coco")
-    model = opened(args, args.device)
+    model = opened(args)
     scores = toy_scores(model, [toy.scene(i, "test") for i in range(args.scenes)])
     print(f"{args.scenes} held-out scenes of the shapes world, computed in {str(model.dtype).removeprefix('torch.')}")
     print(f"{'':22}{'LION':>7}{'blind':>8}   the blind guess")

@@ -189,12 +189,12 @@ def tag_records(args: argparse.Namespace) -> int:
             for i in range(start, min(start + args.batch_size, len(source))):
                 (record, line), path = stored(source, i), None
                 try:
-                    fields = check_record(source.raw(i))
+                    fields = check_record(source.raw(i) if record is None else record)
                     path = None if fields["tags"] is not None else source.picture(fields["image"])
                     if path is not None and path not in known:
                         new[path], known[path] = open_image(path), []
                 except ValueError as error:
-                    failed, path = failed + 1, None
+                    failed, path = failed + untagged(record), None
                     tqdm.write(f"{args.data}, record {i + 1}: {error}", file=sys.stderr)
                 lines.append((record, line, path))
             if new and model is not None:
@@ -215,12 +215,16 @@ def resume_after(out: Path, source: Records) -> tuple[int, int]:
         return 0, 0
     with open(out, encoding="utf-8", errors="surrogateescape", newline="\n") as file:
         whole = [line.rstrip("\n") for line in file if line.endswith("\n")]
-    last, line = stored(source, len(whole) - 1) if 0 < len(whole) <= len(source) else (None, None)
-    if line is None or (whole[-1] != line and without_tags(parsed(whole[-1])) != without_tags(last)):
+    if whole and len(whole) <= len(source):
+        record, line = stored(source, len(whole) - 1)
+        ours = whole[-1] == line or without_tags(parsed(whole[-1])) == without_tags(record)
+    else:
+        line, torn = stored(source, 0)[1], out.read_text(encoding="utf-8", errors="surrogateescape")
+        ours = line.startswith(torn) or torn.startswith(line[:-1])  # its tags would follow
+    if not ours:
         raise ValueError(f"--out {out} holds something else than the first records of --data: choose another file")
     os.truncate(out, sum(len(line.encode("utf-8", "surrogateescape")) + 1 for line in whole))
-    untagged = [record for record in map(parsed, whole) if not isinstance(record, dict) or record.get("tags") is None]
-    return len(whole), len(untagged)
+    return len(whole), sum(map(untagged, map(parsed, whole)))
 
 
 def stored(source: Records, index: int) -> tuple[Any, str]:
@@ -234,8 +238,13 @@ def stored(source: Records, index: int) -> tuple[Any, str]:
             return None, file.readline().decode("utf-8", "surrogateescape").strip()
 
 
+def untagged(record: Any) -> bool:
+    return not isinstance(record, dict) or record.get("tags") is None
+
+
 def written(record: Any) -> str:
-    return json.dumps(record, ensure_ascii=False)
+    """As text, but for half a surrogate pair, which is none: that stays the escape that json reads back."""
+    return json.dumps(record, ensure_ascii=False).encode("utf-8", "backslashreplace").decode()
 
 
 def parsed(line: str) -> Any:

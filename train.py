@@ -99,6 +99,11 @@ def share_of_loss(model: Lion, batch: Batch, mean: str, count: float) -> Tensor:
     return loss.sum() / count
 
 
+def halves(device: str, enabled: bool) -> torch.autocast:
+    """Products in bfloat16. A weight is used once in a pass: a cache of copies would keep what --recompute forgets."""
+    return torch.autocast(device, torch.bfloat16, enabled=enabled, cache_enabled=False)
+
+
 class Gradients:
     """All gradients in one row of numbers, the loss behind them: one sum over the processes, one norm, no special case.
 
@@ -219,11 +224,10 @@ def learn(
 ) -> None:
     """Train a stage from where `out`'s checkpoints are, and write its result there."""
     lead, device = team.rank == 0, team.device
-    # Every weight is used once in a pass: a cache of their bfloat16 copies would only keep what --recompute forgets.
-    half = torch.autocast(device.type, torch.bfloat16, enabled=args.bf16, cache_enabled=False)
+    half = halves(device.type, args.bf16)
     frozen = torch.bfloat16 if args.bf16 and device.type != "cpu" else torch.float32
     model, origin = begin(stage, init, args.seed, new, frozen)
-    begun = fingerprint(init, model)
+    begun = fingerprint(init, model, stage)
     model.to(device).recompute(args.recompute)
     trained = choose(model, stage)
     optimizer = AdamW(groups(trained, stage), lr=0.0, betas=(0.9, 0.999), fused=True)
@@ -356,10 +360,13 @@ def sources(stage: Stage, args: argparse.Namespace, held_out: bool = False) -> l
 
 def check(args: argparse.Namespace) -> None:
     """Refuse numbers that make no run, and flags that would change nothing: `made_by` would claim what never was."""
-    for name in ("batch", "steps", "micro_batch", "save_every", "keep", "draw_every", "workers"):
-        value, least = getattr(args, name), 0 if name == "workers" else 1
+    for name in ("batch", "steps", "micro_batch", "save_every", "keep", "draw_every", "workers", "warmup"):
+        value, least = getattr(args, name), 0 if name in ("workers", "warmup") else 1
         if value is not None and value < least:
             raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, not {value}")
+    for name in ("lr", "clip"):
+        if getattr(args, name) is not None and not getattr(args, name) > 0:
+            raise ValueError(f"--{name} must be above 0, not {getattr(args, name)}")
     for name, idle in (
         ("tags", (1, 2, 4)),
         ("no_router", (1, 2, 4)),
@@ -463,12 +470,12 @@ def gathered(args: argparse.Namespace) -> Team:
     """This process alone, or those that torchrun started."""
     if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
         return Team(device=usable(args.device))
-    device = usable(args.device)
+    device = usable(args.device if args.device != "cuda" else f"cuda:{os.environ['LOCAL_RANK']}")
     if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
-    backend = "nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=timedelta(days=7))  # the others wait while one of them runs stage 0
+    # The others wait while one of them runs stage 0; elsewhere a process that hangs should end soon.
+    patience = timedelta(days=7) if args.from_scratch or args.quick else None
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=patience)
     return Team(dist.get_rank(), dist.get_world_size(), device)
 
 

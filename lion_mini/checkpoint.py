@@ -26,7 +26,7 @@ from torch.optim import Optimizer
 
 from .files import check_tensors, read_shards
 from .lion import Lion, Text
-from .stages import part_of, read_config
+from .stages import Stage, part_of, read_config
 
 MOMENTS = ("exp_avg", "exp_avg_sq", "step")  # what AdamW remembers of each parameter
 Say = Callable[[str], None]
@@ -114,7 +114,7 @@ def restore(
             state, before = State(**facts["state"]), facts["settings"]
             weights, found = (load_file(path / f"{name}.safetensors") for name in ("trained", "optimizer"))
         except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-            say(f"{path} is damaged ({error}): the checkpoint before it counts")
+            say(f"{path} is damaged ({error}) and is set aside: one before it counts, or the beginning")
             if lead:  # in its place a whole one shall be written
                 aside = path.with_name(f"damaged-{path.name}")
                 shutil.rmtree(aside, ignore_errors=True)
@@ -140,13 +140,13 @@ def restore(
     return None
 
 
-def fingerprint(init: Sequence[Path], model: Lion) -> str:
+def fingerprint(init: Sequence[Path], model: Lion, stage: Stage) -> str:
     """Of what a run begins with, wherever it lies: who made it, and the first numbers of each frozen tensor.
 
     In bfloat16, as which a GPU has what a CPU keeps in float32. What trains need not be known: the checkpoint has it.
     """
     made_by = "\n".join(read_config(folder).made_by for folder in init)
-    frozen = (tensor for name, tensor in model.state_dict().items() if part_of(name) is None)
+    frozen = (tensor for name, tensor in model.state_dict().items() if part_of(name) not in stage.trains)
     numbers = torch.cat([tensor.flatten()[:8].bfloat16() for tensor in frozen]).view(torch.int16).numpy().tobytes()
     return f"{zlib.crc32(numbers, zlib.crc32(made_by.encode())):08x}"
 

@@ -189,7 +189,7 @@ def convert(args: argparse.Namespace) -> str:
     args.out.parent.mkdir(parents=True, exist_ok=True)
     new = args.out.with_name(args.out.name + ".new")
     try:
-        with open(new, "w", encoding="utf-8") as file:
+        with open(new, "w", encoding="utf-8", errors="backslashreplace") as file:  # half a surrogate pair
             for record in records(args.name, kind, args.ann, templates, args.seed):
                 if args.name != "release" and not (record["question"].strip() and record["answer"].strip()):
                     partial += 1

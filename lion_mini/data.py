@@ -165,6 +165,8 @@ def check(record: Any) -> dict[str, Any]:
         raise ValueError(f"its answer is {answer!r:.40}, not text")
     if tags is not None and not (isinstance(tags, list) and all(isinstance(tag, str) for tag in tags)):
         raise ValueError(f"its tags are {tags!r:.40}, not a list of texts")
+    if any(PLACEHOLDER in tag for tag in tags or ()):
+        raise ValueError(f"its tags hold {PLACEHOLDER}, the soft prompt's place")
     if not isinstance(category, str) or category.lower().strip() not in CATEGORIES:
         raise ValueError(f"its category {category!r:.40} is neither image_level nor region_level")
     task = CATEGORIES[category.lower().strip()]

@@ -103,7 +103,7 @@ def usable(device: str | torch.device) -> torch.device:
     """The device, if this machine has it and this PyTorch can use it; else a ValueError."""
     try:
         return torch.empty(0, device=device).device
-    except (RuntimeError, AssertionError) as error:
+    except (RuntimeError, AssertionError, ImportError) as error:
         why = str(error).split("\n")[0].split(". ")[0]
         raise ValueError(f"the device {str(device)!r} cannot be used: {why}; cpu always can") from None
 

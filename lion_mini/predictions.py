@@ -53,7 +53,7 @@ def load(path: Path, ids: Sequence[str], first: dict[str, Any] | None) -> dict[s
                 break
             raise ValueError(f"{path}, line {i}: not a prediction: {error}") from None
         if "task" in line:
-            odd = [name for name in first or {} if line.get(name) != (first or {})[name]]
+            odd = [name for name, value in (first or {}).items() if name != "weights" and line.get(name) != value]
             if odd:
                 raise ValueError(
                     f"{path} was made with another {odd[0]}, {line.get(odd[0])!r} and not {(first or {})[odd[0]]!r}: "

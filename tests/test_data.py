@@ -69,6 +69,8 @@ BAD = [
     ({"image": "0.png", "question": "what is <extra_id_0>?"}, "holds <extra_id_0>"),
     ({"image": "0.png", "question": "what?", "answer": {"a": 1}}, "its answer is"),
     ({"image": "0.png", "question": "what?", "tags": [1]}, "its tags are"),
+    ({"image": "0.png", "question": "what?", "tags": ["a", "<extra_id_0>"]}, "its tags hold <extra_id_0>"),
+    ({"image": "0.png", "question": "what?", "tags": "a, <extra_id_0>"}, "its tags hold <extra_id_0>"),
     ({"image": "0.png", "question": "what?", "category": "regoin_level"}, "its category 'regoin_level' is neither"),
     (REGION | {"answer": "[0.5,0.2,0.3,0.4]"}, "is no box"),
     (REGION | {"answer": "[10,20,300,400]"}, "is no box"),

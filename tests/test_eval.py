@@ -20,6 +20,7 @@ from torch import Tensor
 
 import eval as script
 from lion_mini import Lion, benchmarks, metrics, readers, toy
+from lion_mini.annotations import Images
 from lion_mini.data import split_tags
 from lion_mini.lion import Answer
 
@@ -350,7 +351,8 @@ def test_predictions_belong_to_the_weights_that_made_them(run: Run, tmp_path: Pa
     whole = lines(file)
     file.rename(file.with_name("pope_random.part1.jsonl"))
     (tensors,) = folder.glob("*.safetensors")
-    content = bytearray(tensors.read_bytes())
+    kept = tensors.read_bytes()
+    content = bytearray(kept)
     content[-(len(content) // 20) :] = bytes(len(content) // 20)
     tensors.write_bytes(content)
     code, _, error = run(*command, weights=False)
@@ -360,9 +362,35 @@ def test_predictions_belong_to_the_weights_that_made_them(run: Run, tmp_path: Pa
     code, _, error = run(*command, weights=False)
     assert code == 2
     assert "pope_random.jsonl was made with another fingerprint" in error
+    tensors.write_bytes(kept)
+    assert run(*command, weights=False)[0] == 0
+    for name in ("ram_tag_list_threshold.txt", "config.json"):
+        text = (folder / name).read_text()
+        (folder / name).write_text(text.replace("0", "1", 1))
+        assert "was made with another fingerprint" in run(*command, weights=False)[2]
+        (folder / name).write_text(text)
+    folder = folder.rename(tmp_path / "moved")
+    assert run("pope_random", "--ann", path, "--weights", folder, weights=False)[0] == 0
     shutil.rmtree(folder)
     assert "mine has no config.json" in run(*command, weights=False)[2]
     assert run("pope_random", "--ann", path, "--score", file, weights=False)[0] == 0
+
+
+def test_a_part_says_how_it_was_made(
+    run: Run, tmp_path: Path, golden_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = pope_file(tmp_path)
+    flags = ["pope_random", "--ann", path, "--limit", 4, "--batch-size", 2, "--weights", golden_folder]
+    assert run(*flags[:-2])[0] == 0
+    file = tmp_path / "results" / "pope_random.jsonl"
+    made, *_, third, fourth = lines(file)
+    file.write_text(json.dumps(made) + "\n")
+    examples = readers.read("pope_random", [path], "all")[:4]
+    monkeypatch.setattr(script, "gathered", lambda: (1, 2))
+    monkeypatch.setattr("torch.distributed.barrier", lambda: None)
+    args = script.parse([*map(str, flags), "--images", str(tmp_path / "images"), "--dtype", made["dtype"]])
+    script.predict(args, examples, [one.id for one in examples], file, Images(tmp_path / "images"))
+    assert lines(tmp_path / "results" / "pope_random.part1.jsonl") == [made, third, fourth]
 
 
 def test_a_limit_can_be_raised_and_lowered(run: Run, tmp_path: Path) -> None:
@@ -414,7 +442,7 @@ def test_bad_input_is_one_sentence(run: Run, tmp_path: Path) -> None:
         (["pope_random", "--ann", path, "--score", tmp_path / "no"], "cannot be read: No such file"),
         (["pope_random", "--ann", path, "--templates", path], "--templates draws REC instructions"),
         (["pope_random", "--ann", path, "--device", "nowhere"], "the device 'nowhere' cannot be used"),
-        (["visdial", "--ann", path, "--template", "{history} {question}"], "give {question} a line of its own"),
+        (["visdial", "--ann", path, "--template", "{history} {question}"], "{question} needs a line of its own"),
         (["--official"], "--official goes with a benchmark"),
     ):
         code, _, error = run(*args)

@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import relative
+from PIL import Image
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import cross_entropy
@@ -236,6 +237,13 @@ def test_callers_mistakes(golden_model: Lion, facts: dict, numbers: dict[str, Te
     for answers in (["a"], ["a", "b", "c", "d"]):
         with pytest.raises(ValueError, match=f"one text per question: found {len(answers)} for 2"):
             golden_model(pixels, questions, answers, tags, tasks)
+    pictures = [Image.new("RGB", (9, 9))] * 2
+    odds: list[Any] = ["red, blue", [["red"]]]
+    for odd in odds:
+        with pytest.raises(ValueError, match="tags must be one list or text per question"):
+            golden_model(pixels, questions, ["a", "b"], odd, tasks)
+        with pytest.raises(ValueError, match="tags must be one list or text per question"):
+            golden_model.respond(pictures, questions, tasks, Generation(), odd)
 
 
 def test_long_questions_are_cut_for_the_qformer_only(golden_model: Lion, numbers: dict[str, Tensor]) -> None:

@@ -2,15 +2,19 @@
 
 import json
 import os
+import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from conftest import GOLDEN
 from PIL import Image
+from safetensors.torch import save_file
 
 import infer
-from lion_mini import GENERATION, Box, Lion
+from lion_mini import GENERATION, Box, Lion, LionConfig
+from lion_mini.files import read_shards
 from lion_mini.images import lion_transform, open_image
 from lion_mini.lion import Answer
 
@@ -252,6 +256,18 @@ def test_not_a_folder_of_weights(run: Run, tmp_path: Path) -> None:
     assert "has no config.json" in error
 
 
+def test_a_model_without_tags_takes_none(run: Run, golden_folder: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(golden_folder, tmp_path / "untagged")
+    config = LionConfig.from_json((folder / "config.json").read_text())
+    tensors = {name: tensor for name, tensor in read_shards(folder, "cpu", None).items() if name != "soft_prompt"}
+    for old in folder.glob("*.safetensors"):
+        old.unlink()
+    save_file({name: tensor.clone() for name, tensor in tensors.items()}, folder / "all.safetensors")
+    (folder / "config.json").write_text(replace(config, tags="none").to_json())
+    code, _, error, _ = run(PHOTO, "--use-tags", "dog", "--weights", folder, weights=False)
+    assert (code, error) == (2, f"infer.py: --use-tags: {folder} answers without tags in its prompt\n")
+
+
 def test_long_question(run: Run) -> None:
     code, _, _, (line,) = run(PHOTO, "--ask", "is it a dog? " * 770, "--use-tags", "dog")
     assert code == 0
@@ -272,6 +288,25 @@ def test_auto_says_what_it_chose(run: Run, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 # --- the tags of a training set
+
+
+def test_a_training_set_stays_what_it_is(golden_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """Half a surrogate pair, bytes that are no text, a record that has tags but no question: again and again."""
+    open_image(PHOTO).save(tmp_path / "0.png")
+    records: list[dict] = [{"image": "0.png", "question": text} for text in ("what \ud83d", "caf\udce9", "caf\u00e9")]
+    records.append({"image": "0.png", "tags": ["x"]})
+    data, out = tmp_path / "data.jsonl", tmp_path / "tagged.jsonl"
+    data.write_bytes("\n".join(map(json.dumps, records)).encode() + b"\ncaf\xe9\n")
+    argv = ["--tags", "--data", data, "--images", tmp_path, "--out", out, "--weights", golden_folder, "--batch-size", 2]
+    for _ in range(2):
+        assert infer.main([*map(str, argv)]) == 1
+        assert "5 records, 1 of them untagged" in capsys.readouterr().out
+        *tagged, last = out.read_bytes().splitlines()
+        assert last == b"caf\xe9"
+        found = [json.loads(line) for line in tagged]
+        assert [record.get("question") for record in found] == [record.get("question") for record in records]
+        assert found[3] == records[3]
+        assert all(record["tags"] == found[0]["tags"] for record in found[:3])
 
 
 def test_tags_for_a_training_set(
@@ -319,6 +354,11 @@ def test_tags_for_a_training_set(
     capsys.readouterr()
     assert infer.main([*map(str, argv), "--device", "nowhere"]) == 1  # nothing is left to do: no model is opened
     assert "8 records, 2 of them untagged" in capsys.readouterr().out
+    for begun in (tagged[:60], tagged[:9]):  # killed in the very first line
+        out.write_text(begun)
+        assert infer.main([*map(str, argv)]) == 1
+        assert out.read_text() == tagged
+    capsys.readouterr()
     for foreign in ('[{"image": "0.png"}]', "one\ntwo", "{}\n" * 3):
         out.write_text(foreign)
         assert infer.main([*map(str, argv)]) == 2

@@ -406,6 +406,39 @@ def test_stage_3_begins_as_the_two_ended(two_stages: tuple[Path, Path]) -> None:
             assert torch.equal(mixture(x, torch.tensor([task, task])), mixture.adapters[adapter](x))
 
 
+def test_stage_3_takes_its_folders_in_order(two_stages: tuple[Path, Path], tmp_path: Path) -> None:
+    """Also where nothing says who made them: by the branches that they have."""
+    bare = [shutil.copytree(folder, tmp_path / folder.name) for folder in two_stages]
+    for folder in bare:
+        config = LionConfig.from_json((folder / "config.json").read_text())
+        (folder / "config.json").write_text(replace(config, made_by="").to_json())
+    whole = shutil.copytree(bare[0], tmp_path / "whole")
+    (whole / "config.json").write_text(replace(SIZES, made_by="").to_json())
+    begin(STAGES[3], bare, seed=0)
+    for wrong in (bare[::-1], [bare[0], whole], [two_stages[0], two_stages[0]]):
+        with pytest.raises(ValueError, match="give stage 1's folder first"):
+            begin(STAGES[3], wrong, seed=0)
+
+
+def test_a_fingerprint_knows_all_that_a_checkpoint_does_not(two_stages: tuple[Path, Path]) -> None:
+    stage = replace(
+        STAGES[2], model=dict(STAGES[2].model) | {"visual_input": "image"}
+    )  # --no-aggregator: it learns to answer
+    model, _ = begin(stage, two_stages[:1], seed=0)
+    found = checkpoint.fingerprint(two_stages[:1], model, stage)
+    model.t5.encoder[0].ff.adapters.adapters[0].down.weight.data += 1  # type: ignore[union-attr, index]
+    assert checkpoint.fingerprint(two_stages[:1], model, stage) == found
+    assert model.qformer is not None
+    model.qformer.queries.data += 1
+    assert checkpoint.fingerprint(two_stages[:1], model, stage) != found
+
+
+def test_no_copy_outlives_its_use() -> None:
+    with train.halves("cpu", True):
+        assert torch.is_autocast_enabled("cpu")
+        assert not torch.is_autocast_cache_enabled()
+
+
 def test_without_router_the_adapters_are_added(two_stages: tuple[Path, Path]) -> None:
     files = [trained(folder) for folder in two_stages]
     generator = torch.Generator().manual_seed(3)
@@ -656,8 +689,10 @@ def test_processes_wait_for_stage_0(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.distributed.get_world_size", lambda: 2)
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert train.gathered(train.parse(["--device", "cpu"])).size == 2
+    for flags in (["--from-scratch"], ["--stage", "1"]):
+        assert train.gathered(train.parse(["--device", "cpu", *flags])).size == 2
     assert waits[0] > timedelta(hours=24)  # it takes half an hour, and longer on another machine
+    assert waits[1] is None  # a process that hangs is noticed as ever
 
 
 def test_the_batch_does_not_depend_on_how_it_is_cut(stage0: Path, data: Path, tmp_path: Path) -> None:
@@ -770,6 +805,9 @@ def test_a_user_is_told_what_is_missing(
         (["--batch", "0"], "--batch must be at least 1, not 0"),
         (["--workers", "-1"], "--workers must be at least 0, not -1"),
         (["--device", "nowhere"], "the device 'nowhere' cannot be used"),
+        (["--warmup", "-5"], "--warmup must be at least 0, not -5"),
+        (["--lr", "nan"], "--lr must be above 0, not nan"),
+        (["--clip", "-1"], "--clip must be above 0, not -1.0"),
     ):
         code = train.main(["--out", str(tmp_path / "run"), "--steps", "1", "--batch", "1", "--device", "cpu", *argv])
         said = capsys.readouterr().err

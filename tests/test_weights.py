@@ -315,6 +315,9 @@ def test_stage_1_starts_from_blip2(tmp_path: Path, capsys: pytest.CaptureFixture
     torch.save({"model": {k: v for k, v in blip2.items() if k != texts}}, tmp_path / "blip2.pth")  # as trained with T5
     assert weights.main(inspected) == 0
     assert f"{texts} not there" in capsys.readouterr().out
+    torch.save({"model": {k: v for k, v in blip2.items() if k != "query_tokens"}}, tmp_path / "blip2.pth")
+    assert weights.main(inspected) == 1
+    assert "query_tokens MISSING" in capsys.readouterr().out
 
 
 # --- inspect
