@@ -215,13 +215,13 @@ def resume_after(out: Path, source: Records) -> tuple[int, int]:
         return 0, 0
     with open(out, encoding="utf-8", errors="surrogateescape", newline="\n") as file:
         whole = [line.rstrip("\n") for line in file if line.endswith("\n")]
-    if whole and len(whole) <= len(source):
-        record, line = stored(source, len(whole) - 1)
+    record, line = stored(source, min(max(len(whole), 1), len(source)) - 1)
+    if whole:
         ours = whole[-1] == line or without_tags(parsed(whole[-1])) == without_tags(record)
     else:
-        line, torn = stored(source, 0)[1], out.read_text(encoding="utf-8", errors="surrogateescape")
+        torn = out.read_text(encoding="utf-8", errors="surrogateescape")
         ours = line.startswith(torn) or torn.startswith(line[:-1])  # its tags would follow
-    if not ours:
+    if not ours or len(whole) > len(source):
         raise ValueError(f"--out {out} holds something else than the first records of --data: choose another file")
     os.truncate(out, sum(len(line.encode("utf-8", "surrogateescape")) + 1 for line in whole))
     return len(whole), sum(map(untagged, map(parsed, whole)))

@@ -359,7 +359,7 @@ def test_tags_for_a_training_set(
         assert infer.main([*map(str, argv)]) == 1
         assert out.read_text() == tagged
     capsys.readouterr()
-    for foreign in ('[{"image": "0.png"}]', "one\ntwo", "{}\n" * 3):
+    for foreign in ('[{"image": "0.png"}]', "one\ntwo", "{}\n" * 3, tagged + whole[-1]):
         out.write_text(foreign)
         assert infer.main([*map(str, argv)]) == 2
         assert "holds something else than the first records of --data" in capsys.readouterr().err
