@@ -39,6 +39,7 @@ from lion_mini import GENERATION, Box, Lion, toy
 from lion_mini.annotations import Images
 from lion_mini.benchmarks import OPEN, RANKED, ToyScore, kind_of, report, score, table, toy_rows
 from lion_mini.data import split_tags
+from lion_mini.files import mapped
 from lion_mini.images import draw_boxes, lion_transform, open_image
 from lion_mini.linear import best_dtype, usable
 from lion_mini.lion import DTYPES, TINY, Text
@@ -156,17 +157,16 @@ def header(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def fingerprint(folder: Path) -> str:
-    """Of a sample of its bytes, wherever it lies: other weights in a folder of the same name are other weights."""
+    """Of both ends of every tensor, wherever they lie: other weights in a folder of the same name are other weights."""
     folder, found = TINY if folder == Path("tiny") else folder, hashlib.sha256()
     if not (folder / "config.json").is_file():
         raise ValueError(f"--weights {folder} has no config.json: it is not a folder of weights.py or train.py")
-    texts = [folder / name for name in ("config.json", *Text.FILES) if (folder / name).is_file()]
-    for path in [*texts, *sorted(folder.glob("*.safetensors"))]:
-        size = path.stat().st_size
-        with open(path, "rb") as file:
-            for i in range(256):
-                file.seek(size * i // 256)
-                found.update(file.read(1024))
+    for path in (folder / name for name in ("config.json", *Text.FILES)):
+        found.update(path.read_bytes() if path.is_file() else b"")
+    for path in sorted(folder.glob("*.safetensors")):
+        for name, tensor in mapped(path):
+            data = tensor.flatten().view(torch.uint8)
+            found.update(name.encode() + data[:1024].numpy().tobytes() + data[-1024:].numpy().tobytes())
     return found.hexdigest()[:16]
 
 

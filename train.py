@@ -99,7 +99,7 @@ def share_of_loss(model: Lion, batch: Batch, mean: str, count: float) -> Tensor:
     return loss.sum() / count
 
 
-def halves(device: str, enabled: bool) -> torch.autocast:
+def mixed_precision(device: str, enabled: bool) -> torch.autocast:
     """Products in bfloat16. A weight is used once in a pass: a cache of copies would keep what --recompute forgets."""
     return torch.autocast(device, torch.bfloat16, enabled=enabled, cache_enabled=False)
 
@@ -224,7 +224,7 @@ def learn(
 ) -> None:
     """Train a stage from where `out`'s checkpoints are, and write its result there."""
     lead, device = team.rank == 0, team.device
-    half = halves(device.type, args.bf16)
+    half = mixed_precision(device.type, args.bf16)
     frozen = torch.bfloat16 if args.bf16 and device.type != "cpu" else torch.float32
     model, origin = begin(stage, init, args.seed, new, frozen)
     begun = fingerprint(init, model, stage)

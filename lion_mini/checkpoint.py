@@ -120,7 +120,9 @@ def restore(
                 shutil.rmtree(aside, ignore_errors=True)
                 path.rename(aside)
             continue
-        for name in sorted(before):  # an older version may have written fewer: what it did not is taken as given
+        if unsaid := sorted(settings.keys() - before.keys()):
+            say(f"{path} is of an older version and does not say its {', '.join(unsaid)}: taken to be the same")
+        for name in sorted(before):
             if settings.get(name) != before[name]:
                 now = f"{name} {before[name]}, not {settings.get(name)}"
                 raise ValueError(f"{path} was trained with {now}: give what it was begun with, or another --out")

@@ -50,7 +50,7 @@ KINDS = {
 
 
 def records(name: str, kind: str, paths: Sequence[Path], templates: dict[str, tuple[str, ...]], seed: int) -> Iterator:
-    """The data set's records in its order, the instruction filled in; without it where that would leave a hole."""
+    """The data set's records in its order, the instruction filled in; no question where what fills it is empty."""
     if name == "release":
         for path in paths:
             yield from released(path)

@@ -33,7 +33,7 @@ from lion_mini import Lion, LionConfig, layers
 from lion_mini.data import Batch
 from lion_mini.lion import Text
 from lion_mini.stages import STAGES, choose, groups, part_of
-from train import Gradients, halves, share_of_loss
+from train import Gradients, mixed_precision, share_of_loss
 
 STATE = 12  # bytes for each parameter that trains: its gradient and AdamW's two moments, all float32
 
@@ -95,7 +95,7 @@ def training(
 
     def passes() -> Tensor:
         gradients.flat.zero_()
-        with halves("cpu", half):
+        with mixed_precision("cpu", half):
             loss = share_of_loss(model, batch, stage.mean, size * words[1])
         loss.backward()
         return loss.detach()
@@ -132,7 +132,7 @@ def one_layer(model: Lion, tokens: int, size: int, half: bool) -> int:
     task = torch.zeros(size, dtype=torch.long)
 
     def run() -> None:
-        with halves("cpu", half):
+        with mixed_precision("cpu", half):
             y = model.t5.encoder[0](x, bias, task)
         y.backward(y.detach())
 

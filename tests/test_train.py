@@ -434,7 +434,7 @@ def test_a_fingerprint_knows_all_that_a_checkpoint_does_not(two_stages: tuple[Pa
 
 
 def test_no_copy_outlives_its_use() -> None:
-    with train.halves("cpu", True):
+    with train.mixed_precision("cpu", True):
         assert torch.is_autocast_enabled("cpu")
         assert not torch.is_autocast_cache_enabled()
 
@@ -629,6 +629,7 @@ def test_another_beginning_does_not_go_on(
         del facts["settings"]["fingerprint of --init"]
         state.write_text(json.dumps(facts))
     assert train.main(again) == 0
+    assert "does not say its fingerprint of --init: taken to be the same" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", [signal.SIGTERM, signal.SIGINT])
