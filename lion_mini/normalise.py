@@ -116,7 +116,8 @@ class Metaspace:
         if not self.split:
             return [(text, first)]
         head, *rest = text.split(self.mark)
-        return [(head, first), *((self.mark + word, False) for word in rest)]
+        words = [head] * bool(head) + [self.mark + word for word in rest]
+        return [(word, first and i == 0) for i, word in enumerate(words)]
 
 
 # --- reading them

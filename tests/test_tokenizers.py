@@ -136,6 +136,16 @@ def compare(ours: UnigramTokenizer | WordPieceTokenizer, theirs: Any, count: int
         assert ours.decode(ids) == tidy(None, theirs.decode(ids)), ids
 
 
+@pytest.mark.parametrize("text", ["a b", " a b", "  a", "a_b", " a_b", "a  b", "_a", " ", "_"])
+def test_the_first_word_stays_the_first(tmp_path: Path, text: str) -> None:
+    """From one step to the next; an empty word is none."""
+    steps = oracle("tokenizers").pre_tokenizers
+    theirs = steps.Sequence([steps.Metaspace("▁", "never", True), steps.Metaspace("_", "first", True)])
+    two = {"type": "Sequence", "pretokenizers": [NEVER, FIRST | {"replacement": "_"}]}
+    ours = UnigramTokenizer.from_file(changed(tmp_path, pre_tokenizer=two))
+    assert ours.words(text, first=True) == [word for word, _ in theirs.pre_tokenize_str(text)]
+
+
 def test_t5_equals_the_oracle() -> None:
     compare(UnigramTokenizer.from_file(T5), oracle("tokenizers").Tokenizer.from_file(str(T5)), 600)
 
