@@ -37,17 +37,16 @@ from tqdm import tqdm
 
 from lion_mini import GENERATION, Box, Lion, toy
 from lion_mini.annotations import Images
-from lion_mini.benchmarks import OPEN, RANKED, ToyScore, kind_of, report, score, table, toy_rows
-from lion_mini.data import split_tags
+from lion_mini.evaluation.benchmarks import OPEN, RANKED, kind_of, report, score, table
+from lion_mini.evaluation.predictions import join, load, part
+from lion_mini.evaluation.readers import SHIPPED, TASKS, Example, read
 from lion_mini.files import mapped
 from lion_mini.images import draw_boxes, lion_transform, open_image
-from lion_mini.linear import best_dtype, usable
-from lion_mini.lion import DTYPES, TINY, Text
-from lion_mini.predictions import join, load, part
-from lion_mini.prompts import EVAL_TEMPLATES, TASK_OF, load_templates, render
-from lion_mini.readers import SHIPPED, TASKS, Example, read
+from lion_mini.model.lion import DTYPES, TINY, Text
+from lion_mini.quantize import best_dtype, usable
+from lion_mini.text.prompts import EVAL_TEMPLATES, TASK_OF, load_templates, render
+from lion_mini.toy.scores import toy_scores
 
-MEASURED = {kind: texts[-1:] for kind, texts in toy.INSTRUCTIONS.items()}  # the instruction of the benchmarks
 PRESET_OF = {"caption": "caption", "rec": "locate", "reg": "describe"}  # for the others: answer
 
 
@@ -364,33 +363,6 @@ def contact_sheet(examples: Sequence[Example], predictions: dict[str, Any], imag
 
 
 # --- the shapes world
-
-
-def toy_scores(model: Lion, scenes: Sequence[toy.Scene], batch_size: int = 32) -> list[ToyScore]:
-    """Captions, questions of every kind, REC, REG and POPE's existence, each beside what a blind guess gets."""
-    asked = []
-    for one in scenes:
-        rng = random.Random(f"eval {one.split} {one.seed}")
-        kinds = [kind for kind in ("caption", "vqa", "rec", "reg") if can(model, TASK_OF[kind])]
-        asked += [(one, record) for record in toy.records(one, rng, kinds, MEASURED)]
-    said: list[tuple[toy.Scene, toy.Record, str]] = []
-    asked.sort(key=lambda pair: pair[1]["kind"])
-    for kind in dict.fromkeys(record["kind"] for _, record in asked):
-        chosen = [pair for pair in asked if pair[1]["kind"] == kind]
-        preset = GENERATION[PRESET_OF.get(kind, "answer")]
-        for start in range(0, len(chosen), batch_size):
-            batch = chosen[start : start + batch_size]
-            pictures = [one.image for one, _ in batch]
-            tags = None if model.ram is not None else [split_tags(record["tags"]) for _, record in batch]
-            prompts = [record["question"] for _, record in batch]
-            told = model.respond(pictures, prompts, [TASK_OF[kind]] * len(batch), preset, tags)
-            said += [(one, record, answer.text) for (one, record), answer in zip(batch, told, strict=True)]
-    return list(toy_rows(said))
-
-
-def can(model: Lion, task: str) -> bool:
-    """A model of stage 1 knows image-level tasks, one of stage 2 region-level ones."""
-    return model.config.visual_input in ("all", task)
 
 
 def toy_main(args: argparse.Namespace) -> int:

@@ -31,12 +31,12 @@ from PIL import Image
 from tqdm import tqdm, trange
 
 from lion_mini import GENERATION, Box, Lion, toy
-from lion_mini.data import Records
-from lion_mini.data import check as check_record
+from lion_mini.data.records import Records
+from lion_mini.data.records import check as check_record
 from lion_mini.images import draw_boxes, open_image
-from lion_mini.linear import pack
-from lion_mini.lion import DTYPES, Answer
-from lion_mini.prompts import EVAL_TEMPLATES, render
+from lion_mini.model.lion import DTYPES, Answer
+from lion_mini.quantize import pack
+from lion_mini.text.prompts import EVAL_TEMPLATES, render
 
 MANY = 16  # pictures: on a CPU packing a model takes about as long as it saves on so many
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}

@@ -45,14 +45,17 @@ from torch import Tensor
 from torch.optim import AdamW
 from tqdm import tqdm
 
-from lion_mini import GENERATION, Box, Lion, stage0
-from lion_mini.checkpoint import State, fingerprint, history, restore, save, write_result
+from lion_mini import GENERATION, Box, Lion
 from lion_mini.config import IGNORE
-from lion_mini.data import Batch, MicroBatches, Mixture, Records, Source, Toy, collate, loader
+from lion_mini.data.mixture import Batch, MicroBatches, Mixture, collate, loader
+from lion_mini.data.records import Records, Source
 from lion_mini.images import draw_boxes, lion_transform
-from lion_mini.linear import usable
-from lion_mini.lion import TINY
-from lion_mini.stages import PARTS, STAGES, TOY, Stage, begin, choose, groups, part_of, rate
+from lion_mini.model.lion import TINY
+from lion_mini.quantize import usable
+from lion_mini.toy import stage0
+from lion_mini.toy.source import Toy
+from lion_mini.training.checkpoint import State, fingerprint, history, restore, save, write_result
+from lion_mini.training.stages import PARTS, STAGES, TOY, Stage, begin, choose, groups, part_of, rate
 
 IN_A_ROW = 10  # so many losses that are no numbers end a run
 MOST_BAD = 0.05  # so do more unusable records than this share

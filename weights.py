@@ -28,9 +28,9 @@ from torch import Tensor
 
 from lion_mini.config import PRESETS, LionConfig, T5Config
 from lion_mini.files import Aside, Tensors, read_json, write_shards
-from lion_mini.linear import quantise, to_int8
-from lion_mini.lion import Lion, Text
-from lion_mini.stages import fresh
+from lion_mini.model.lion import Lion, Text
+from lion_mini.quantize import quantise, to_int8
+from lion_mini.training.stages import fresh
 
 Table = Mapping[str, str]
 

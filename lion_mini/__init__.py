@@ -1,8 +1,8 @@
 """LION (CVPR 2024), the multimodal LLM with dual-level visual knowledge, in plain PyTorch."""
 
+from .box import Box
 from .config import LionConfig
-from .generate import GENERATION, Generation
-from .lion import Lion
-from .prompts import Box
+from .model.generate import GENERATION, Generation
+from .model.lion import Lion
 
 __all__ = ["GENERATION", "Box", "Generation", "Lion", "LionConfig"]

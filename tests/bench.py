@@ -56,13 +56,15 @@ from conftest import OFFICIAL, randomise  # noqa: E402
 
 from lion_mini import Generation, Lion, LionConfig  # noqa: E402
 from lion_mini.config import EOS, PRESETS, AggregatorConfig, QFormerConfig, RamConfig, T5Config, VitConfig  # noqa: E402
-from lion_mini.data import MicroBatches, Mixture, Records, Toy  # noqa: E402
-from lion_mini.generate import generate  # noqa: E402
-from lion_mini.lion import Text  # noqa: E402
-from lion_mini.prompts import EVAL_TEMPLATES, render  # noqa: E402
-from lion_mini.ram import Ram  # noqa: E402
-from lion_mini.t5 import T5, Attention  # noqa: E402
-from lion_mini.tokenizers import UnigramTokenizer, WordPieceTokenizer  # noqa: E402
+from lion_mini.data.mixture import MicroBatches, Mixture  # noqa: E402
+from lion_mini.data.records import Records  # noqa: E402
+from lion_mini.model.generate import generate  # noqa: E402
+from lion_mini.model.lion import Text  # noqa: E402
+from lion_mini.model.ram import Ram  # noqa: E402
+from lion_mini.model.t5 import T5, Attention  # noqa: E402
+from lion_mini.text.prompts import EVAL_TEMPLATES, render  # noqa: E402
+from lion_mini.text.tokenizers import UnigramTokenizer, WordPieceTokenizer  # noqa: E402
+from lion_mini.toy.source import Toy  # noqa: E402
 
 BASE = LionConfig(
     vit=VitConfig(width=768, depth=12, heads=12, mlp_width=3072),

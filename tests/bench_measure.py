@@ -15,7 +15,7 @@ from conftest import relative
 from PIL import Image, ImageDraw
 from torch import Tensor, nn
 
-from lion_mini.linear import pack
+from lion_mini.quantize import pack
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 COLORS = ("#274690", "#c44536", "#3a7d44", "#7d5ba6", "#d98324", "#5b8fb9")

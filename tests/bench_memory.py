@@ -29,10 +29,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import weights
-from lion_mini import Lion, LionConfig, layers
-from lion_mini.data import Batch
-from lion_mini.lion import Text
-from lion_mini.stages import STAGES, choose, groups, part_of
+from lion_mini import Lion, LionConfig
+from lion_mini.data.mixture import Batch
+from lion_mini.model import layers
+from lion_mini.model.lion import Text
+from lion_mini.training.stages import STAGES, choose, groups, part_of
 from train import Gradients, mixed_precision, share_of_loss
 
 STATE = 12  # bytes for each parameter that trains: its gradient and AdamW's two moments, all float32

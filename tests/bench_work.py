@@ -10,8 +10,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from lion_mini import Lion
-from lion_mini.ram import Ram
-from lion_mini.t5 import T5
+from lion_mini.model.ram import Ram
+from lion_mini.model.t5 import T5
 
 Phase = tuple[float, float]  # multiplications and additions, bytes of weights
 

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 import weights
 from lion_mini.config import QFormerConfig, RamConfig, T5Config, VitConfig
-from lion_mini.qformer import QFormer
-from lion_mini.swin import Swin
-from lion_mini.t5 import T5
-from lion_mini.vit import Vit
+from lion_mini.model.qformer import QFormer
+from lion_mini.model.swin import Swin
+from lion_mini.model.t5 import T5
+from lion_mini.model.vit import Vit
 
 
 def available() -> bool:

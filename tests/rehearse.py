@@ -105,7 +105,7 @@ def answer(folder: Path, packed: bool) -> None:
     to begin."""
     from lion_mini import GENERATION, Lion
     from lion_mini.images import open_image
-    from lion_mini.prompts import EVAL_TEMPLATES, render
+    from lion_mini.text.prompts import EVAL_TEMPLATES, render
 
     once = read(folder)
     forget(folder)

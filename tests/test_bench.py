@@ -13,7 +13,7 @@ from conftest import oracle
 from PIL import Image
 
 from lion_mini.config import T5Config
-from lion_mini.t5 import T5
+from lion_mini.model.t5 import T5
 
 
 @pytest.fixture(scope="module")

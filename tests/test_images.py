@@ -17,6 +17,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
+from lion_mini.box import Box
 from lion_mini.images import (
     CLIP_MEAN,
     CLIP_STD,
@@ -29,7 +30,6 @@ from lion_mini.images import (
     ram_transform,
     to_rgb,
 )
-from lion_mini.prompts import Box
 
 RED, BLUE, WHITE = (255, 0, 0), (0, 0, 255), (255, 255, 255)
 

@@ -16,7 +16,7 @@ import infer
 from lion_mini import GENERATION, Box, Lion, LionConfig
 from lion_mini.files import read_shards
 from lion_mini.images import lion_transform, open_image
-from lion_mini.lion import Answer
+from lion_mini.model.lion import Answer
 
 PHOTO = GOLDEN / "photo.png"
 Run = Callable[..., tuple[int, str, str, list[dict]]]
@@ -281,7 +281,7 @@ def test_a_box_is_never_evaluated() -> None:
 
 def test_auto_says_what_it_chose(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     for fast, name in ((True, "bfloat16"), (False, "float32")):
-        monkeypatch.setattr("lion_mini.linear.has_bfloat16", lambda fast=fast: fast)
+        monkeypatch.setattr("lion_mini.quantize.has_bfloat16", lambda fast=fast: fast)
         code, _, error, _ = run(PHOTO, "--dtype", "auto")
         assert code == 0
         assert f"computes in {name} on cpu" in error

@@ -8,14 +8,14 @@ import torch
 from conftest import convert, relative
 from torch import Tensor, nn
 
-import eval as script
 import weights
 from lion_mini import GENERATION, Lion, toy
 from lion_mini.files import read_shards
-from lion_mini.layers import attention
-from lion_mini.linear import Int8Linear, PackedLinear, best_dtype, pack, quantise, to_int8
-from lion_mini.lion import TINY
-from lion_mini.stages import TOY, begin
+from lion_mini.model.layers import attention
+from lion_mini.model.lion import TINY
+from lion_mini.quantize import Int8Linear, PackedLinear, best_dtype, pack, quantise, to_int8
+from lion_mini.toy import scores
+from lion_mini.training.stages import TOY, begin
 
 
 @pytest.fixture(scope="module")
@@ -140,7 +140,7 @@ def test_tiny_in_int8_sees_as_well(tmp_path: Path) -> None:
     whole, small = Lion.from_pretrained("tiny"), Lion.from_pretrained("tiny")
     to_int8(small)
     scenes = [toy.scene(i, "test") for i in range(60)]
-    for before, after in zip(script.toy_scores(whole, scenes), script.toy_scores(small, scenes), strict=True):
+    for before, after in zip(scores.toy_scores(whole, scenes), scores.toy_scores(small, scenes), strict=True):
         assert after.score > before.score - 0.05, (before, after)
 
 
@@ -178,7 +178,7 @@ def test_packing_holds_no_weight_longer_than_it_must(monkeypatch: pytest.MonkeyP
             made = sum(isinstance(module, PackedLinear) for module in model.modules())
             twice.append(sum(weight() is not None for weight in before) - (len(before) - made))
 
-    monkeypatch.setattr("lion_mini.linear.PackedLinear", Counting)
+    monkeypatch.setattr("lion_mini.quantize.PackedLinear", Counting)
     pack(model)
     assert max(twice, default=0) <= 4
 
@@ -192,7 +192,7 @@ def test_pack_leaves_other_devices_alone() -> None:
 
 def test_best_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
     for fast, dtype in ((True, torch.bfloat16), (False, torch.float32)):
-        monkeypatch.setattr("lion_mini.linear.has_bfloat16", lambda fast=fast: fast)
+        monkeypatch.setattr("lion_mini.quantize.has_bfloat16", lambda fast=fast: fast)
         assert best_dtype("cpu") == dtype
     assert best_dtype("mps") == torch.float32
 

@@ -1,0 +1,368 @@
+"""Every number of the paper's tables, from the model's texts and scores: section 4, without Java.
+
+All scores are fractions; the tables print 100 times as much (CIDEr too: 1.382 is printed as 138.2).
+
+    captions                  cider             Flickr30K, COCO, TextCaps
+    short answers             vqa_accuracy      OKVQA, and its kin direct_answer_accuracy (A-OKVQA), gqa_match (GQA)
+    ranked candidates         rank, ranking     VisDial (MRR), IconQA and VSR (recall at 1)
+    boxes                     grounding         RefCOCO, RefCOCO+, RefCOCOg
+    yes and no                pope              POPE
+    letters                   mmbench           MMBench
+    the tables' own means     averages
+
+LION published no evaluation code; each docstring names the definition that it follows.    next: eval.py
+"""
+
+import math
+import re
+from collections import Counter
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, TypeVar, overload
+
+from ..box import Box
+from .ptb import ptb_tokenize as ptb_tokenize
+
+K = TypeVar("K", bound=Hashable)
+Grams = Mapping[tuple[str, ...], float]
+
+
+# captions
+
+
+@overload
+def cider(references: Mapping[K, Sequence[str]], hypotheses: Mapping[K, str]) -> tuple[float, dict[K, float]]: ...
+@overload
+def cider(references: Sequence[Sequence[str]], hypotheses: Sequence[str]) -> tuple[float, list[float]]: ...
+def cider(
+    references: Mapping[K, Sequence[str]] | Sequence[Sequence[str]], hypotheses: Mapping[K, str] | Sequence[str]
+) -> tuple[float, dict[K, float]] | tuple[float, list[float]]:
+    """CIDEr-D of raw captions: the corpus' mean, and each image's score (a dict by image where dicts are given).
+
+    For a caption s let w_n(s)[k] be the count of the n-gram k times ln N - ln max(1, df(k)), where df(k) counts the
+    images that use k in a reference. A hypothesis c scores, averaged over n = 1 to 4 and over its references r,
+
+        10 * exp(-(|c| - |r|)^2 / (2 * 6^2)) * sum_k min(w_n(c)[k], w_n(r)[k]) w_n(r)[k] / (||w_n(c)|| ||w_n(r)||)
+
+    N and df come from these references alone, so a subset scores differently, and one image alone scores 0.
+    Vedantam et al. 2015, as in coco-caption's Cider.
+    """
+    if isinstance(references, Mapping) and isinstance(hypotheses, Mapping):
+        if references.keys() != hypotheses.keys():
+            odd = sorted(map(str, references.keys() ^ hypotheses.keys()))
+            raise ValueError(f"{len(odd)} images have references or a hypothesis but not both: {', '.join(odd[:5])}")
+        names = list(references)
+        corpus, listed = cider([references[name] for name in names], [hypotheses[name] for name in names])
+        return corpus, dict(zip(names, listed, strict=True))
+    if isinstance(references, Mapping) or isinstance(hypotheses, Mapping):
+        raise ValueError("references and hypotheses must both be dicts or both be lists")
+    if len(references) != len(hypotheses) or not references:
+        raise ValueError(f"{len(references)} images have references and {len(hypotheses)} have a hypothesis")
+    for i, captions in enumerate(references):
+        if isinstance(captions, str) or not captions:
+            raise ValueError(f"image {i} needs a list of one or more references, not {captions!r}")
+
+    words = iter(ptb_tokenize([caption for captions in references for caption in captions]))
+    counted = [[_grams(next(words)) for _ in captions] for captions in references]
+    df = Counter(k for image in counted for k in {k for orders in image for grams in orders for k in grams})
+    unseen = math.log(len(counted))
+    idf = {k: unseen - math.log(images) for k, images in df.items()}
+
+    def weigh(orders: list[Grams]) -> list[tuple[Grams, float]]:  # per n: the weights and their norm
+        weighted = [{k: count * idf.get(k, unseen) for k, count in grams.items()} for grams in orders]
+        return [(weights, math.sqrt(sum(w * w for w in weights.values()))) for weights in weighted]
+
+    scores = []
+    for tokens, image in zip(ptb_tokenize(list(hypotheses)), counted, strict=True):
+        hypothesis, total = weigh(_grams(tokens)), 0.0
+        for reference in image:
+            gap = len(tokens) - sum(reference[0].values())
+            closeness = math.exp(-(gap**2) / (2 * 6**2))
+            for (c, c_norm), (r, r_norm) in zip(hypothesis, weigh(reference), strict=True):
+                if c_norm and r_norm:
+                    shared = sum(min(w, r[k]) * r[k] for k, w in c.items() if k in r)
+                    total += closeness * shared / (c_norm * r_norm)
+        scores.append(10 * total / (4 * len(image)))
+    return _mean(scores), scores
+
+
+def _grams(tokens: list[str]) -> list[Grams]:
+    """The n-grams of a caption and how often each occurs, for n = 1 to 4."""
+    return [Counter(zip(*(tokens[i:] for i in range(n)), strict=False)) for n in range(1, 5)]
+
+
+# short answers
+
+_PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
+_DIGITS = "zero one two three four five six seven eight nine ten"
+_NUMBERS = {"none": "0"} | {word: str(digit) for digit, word in enumerate(_DIGITS.split())}
+_CONTRACTED = """
+    ain't aren't can't could've couldn't didn't doesn't don't hadn't hasn't haven't he'd he's how'd how'll how's isn't
+    it'd it'll ma'am mightn't might've mustn't must've needn't not've o'clock oughtn't shan't should've shouldn't
+    somebody'll somebody's someone'd someone'll someone's something'd something'll that's there'd there're there's
+    they'd they'll they're they've 'twas wasn't we've weren't what'll what're what's what've when's where'd where's
+    where've who'd who'll who's who've why'll why're why's won't would've wouldn't y'all you'd you'll you're you've
+    couldn't've hadn't've he'd've it'd've mightn't've she'd've shouldn't've somebody'd've someone'd've something'd've
+    there'd've they'd've we'd've who'd've wouldn't've y'all'll y'all'd've you'd've 'ow's'at
+"""
+# Each word is restored from itself with one apostrophe forgotten: dont, couldn'tve, couldnt've, but not couldntve.
+_CONTRACTIONS = {
+    word[:i] + word[i + 1 :]: word for word in _CONTRACTED.split() for i, letter in enumerate(word) if letter == "'"
+}
+_CONTRACTIONS["somebody'd"] = "somebodyd"  # the evaluators' table has this one the wrong way round
+
+
+def vqa_accuracy(prediction: str, answers: Sequence[str], variant: Literal["official", "lavis"] = "official") -> float:
+    """VQA accuracy of one prediction: agreement with three of the other annotators is full marks.
+
+    The mean over annotators i of min(1, how many of the others gave this answer / 3): of ten answers 0, 1, 2, 3 or
+    more than 3 matches give 0, 0.3, 0.6, 0.9 and 1. The two evaluators in use differ in what they normalise first:
+
+        official  GT-Vision-Lab/VQA since March 2021: both sides alike, and nothing where all annotators agree
+        lavis     the code before, which InstructBLIP and hence LION report: always the prediction, and of the
+                  annotators' answers only the punctuation, so that an annotator's "two" or "a cat" is out of reach
+    """
+    if variant not in ("official", "lavis"):
+        raise ValueError(f"variant is 'official' or 'lavis', not {variant!r}")
+    if not answers:
+        raise ValueError("VQA accuracy needs the annotators' answers, found none")
+    prediction = _one_line(prediction)
+    if variant == "official":
+        answers = [_one_line(answer) for answer in answers]
+    disagree = len(set(answers)) > 1
+    if disagree or variant == "lavis":
+        prediction = normalise_answer(prediction)
+    if disagree:
+        answers = [normalise_answer(a) if variant == "official" else _strip_punctuation(a) for a in answers]
+    matches = sum(answer == prediction for answer in answers)
+    return _mean([min(1.0, (matches - (answer == prediction)) / 3) for answer in answers])
+
+
+def normalise_answer(text: str) -> str:
+    """What the VQA evaluators compare: no punctuation or articles, lower case, 2 for two, don't for dont.
+
+    Apostrophes, colons, %, $ and & stay; so do plurals and spelling variants.
+    """
+    words = (_NUMBERS.get(word, word) for word in _strip_punctuation(text).lower().split())
+    return " ".join(_CONTRACTIONS.get(word, word) for word in words if word not in ("a", "an", "the"))
+
+
+def _one_line(text: str) -> str:
+    return text.replace("\n", " ").replace("\t", " ").strip()
+
+
+def _strip_punctuation(text: str) -> str:
+    """A mark becomes a space between letters (cat/dog) and nothing beside a space, or wherever a number holds a comma.
+
+    The quirks are the evaluators' own: one 1,000 changes how all marks are treated, and only 32 periods are removed.
+    """
+    numeric, out = re.search(r"\d,\d", text), text
+    for mark in _PUNCTUATION:
+        out = out.replace(mark, "" if numeric or f"{mark} " in text or f" {mark}" in text else " ")
+    return re.sub(r"\.(?!\d)", "", out, count=32)
+
+
+def direct_answer_accuracy(prediction: str, answers: Sequence[str]) -> float:
+    """A-OKVQA's direct answer: min(1, how many of the ten gave exactly this string / 3).
+
+    Nothing is normalised, so give a stripped, lower-cased prediction. The official evaluator leaves out questions
+    marked `difficult_direct_answer`, LAVIS and so the paper keeps them. Source: allenai/aokvqa.
+    """
+    return min(1.0, sum(answer == prediction for answer in answers) / 3)
+
+
+def gqa_match(prediction: str, answer: str, variant: Literal["official", "lavis"] = "lavis") -> bool:
+    """GQA: equal strings (official), or equal after `normalise_answer` on both sides (LAVIS, and so the paper)."""
+    if variant not in ("official", "lavis"):
+        raise ValueError(f"variant is 'official' or 'lavis', not {variant!r}")
+    return prediction == answer if variant == "official" else normalise_answer(prediction) == normalise_answer(answer)
+
+
+# ranked candidates
+
+
+def rank(scores: Sequence[float], target: int) -> int:
+    """The place, 1 the best, of candidate `target` among log-likelihoods; of equals the one listed first wins."""
+    if not 0 <= target < len(scores):
+        raise ValueError(f"target {target} is not one of {len(scores)} candidates")
+    if any(math.isnan(score) for score in scores):
+        raise ValueError(f"the scores of {len(scores)} candidates hold a NaN, which has no place")
+    mine = scores[target]
+    return 1 + sum(score > mine or (score == mine and i < target) for i, score in enumerate(scores))
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """VisDial's metrics over all rounds; top-1 accuracy (IconQA, VSR) is `recall[1]`."""
+
+    mrr: float  # mean of 1 / rank
+    recall: Mapping[int, float]  # at k = 1, 5, 10: the share of ranks <= k
+    mean_rank: float
+
+
+def ranking(ranks: Sequence[int]) -> Ranking:
+    """Mean reciprocal rank, recall at 1, 5, 10 and mean rank: the VisDial challenge's, without its NDCG."""
+    recall = {k: _mean([float(r <= k) for r in ranks]) for k in (1, 5, 10)}
+    return Ranking(_mean([1 / r for r in ranks]), recall, _mean(ranks))
+
+
+# boxes
+
+
+@dataclass(frozen=True)
+class Grounding:
+    accuracy: float
+    unparsed: float  # the share of answers that hold no box; they count as wrong
+
+
+def grounding(answers: Sequence[str], truth: Sequence[Box], threshold: float = 0.5, strict: bool = False) -> Grounding:
+    """REC accuracy: the share of expressions whose box overlaps the truth with IoU >= 0.5, as the paper says.
+
+    `strict` asks for more than the threshold, as Shikra and MiniGPT-4 do. One answer per expression, not per image;
+    a missing or inverted box is wrong and stays in the denominator. The truth should not be rounded.
+    """
+    if len(answers) != len(truth):
+        raise ValueError(f"{len(answers)} answers for {len(truth)} expressions")
+    boxes = [Box.parse(answer) for answer in answers]
+    overlaps = [box.iou(true) if box else 0.0 for box, true in zip(boxes, truth, strict=True)]
+    right = [float(iou > threshold or (iou == threshold and not strict)) for iou in overlaps]
+    return Grounding(_mean(right), _mean([float(box is None) for box in boxes]))
+
+
+# yes and no
+
+
+@dataclass(frozen=True)
+class Pope:
+    """The confusion counts of POPE, yes being the positive, and the rates of Table 5; a rate over nothing is 0."""
+
+    tp: int
+    fp: int
+    tn: int
+    fn: int
+
+    @property
+    def accuracy(self) -> float:
+        return _share(self.tp + self.tn, self.tp + self.fp + self.tn + self.fn)
+
+    @property
+    def precision(self) -> float:
+        return _share(self.tp, self.tp + self.fp)
+
+    @property
+    def recall(self) -> float:
+        return _share(self.tp, self.tp + self.fn)
+
+    @property
+    def f1(self) -> float:
+        return _share(2 * self.tp, 2 * self.tp + self.fp + self.fn)
+
+    @property
+    def yes_ratio(self) -> float:
+        return _share(self.tp + self.fp, self.tp + self.fp + self.tn + self.fn)
+
+
+def pope(answers: Sequence[str], labels: Sequence[str]) -> Pope:
+    """POPE over the model's free texts and the file's labels, in the same order. Source: AoiDragon/POPE."""
+    odd = sorted(set(labels) - {"yes", "no"})
+    if odd:
+        raise ValueError(f"a POPE label is 'yes' or 'no', not {odd[0]!r}")
+    if len(answers) != len(labels) or not labels:
+        raise ValueError(f"{len(answers)} answers for {len(labels)} questions")
+    counts = Counter(zip(map(pope_answer, answers), labels, strict=True))
+    return Pope(counts["yes", "yes"], counts["yes", "no"], counts["no", "no"], counts["no", "yes"])
+
+
+def pope_answer(text: str) -> Literal["yes", "no"]:
+    """no where the first sentence has the word No, no or not; yes for all else, "NO", "isn't" and silence included."""
+    words = text.split(".")[0].replace(",", "").split(" ")
+    return "no" if {"No", "no", "not"} & set(words) else "yes"
+
+
+# letters
+
+MMBENCH_ABILITIES = {  # the files' l2-category: Table 6's column
+    "logic_reasoning": "LR",
+    "attribute_reasoning": "AR",
+    "relation_reasoning": "RR",
+    "finegrained_perception (instance-level)": "FP-S",
+    "finegrained_perception (cross-instance)": "FP-C",
+    "coarse_perception": "CP",
+}
+
+
+def mmbench(rows: Iterable[tuple[int, str, bool]]) -> dict[str, float]:
+    """MMBench's circular score from (index, l2-category, right?) of every row: Overall and Table 6's six abilities.
+
+    Row i + r * 1,000,000 is question i with its options rotated r times; the question counts only if all its rows are
+    right. Overall is the mean over questions, not over abilities; an ability without questions is left out.
+    """
+    asked: dict[int, tuple[str, bool]] = {}
+    seen: set[int] = set()
+    for index, category, right in rows:
+        if category not in MMBENCH_ABILITIES:
+            raise ValueError(f"row {index}: {category!r} is not an ability; there are {', '.join(MMBENCH_ABILITIES)}")
+        if index in seen:
+            raise ValueError(f"row {index} appears twice")
+        seen.add(index)
+        question = index % 1_000_000
+        asked[question] = (category, right and asked.get(question, (category, True))[1])
+    orphans = asked.keys() - seen
+    if orphans:
+        raise ValueError(f"question {min(orphans)} has rotations but not its own row")
+    scores = {"Overall": _mean([float(right) for _, right in asked.values()])}
+    for ability, column in MMBENCH_ABILITIES.items():
+        hits = [float(right) for category, right in asked.values() if category == ability]
+        if hits:
+            scores[column] = _mean(hits)
+    return scores
+
+
+def mmbench_choice(text: str, options: Mapping[str, str]) -> str | None:
+    """The option that a free text chooses, as VLMEvalKit finds it without a language model; None counts as wrong.
+
+    In turn: the one letter among the words, if among the last four; "answer is B"; the one option whose text occurs,
+    unless the answer is twice as long as all options together.
+    """
+    words = re.sub(r"[.()\[\],:;!*#{}]", " ", text).split()
+    letters = [letter for letter in options if letter in words]
+    if len(letters) == 1 and words.index(letters[0]) >= len(words) - 4:
+        return letters[0]
+    stated = re.search(r"\banswer is\s+\W*([A-Z])\b", text)
+    if stated and stated[1] in options:
+        return stated[1]
+    if len(text) > 2 * sum(map(len, options.values())):
+        return None
+    held = [letter for letter, option in options.items() if option and option.lower() in text.lower()]
+    return held[0] if len(held) == 1 else None
+
+
+# the tables' own means
+
+AVERAGES = {
+    "REC Avg": (
+        "refcoco_val", "refcoco_testA", "refcoco_testB", "refcoco+_val", "refcoco+_testA", "refcoco+_testB",
+        "refcocog_val", "refcocog_test",
+    ),
+    "Held-in": ("coco", "textcaps", "okvqa", "aokvqa"),
+    "Held-out": ("flickr30k", "gqa", "iconqa", "vsr", "visdial"),
+}  # fmt: skip
+
+
+def averages(scores: Mapping[str, float]) -> dict[str, float]:
+    """Tables 2 to 4's averages, unweighted by size; one that lacks a benchmark is left out, never taken over fewer."""
+    return {
+        name: _mean([scores[benchmark] for benchmark in benchmarks])
+        for name, benchmarks in AVERAGES.items()
+        if all(benchmark in scores for benchmark in benchmarks)
+    }
+
+
+def _mean(values: Sequence[float]) -> float:
+    if not values:
+        raise ValueError("a mean over no samples")
+    return math.fsum(values) / len(values)
+
+
+def _share(part: int, whole: int) -> float:
+    return part / whole if whole else 0.0

@@ -1,0 +1,56 @@
+"""The vision aggregator, the region-level branch: paper section 3.1.1, equations (4) and (5).
+
+Fine spatial detail fades in a ViT's last layers. The aggregator starts from the last tap and lets it look, block by
+block, at earlier ones; norm and an MLP bring the result to the language model's width:
+
+    V <- block_i(V, tap_i):   self-attention(V)  ->  cross-attention(V, tap_i)  ->  feed-forward(V)
+
+LION-XL: V = block 38's output, then tap 28, then tap 18: every patch stays a token of its own (257 with CLS).
+At initialisation each sublayer's output projection is zero, so that training starts from the plain tap 38.
+
+Compatible with `fusion_adapter`, `ln_adapter` and `adapter_proj` of the release.        next: adapters.py
+"""
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from ..config import AggregatorConfig
+from .bert import Attention, FeedForward, bert_init
+from .layers import Mlp, run
+
+
+class Block(nn.Module):
+    def __init__(self, config: AggregatorConfig, width: int):
+        super().__init__()
+        self.attn = Attention(width, config.heads, config.norm_eps, config.dropout)
+        self.cross_attn = Attention(width, config.heads, config.norm_eps, config.dropout)
+        self.ff = FeedForward(width, config.mlp_width, config.norm_eps, config.dropout)
+
+    def forward(self, x: Tensor, tap: Tensor) -> Tensor:  # (b, n, d), (b, n, d) -> (b, n, d)
+        return self.ff(self.cross_attn(self.attn(x), tap))
+
+
+class Aggregator(nn.Module):
+    """Region-level visual tokens, one per token of the ViT, from `taps` in the order in which they are read."""
+
+    recompute = False  # layers.run
+
+    def __init__(self, config: AggregatorConfig, width: int, taps: int, out_width: int):
+        super().__init__()
+        self.blocks = nn.ModuleList(Block(config, width) for _ in range(taps - 1))
+        self.norm = nn.LayerNorm(width, eps=1e-5)
+        self.proj = Mlp(width, config.projector_ratio * width, out_width)
+        self.blocks.apply(lambda module: bert_init(module, config.init_std))
+        for name, parameter in self.blocks.named_parameters():
+            if name.endswith((".o.weight", ".wo.weight")):
+                nn.init.zeros_(parameter)
+
+    def fuse(self, taps: Sequence[Tensor]) -> Tensor:  # taps x (b, n, d) -> (b, n, d)
+        x, *earlier = taps
+        for block, tap in zip(self.blocks, earlier, strict=True):
+            x = run(block, self.recompute, x, tap)
+        return x
+
+    def forward(self, taps: Sequence[Tensor]) -> Tensor:  # taps x (b, n, d) -> (b, n, out)
+        return run(self.proj, self.recompute, self.norm(self.fuse(taps)))

@@ -1,0 +1,233 @@
+"""Writing the answer: greedy, nucleus and beam search, and the ranking of given candidates.
+
+Nothing here knows LION: the encoder's states come in, the T5's `start` and `decode` do the work, token ids go out.
+The meaning of every setting, ties and corner cases included, is that of `generate` in transformers 4.42, with which
+the release was published; the paper writes greedily and ranks candidates for IconQA, VSR and VisDial (Appendix B).
+
+A beam search for one sample with 2 beams, in which </s> ends a hypothesis (sums of log-probabilities):
+
+    step 1   [a -0.1] [b -2.0]
+    step 2   [a c -0.5] [a </s> -0.6] [b a -2.2] ...   -> "a" is finished with -0.6 / 2 ** length_penalty,
+                                                          and [a c], [b a] go on: row 0 from row 0, row 1 from row 1
+
+Compatible with the release's models/lion_t5.py: generate.                              next: swin.py
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor
+
+from ..config import EOS, IGNORE, PAD
+from .t5 import T5
+
+
+@dataclass(frozen=True)
+class Generation:
+    """How to write. `min_new_tokens` and `max_new_tokens` count `</s>`; `returns` strings come back per sample."""
+
+    beams: int = 1
+    max_new_tokens: int = 30
+    min_new_tokens: int = 0
+    length_penalty: float = 1.0  # hypotheses are compared by log-probability / length ** length_penalty
+    repetition_penalty: float = 1.0
+    sample: bool = False
+    top_p: float = 1.0
+    top_k: int = 50  # sampling only; 4.42's silent default, which the release leaves as it is
+    temperature: float = 1.0
+    returns: int = 1
+    seed: int | None = None  # of the sampling; None continues torch's own random numbers
+
+    def __post_init__(self) -> None:
+        for name in ("beams", "max_new_tokens", "top_k", "returns"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if not 0 <= self.min_new_tokens <= self.max_new_tokens:
+            raise ValueError(f"min_new_tokens {self.min_new_tokens} is not within 0 and {self.max_new_tokens}")
+        if self.temperature <= 0 or self.repetition_penalty <= 0 or not 0 < self.top_p <= 1:
+            raise ValueError("temperature and repetition_penalty must be above 0, and top_p within 0 and 1")
+        if self.sample and self.beams > 1:
+            raise ValueError(f"sampling writes one row at a time: beams must be 1, not {self.beams}")
+        if self.returns > self.beams and not self.sample:
+            raise ValueError(f"{self.beams} beams cannot return {self.returns} answers: raise beams, or sample")
+
+
+GENERATION = {
+    "caption": Generation(max_new_tokens=30),
+    "answer": Generation(max_new_tokens=10),
+    "locate": Generation(max_new_tokens=40),
+    "describe": Generation(max_new_tokens=30),
+    "official": Generation(beams=5, max_new_tokens=256, repetition_penalty=1.5),
+}
+
+
+def generate(
+    t5: T5, states: Tensor, mask: Tensor | None, task: Tensor, settings: Generation
+) -> Tensor:  # (b, n, d), (b, n), (b,) -> (b * returns, t)
+    """Token ids, the start token first, padded with PAD after `</s>`; a sample's `returns` rows stand together."""
+    if settings.beams > 1:
+        return beam_search(t5, states, mask, task, settings)
+    return one_by_one(t5, states, mask, task, settings)
+
+
+def one_by_one(
+    t5: T5, states: Tensor, mask: Tensor | None, task: Tensor, settings: Generation
+) -> Tensor:  # ... -> (b * returns, t)
+    """Greedy or nucleus sampling: every row writes its best, or a drawn, next token until all have ended."""
+    rows = len(states) * settings.returns
+    cache = t5.start(states, mask, task, settings.max_new_tokens + 1)
+    ids = torch.full((rows, 1), PAD, device=states.device)
+    ended = torch.zeros(rows, dtype=torch.bool, device=states.device)
+    random = None
+    if settings.sample and settings.seed is not None:
+        random = torch.Generator(states.device).manual_seed(settings.seed)
+    for _ in range(settings.max_new_tokens):
+        scores = penalise(t5.decode(ids[:, -1:], cache)[:, -1].float(), ids, settings)
+        if settings.sample:
+            token = torch.multinomial(nucleus(scores, settings).softmax(-1), 1, generator=random)[:, 0]
+        else:
+            token = scores.argmax(-1)
+        ids = torch.cat((ids, token.masked_fill(ended, PAD)[:, None]), dim=1)
+        ended |= token == EOS
+        if ended.all():
+            break
+    return ids
+
+
+def penalise(scores: Tensor, ids: Tensor, settings: Generation) -> Tensor:  # (r, v), (r, t) -> (r, v)
+    """Make repetition (of the start token too) less likely, and `</s>` impossible before its time."""
+    if settings.repetition_penalty != 1.0:
+        seen = scores.gather(1, ids)
+        seen = torch.where(seen < 0, seen * settings.repetition_penalty, seen / settings.repetition_penalty)
+        scores = scores.scatter(1, ids, seen)
+    if ids.shape[1] <= settings.min_new_tokens:
+        scores = scores.index_fill(1, torch.tensor([EOS], device=scores.device), -torch.inf)
+    return scores
+
+
+def nucleus(scores: Tensor, settings: Generation) -> Tensor:  # (r, v) -> (r, v)
+    """-inf wherever a token is not among the `top_k` or not in the smallest set whose probability reaches `top_p`."""
+    scores = scores / settings.temperature
+    worst = scores.topk(min(settings.top_k, scores.shape[1]), dim=1).values[:, -1:]
+    scores = scores.masked_fill(scores < worst, -torch.inf)
+    if settings.top_p < 1:
+        ascending, order = scores.sort(dim=1)
+        drop = ascending.softmax(-1).cumsum(-1) <= 1 - settings.top_p
+        drop[:, -1] = False
+        scores = scores.masked_fill(drop.scatter(1, order, drop), -torch.inf)
+    return scores
+
+
+class Hypotheses:
+    """The finished answers of one sample: at most `beams`, the best ones by log-probability / length ** penalty."""
+
+    def __init__(self, settings: Generation):
+        self.beams = settings.beams
+        self.penalty = settings.length_penalty
+        self.kept: list[tuple[float, Tensor]] = []
+
+    def score(self, total: float, length: int) -> float:
+        return float(total / length**self.penalty)
+
+    def add(self, ids: Tensor, total: float, length: int) -> None:
+        """`length` counts `</s>`, which `ids` does not hold, and not the start token, which it does."""
+        score = self.score(total, length)
+        if len(self.kept) == self.beams:
+            if score <= self.worst():
+                return
+            del self.kept[[kept for kept, _ in self.kept].index(self.worst())]
+        self.kept.append((score, ids))
+
+    def worst(self) -> float:
+        return min(score for score, _ in self.kept)
+
+    def done(self, best_total: float, length: int) -> bool:
+        """No beam of this length can still beat the worst answer kept, as far as its present score tells."""
+        return len(self.kept) == self.beams and self.worst() >= self.score(best_total, length)
+
+
+def beam_search(
+    t5: T5, states: Tensor, mask: Tensor | None, task: Tensor, settings: Generation
+) -> Tensor:  # ... -> (b * returns, t)
+    """The `beams` most likely prefixes of each sample go on together until no better answer can come."""
+    b, beams = len(states), settings.beams
+    cache = t5.start(states, mask, task, settings.max_new_tokens + 1)
+    ids = torch.full((b * beams, 1), PAD, device=states.device)
+    totals = torch.full((b, beams), -1e9, device=states.device)
+    totals[:, 0] = 0.0  # all beams of a sample begin alike: only the first may branch
+    answers = [Hypotheses(settings) for _ in range(b)]
+    done = [False] * b
+    for length in range(1, settings.max_new_tokens + 1):
+        scores = penalise(t5.decode(ids[:, -1:], cache)[:, -1].float().log_softmax(-1), ids, settings)
+        vocabulary = scores.shape[1]
+        scores = rearrange(totals.reshape(-1, 1) + scores, "(b k) v -> b (k v)", b=b)
+        best, flat = scores.topk(2 * beams, dim=1)  # enough for `beams` to go on if as many end
+        going: list[tuple[float, int, int]] = []  # total, row it continues, token
+        for i, (best_i, flat_i) in enumerate(zip(best.tolist(), flat.tolist(), strict=True)):
+            if done[i]:
+                going += [(0.0, i * beams, PAD)] * beams
+                continue
+            kept = 0
+            for rank, (total, index) in enumerate(zip(best_i, flat_i, strict=True)):
+                row, token = i * beams + index // vocabulary, index % vocabulary
+                if token != EOS:
+                    going.append((total, row, token))
+                    kept += 1
+                elif rank < beams:
+                    answers[i].add(ids[row], total, length)
+                if kept == beams:
+                    break
+            done[i] = answers[i].done(best_i[0], length)
+        sums, rows, tokens = zip(*going, strict=True)
+        order = torch.tensor(rows, device=ids.device)
+        ids = torch.cat((ids[order], torch.tensor(tokens, device=ids.device)[:, None]), dim=1)
+        totals = torch.tensor(sums, device=ids.device).reshape(b, beams)
+        if all(done):
+            break
+        cache.reorder(order)
+    for i, answer in enumerate(answers):
+        if not done[i]:  # out of tokens: what is unfinished counts as it stands
+            for row, total in enumerate(totals[i].tolist()):
+                answer.add(ids[i * beams + row], total, ids.shape[1] - 1)
+    return pad_answers(answers, settings)
+
+
+def pad_answers(answers: Sequence[Hypotheses], settings: Generation) -> Tensor:  # -> (b * returns, t)
+    """The best answers first, `</s>` appended where there is room, then PAD."""
+    best = [
+        ids for answer in answers for _, ids in sorted(answer.kept, key=lambda kept: kept[0])[::-1][: settings.returns]
+    ]
+    length = min(max(map(len, best)) + 1, settings.max_new_tokens + 1)
+    return torch.stack([F.pad(F.pad(ids, (0, 1), value=EOS), (0, length), value=PAD)[:length] for ids in best])
+
+
+def log_likelihoods(
+    t5: T5,
+    states: Tensor,
+    mask: Tensor | None,
+    task: Tensor,
+    candidates: Sequence[Sequence[Sequence[int]]],
+    segment: int = 32,
+) -> list[list[float]]:
+    """The summed log-probability of each candidate's tokens, per sample; `</s>` counts where a candidate holds it.
+
+    An image's candidates, however many, share one encoding; `segment` of them per sample are scored at a time.
+    """
+    found: list[list[float]] = [[] for _ in candidates]
+    cache = t5.start(states, mask, task, max(len(ids) for sample in candidates for ids in sample))
+    for first in range(0, max(map(len, candidates)), segment):
+        part = [sample[first : first + segment] for sample in candidates]
+        width = max(map(len, part))
+        labels = torch.full((len(part), width, cache.capacity), IGNORE)
+        for i, sample in enumerate(part):
+            for j, ids in enumerate(sample):
+                labels[i, j, : len(ids)] = torch.tensor(ids)
+        labels = rearrange(labels, "b k t -> (b k) t").to(states.device)
+        logits = rearrange(t5.predict(labels, cache).float(), "r t v -> r v t")
+        sums = -F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="none").sum(-1)
+        for scores, row, sample in zip(found, rearrange(sums, "(b k) -> b k", k=width).tolist(), part, strict=True):
+            scores += row[: len(sample)]
+    return found

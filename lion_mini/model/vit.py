@@ -1,0 +1,71 @@
+"""EVA-CLIP ViT-g/14, LION's frozen eye (paper section 3.1): an image becomes CLS and one token per patch.
+
+A plain pre-norm vision transformer, x <- x + f(LayerNorm(x)), with two peculiarities of EVA: keys have no bias, and
+LION reads the last block's output as it is, without a final norm. The vision aggregator also wants what some earlier
+blocks saw, so `forward` hands out any block outputs it is asked for ("taps").
+
+    224 x 224 pixels -> 16 x 16 patches of 14 x 14 -> 257 tokens of width 1408 (CLS first)
+
+Compatible with the release's models/eva_vit.py.                                        next: bert.py
+"""
+
+from collections.abc import Sequence
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+from ..config import VitConfig
+from .layers import Mlp, attention
+
+
+class Attention(nn.Module):
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width, bias=False)
+        self.q_bias = nn.Parameter(torch.zeros(width))
+        self.v_bias = nn.Parameter(torch.zeros(width))
+        self.o = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:  # (b, n, d) -> (b, n, d)
+        bias = torch.cat((self.q_bias, torch.zeros_like(self.q_bias), self.v_bias))
+        x = self.qkv(x)  # under autocast bfloat16, which a bias in float32 would undo
+        q, k, v = rearrange(x + bias.to(x.dtype), "b n (three h e) -> three b h n e", three=3, h=self.heads)
+        return self.o(attention(q, k, v))
+
+
+class Block(nn.Module):
+    def __init__(self, config: VitConfig):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(config.width, eps=config.norm_eps)
+        self.attn = Attention(config.width, config.heads)
+        self.norm2 = nn.LayerNorm(config.width, eps=config.norm_eps)
+        self.mlp = Mlp(config.width, config.mlp_width)
+
+    def forward(self, x: Tensor) -> Tensor:  # (b, n, d) -> (b, n, d)
+        x = x + self.attn(self.norm1(x))
+        return x + self.mlp(self.norm2(x))
+
+
+class Vit(nn.Module):
+    """The image encoder E_v; `forward` returns its last output and, in the order asked for, the outputs of `taps`."""
+
+    def __init__(self, config: VitConfig):
+        super().__init__()
+        self.patch_embed = nn.Conv2d(3, config.width, config.patch_size, stride=config.patch_size)
+        self.cls = nn.Parameter(torch.zeros(1, 1, config.width))
+        self.positions = nn.Parameter(torch.zeros(1, config.tokens, config.width))
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
+
+    def forward(
+        self, image: Tensor, taps: Sequence[int] = ()
+    ) -> tuple[Tensor, list[Tensor]]:  # (b, 3, s, s) -> (b, n, d), taps x (b, n, d)
+        x = rearrange(self.patch_embed(image), "b d y x -> b (y x) d")
+        x = torch.cat((self.cls.expand(len(x), -1, -1), x), dim=1) + self.positions
+        tapped = {}
+        for i, block in enumerate(self.blocks):
+            x = block(x)
+            if i in taps:
+                tapped[i] = x
+        return x, [tapped[i] for i in taps]

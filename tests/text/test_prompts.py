@@ -1,0 +1,218 @@
+"""Boxes as text, the tag sentence, and the templates."""
+
+import json
+import math
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import GOLDEN, ROOT
+
+from lion_mini.box import Box
+from lion_mini.text.prompts import (
+    EVAL_TEMPLATES,
+    PLACEHOLDER,
+    TASK_OF,
+    TEMPLATES,
+    load_templates,
+    render,
+    tag_sentence,
+)
+
+MISC = json.loads((ROOT / "tests" / "fixtures" / "misc_fixture.json").read_text())
+
+
+@pytest.mark.parametrize("case", MISC["rec_parse"]["cases"], ids=lambda case: case["text"] or "empty")
+def test_parse(case: dict[str, Any]) -> None:
+    """As Shikra's scorer, except for what DATA_EVAL allows: spaces, `.1`, and text or boxes after the first."""
+    more = {
+        "[0.525, 0.0, 0.675, 0.394]": [0.525, 0.0, 0.675, 0.394],
+        "[0.1 ,0.2,0.3,0.4]": [0.1, 0.2, 0.3, 0.4],
+        "[.1,.2,.3,.4]": [0.1, 0.2, 0.3, 0.4],
+        "[0.1,0.2,0.3,0.4] and [0.5,0.6,0.7,0.8]": [0.1, 0.2, 0.3, 0.4],
+    }
+    expected = more.get(case["text"], case["shikra"])
+    assert Box.parse(case["text"]) == (expected and Box(*expected))
+
+
+@pytest.mark.parametrize("case", MISC["box_format"]["cases"], ids=lambda case: case["shikra"])
+def test_box_text(case: dict[str, Any]) -> None:
+    x1, y1, x2, y2 = case["xyxy"]
+    box = Box.from_pixels(x1, y1, x2, y2, case["width"], case["height"])
+    assert box.to_text() == case["shikra"]
+    assert Box.parse(case["paper_style"]) == Box.parse(case["shikra"])
+    inside = [min(max(v, 0), size) for v, size in zip(case["xyxy"], [case["width"], case["height"]] * 2, strict=True)]
+    assert box.to_pixels(case["width"], case["height"]) == pytest.approx(inside)
+
+
+def test_iou() -> None:
+    first, *rest = MISC["rec_iou"]["cases"]
+    x, y, w, h = first["gt_xywh"]
+    truth = Box.from_pixels(x, y, x + w, y + h, first["width"], first["height"])
+    found = Box.parse(first["pred_text"])
+    assert found is not None
+    assert found.iou(truth) == pytest.approx(first["iou"], abs=1e-12)
+    for case in rest:
+        pred, gt = Box(*case["pred"]), Box(*case["gt"])
+        assert pred.iou(gt) == pytest.approx(case["iou"])
+        assert gt.iou(pred) == pred.iou(gt)
+        assert (pred.iou(gt) >= 0.5) == case["correct_ge"]
+    assert Box(0, 0, 0.25, 1).iou(Box(0.5, 0, 0.75, 1)) == 0
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[__import__('os'),0,0,1]",
+        "[0,0,1,exit()]",
+        "[0,0,1,1e0]",
+        "[0,0,0x1,1]",
+        "[nan,0,1,1]",
+        "[inf,0,1,1]",
+        "[0..1,0,1,1]",
+        "[0,0,1,1.001]",
+        "[٠,0,1,1]",
+        "[0,0,1," + "9" * 9999 + "]",
+        "[" * 9999,
+        "[" + " " * 9999,
+        "[" + "1" * 9999,
+    ],
+    ids=lambda text: text[:30],
+)
+def test_parse_takes_numbers_only(text: str) -> None:
+    assert Box.parse(text) is None
+
+
+def test_parse_survives_any_string() -> None:
+    rng = random.Random(0)
+    parsed = 0
+    for _ in range(20000):
+        text = "".join(rng.choices("[[],,,,..0123456789 -eé\n", k=rng.randint(0, 40)))
+        text = rng.choice([text, f"[0.{rng.randint(0, 999)}, {text[:1]}0.5,1,{text[1:3]}1]" + text])
+        box = Box.parse(text)
+        if box is not None:
+            parsed += 1
+            assert all(0 <= v <= 1 for v in (box.x1, box.y1, box.x2, box.y2))
+            again = Box.parse("Answer: " + box.to_text())
+            assert again is not None
+            assert max(abs(box.x1 - again.x1), abs(box.y2 - again.y2)) <= 0.0005 + 1e-9
+    assert parsed > 200
+
+
+def test_checked_box() -> None:
+    assert Box.checked(0, 0.25, 0.5, 1) == Box(0, 0.25, 0.5, 1)
+    with pytest.raises(ValueError, match=r"the box 0.5,0.2,0.3,0.9 is inverted: x1 0.5 must be left of x2 0.3"):
+        Box.checked(0.5, 0.2, 0.3, 0.9)
+    with pytest.raises(ValueError, match=r"is empty: y1 0.2 must be above y2 0.2"):
+        Box.checked(0.5, 0.2, 0.6, 0.2)
+    with pytest.raises(ValueError, match=r"is empty: x1 0.5 must be left of x2 0.5"):
+        Box.checked(0.5, 0.2, 0.5, 0.3)
+    for outside in ((-0.1, 0, 1, 1), (0, 0, 1, 20), (0, math.nan, 1, 1)):
+        with pytest.raises(ValueError, match="lies outside the image"):
+            Box.checked(*outside)
+
+
+@pytest.mark.parametrize("numbers", [(0, 0, 1, 1, 0, 5), (0, 0, 1, 1, 5, -5), (0, math.nan, 1, 1, 5, 5)])
+def test_pixels_without_fractions(numbers: tuple[float, float, float, float, float, float]) -> None:
+    with pytest.raises(ValueError, match="has no fractions"):
+        Box.from_pixels(*numbers)
+
+
+def test_tag_sentence() -> None:
+    for sample in json.loads((GOLDEN / "golden.json").read_text())["samples"]:
+        for tags, question, prompt in zip(sample["tags"], sample["question"], sample["prompts"], strict=True):
+            assert tag_sentence(tags) + question == prompt
+            assert tag_sentence(tags.split(", ")) + question == prompt
+    bare = tag_sentence(["beer", "table"], soft_prompt=False)
+    assert bare == "You are allowed to use or partially use the following tags: [beer, table]. "
+    assert PLACEHOLDER not in bare
+
+
+def test_templates() -> None:
+    assert {kind: TASK_OF[kind] for kind in TEMPLATES} == {
+        "caption": "image", "vqa": "image", "vqg": "image", "rec": "region", "reg": "region", "dialogue": "image",
+    }  # fmt: skip
+    assert set(TASK_OF) == set(TEMPLATES) | set(EVAL_TEMPLATES)
+    assert {kind for kind, task in TASK_OF.items() if task == "region"} == {"rec", "reg"}
+    fields = {"vqa": "question", "vqg": "answer", "rec": "expression", "reg": "box", "dialogue": "question"}
+    for kind, templates in TEMPLATES.items():
+        assert len(set(templates)) == len(templates)
+        for template in templates:
+            filled = render(template, **({fields[kind]: "THIS"} if kind in fields else {}))
+            assert "{" not in filled
+            assert filled.count("THIS") == (kind in fields)
+
+
+def test_eval_prompts() -> None:
+    assert render(EVAL_TEMPLATES["caption"]) == "A short image description:"
+    assert render(EVAL_TEMPLATES["vqa"], question="what is it?") == "Question: what is it? Short answer:"
+    assert render(EVAL_TEMPLATES["iconqa"], question="How many?") == "How many?"
+    assert (
+        render(EVAL_TEMPLATES["vsr"], question="The cat is on the mat.")
+        == 'Based on the image, is this statement true or false? "The cat is on the mat." Answer:'
+    )
+    talk = EVAL_TEMPLATES["visdial"]
+    assert render(talk, history="q: a a: b", question="c") == "Dialog history: q: a a: b\nQuestion: c Short answer:"
+    assert render(talk, history="", question="c") == "Question: c Short answer:"
+    # the release's playground.ipynb, letter by letter
+    assert render(EVAL_TEMPLATES["rec"], expression="green plant behind a table visible behind a lady ' s head") == (
+        "In the image <image>, can you locate green plant behind a table visible behind a lady ' s head "
+        "and let me know its coordinates?"
+    )
+    assert render(EVAL_TEMPLATES["mmbench"], hint="", question="Q?", options="A. x\nB. y") == (
+        "Question: Q?\nOptions:\nA. x\nB. y\nPlease select the correct answer from the options above. \n"
+    )
+    assert render(EVAL_TEMPLATES["mmbench"], hint="H", question="Q?", options="A. x").startswith(
+        "Hint: H\nQuestion: Q?"
+    )
+
+
+def test_render_fills_once() -> None:
+    """Braces in what a user writes are text."""
+    assert render("{question} {0} {}", question="{answer} {question.__class__}") == (
+        "{answer} {question.__class__} {0} {}"
+    )
+    assert render("at {box}!", box=Box(0, 0.25, 0.5, 1)) == "at [0.000,0.250,0.500,1.000]!"
+    with pytest.raises(ValueError, match="needs question"):
+        render("{question}", answer="yes")
+
+
+def test_load_templates(tmp_path: Path) -> None:
+    path = tmp_path / "mine.json"
+    path.write_text(json.dumps({"rec": ["In <image> find <expr>.", "Box of {expression}"], "reg": ["What is <objs>?"]}))
+    mine = load_templates(path)
+    assert mine["rec"] == ("In <image> find {expression}.", "Box of {expression}")
+    assert mine["reg"] == ("What is {box}?",)
+    assert mine["vqa"] == TEMPLATES["vqa"]
+    assert TEMPLATES["rec"] != mine["rec"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "are not JSON"),
+        ("\udcff", "are not JSON"),
+        ("[" * 100000, "are not JSON"),
+        ("[]", "must map a task to a list of strings, found a list"),
+        ('{"vqaa": ["x"]}', "the task 'vqaa' is unknown; there are caption, vqa"),
+        ('{"vqa": "x"}', "vqa must be a list of strings"),
+        ('{"vqa": []}', "vqa must be a list of strings"),
+        ('{"vqa": [1]}', "vqa must be a list of strings"),
+        ('{"caption": [""]}', "caption must be a list of strings"),
+        ('{"vqa": ["Answer it."]}', r"the vqa template 'Answer it.' must hold \{question\}"),
+        ('{"vqa": ["{question} {answer}"]}', "no other placeholder"),
+        ('{"caption": ["Say {answer}"]}', "must hold no placeholder"),
+    ],
+)
+def test_bad_templates(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "mine.json"
+    path.write_bytes(text.encode("utf-8", "surrogateescape"))
+    with pytest.raises(ValueError, match=message) as caught:
+        load_templates(path)
+    assert "mine.json" in str(caught.value)
+
+
+def test_missing_templates(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"nowhere.json cannot be read: No such file"):
+        load_templates(tmp_path / "nowhere.json")

@@ -1,0 +1,156 @@
+"""Stage 0 writes what a download would bring: the three stand-ins, whole, under LION's own names."""
+
+import random
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from lion_mini import toy
+from lion_mini.config import PRESETS, LionConfig
+from lion_mini.model.lion import Lion, Text
+from lion_mini.text.tokenizers import UnigramTokenizer
+from lion_mini.toy import labels, stage0
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return stage0.run(tmp_path_factory.mktemp("stage0"), quick=True)
+
+
+def test_it_fills_every_frozen_part(folder: Path) -> None:
+    config = LionConfig.from_json((folder / "config.json").read_text())
+    assert config.made_by.startswith("stage 0: ")
+    assert replace(config, made_by="") == PRESETS["tiny"]
+    expected = Lion(config).state_dict()
+    found = load_file(folder / "model.safetensors")
+    frozen = {k for k in expected if k.split(".")[0] in ("vit", "t5", "ram") and ".adapters." not in k}
+    assert set(found) == frozen
+    assert all(found[name].shape == expected[name].shape for name in found)
+
+
+def test_its_vocabularies_fit(folder: Path) -> None:
+    config, text = PRESETS["tiny"], Text.from_folder(folder, tagger=True)
+    assert len(text.words) == config.qformer.vocab_size
+    assert len(text.pieces) <= config.t5.vocab_size
+    assert text.tags == list(toy.TAGS)
+    assert all(0 < threshold < 1 for threshold in text.thresholds)
+
+
+def test_it_leaves_the_random_numbers_alone(tmp_path: Path) -> None:
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    stage0.run(tmp_path, quick=True)
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_the_projector_begins_the_same_in_every_run(folder: Path) -> None:
+    """With as many rows as in earnest: there, on two threads, `torch.linalg.lstsq` never gave the same bits again."""
+    config, generator = PRESETS["tiny"], torch.Generator().manual_seed(0)
+    scenes = [toy.scene(seed, "train") for seed in range(20)]
+    patches = labels.patch_labels(scenes, torch.stack([torch.from_numpy(labels.owners(s, 6)) for s in scenes]))
+    features = torch.randn(2000, 37, config.vit.width, generator=generator).bfloat16()
+    pieces, begun = UnigramTokenizer.from_file(folder / "tokenizer.json"), []
+    for _ in range(3):
+        torch.manual_seed(0)
+        reader = stage0.Reader(config, pieces)
+        stage0.start_from_words(reader, features, patches.repeat(100, 1, 1))
+        begun.append([weight.clone() for weight in reader.projector.parameters()])
+    assert all(torch.equal(a, b) for other in begun[1:] for a, b in zip(begun[0], other, strict=True))
+    linear = reader.projector[1]
+    assert isinstance(linear, torch.nn.Linear)
+    assert linear.weight.norm() < 100  # the direction that LayerNorm empties is left alone
+
+
+def test_the_projector_begins_with_the_words_for_what_is_there(folder: Path) -> None:
+    """Where the ViT's tokens tell shapes apart, each becomes the embedding of its shape's name more than another's."""
+    config, pieces = PRESETS["tiny"], UnigramTokenizer.from_file(folder / "tokenizer.json")
+    scenes = [toy.scene(seed, "train") for seed in range(100)]
+    patches = labels.patch_labels(scenes, torch.stack([torch.from_numpy(labels.owners(s, 6)) for s in scenes]))
+    torch.manual_seed(0)
+    tokens = torch.randn(len(toy.SHAPES) + 1, config.vit.width)[patches[..., 0]]
+    reader = stage0.Reader(config, pieces)
+    stage0.start_from_words(reader, torch.cat((tokens[:, :1], tokens), dim=1), patches)
+    shape = patches[..., 0]
+    names = reader.t5.shared.weight[[pieces.encode(word)[0] for word in toy.SHAPES]]
+    said = (reader.projector(tokens) @ names.T).argmax(-1)
+    assert torch.equal(said[shape < len(names)], shape[shape < len(names)])
+
+
+def test_the_loss_of_tags_is_asymmetric() -> None:
+    """A surely right no costs nothing; a wrong yes costs less than a missed tag; all are finite."""
+    logits = torch.tensor([[-5.0], [1.0], [-1.0], [100.0]])
+    wanted = torch.tensor([[0.0], [0.0], [1.0], [0.0]])
+    sure, wrong, missed, extreme = (
+        stage0.asymmetric_loss(a[None], b[None]).item() for a, b in zip(logits, wanted, strict=True)
+    )
+    assert sure == 0 < wrong < missed
+    assert extreme < 20
+
+
+def test_every_patch_has_its_owner() -> None:
+    scene = toy.scene(0, "train")
+    owner = labels.owners(scene, 6).reshape(6, 6)
+    for i, thing in enumerate(scene.things):
+        rows, columns = (owner == i).nonzero()
+        assert rows.min() * 4 >= thing.top - 3
+        assert (rows.max() + 1) * 4 <= thing.top + thing.side + 3
+        assert columns.min() * 4 >= thing.left - 3
+        assert (columns.max() + 1) * 4 <= thing.left + thing.side + 3
+
+
+def test_a_glimpse_of_few_shows_everything_once() -> None:
+    owner = torch.tensor([-1, 0, 0, 1, -1, -1, 2, 2, -1, -1])
+    chosen = stage0.glimpse(owner, few=True, tokens=6)
+    assert sorted(owner[chosen[chosen > 0] - 1].tolist())[-3:] == [0, 1, 2]
+    assert len(chosen) == 6
+    assert sorted(stage0.glimpse(owner, few=False, tokens=6).tolist()) == list(range(11))
+
+
+def test_what_words_mean() -> None:
+    """By hand: in scene(5) a small red cross lies at the left and below, a large red triangle right of it."""
+    cross, triangle = toy.scene(5, "train").things
+    folder = Path(toy.__file__).parent / "assets" / "tiny"
+    pieces = UnigramTokenizer.from_file(folder / "tokenizer.json")
+    meanings = labels.Meanings(pieces)
+
+    def known(question: str, answer: str = "") -> dict[str, list[float]]:
+        rows = meanings.question({"question": question, "answer": answer}, (cross, triangle))
+        words = [pieces.decode([piece]).strip() for piece in meanings.encode(question)]
+        return {word: row for word, row in zip(words, rows, strict=True) if row != labels.UNKNOWN}
+
+    box, unknown = [1, 19, 5, 23], [-100] * 3
+    assert known("Is the red cross right of the red triangle?") == {
+        "cross": [3, 0, 0, *box, 1, -0.75, 0.75, *unknown],
+        "right": [*[-100] * 10, *map(pytest.approx, (-2 / 3, 1 / 12, -2 / 3))],
+        "triangle": [2, 0, 1, 7, 16, 15, 24, 1, *map(pytest.approx, (-1 / 12, 2 / 3)), *unknown],
+    }
+    assert known("How many red shapes are there?") == {"shapes": [*[-100] * 7, 2, -100, -100, *unknown]}
+    assert known("What is at [0.042,0.792,0.208,0.958]?") == {"0.958": [3, 0, 0, *box, -100, -0.75, 0.75, *unknown]}
+    assert known("Where is the leftmost shape?", cross.box.to_text())["shape"][:8] == [3, 0, 0, *box, 2]
+    question = {"question": "the cross", "answer": ""}
+    tagged = meanings.prompts(["cross, red, small. the cross"], [question], [toy.scene(5, "train")])
+    assert (tagged[0, :-2] == -100).all()  # the tags before the question, and the </s> after it, mean nothing
+    assert tagged[0, -2, 0] == 3
+
+
+def test_tags_come_in_any_order() -> None:
+    record = {"question": "Where is the large cross?", "tags": "cross, red, small, large"}
+    prompts = {stage0.prompt(record, True, random.Random(seed)) for seed in range(200)}
+    assert len(prompts) == 24
+    for prompt in prompts:
+        tags, question = prompt.split("following tags: [")[1].split("]. ")
+        assert (sorted(tags.split(", ")), question) == (["cross", "large", "red", "small"], record["question"])
+    assert stage0.prompt(record, False, random.Random(0)) == record["question"]
+
+
+def test_only_what_is_known_counts() -> None:
+    fields = (3, 2)
+    logits = torch.randn(4, 5, requires_grad=True)
+    wanted = torch.tensor([[0, -100], [2, -100], [-100, -100], [-100, 1]])
+    labels.field_loss(logits, wanted, fields).backward()
+    assert logits.grad is not None
+    assert (logits.grad != 0).tolist() == [[True] * 3 + [False] * 2] * 2 + [[False] * 5, [False] * 3 + [True] * 2]

@@ -1,0 +1,44 @@
+"""The weights that ship: small, whole, and able to see."""
+
+import json
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+import infer
+from lion_mini import Lion, toy
+from lion_mini.model.lion import TINY
+from lion_mini.toy import scores
+
+
+def test_small_enough_to_ship() -> None:
+    assert sum(path.stat().st_size for path in TINY.iterdir()) <= 12e6
+    assert "seed" in json.loads((TINY / "config.json").read_text())["made_by"]
+
+
+def test_it_sees() -> None:
+    """Far below what the README reports, and far above a guess: a broken port of these weights would not get here."""
+    model = Lion.from_pretrained("tiny")
+    rows = {row.name: row for row in scores.toy_scores(model, [toy.scene(i, "test") for i in range(40)])}
+    floors = {"REC, Acc@0.5": 0.8, "REG, exact": 0.8, "VQA, colour": 0.8, "VQA, existence": 0.9, "VQA, counting": 0.6}
+    for name, floor in (floors | {"VQA, comparison": 0.8, "VQA, relation": 0.8}).items():
+        assert rows[name].score > floor > rows[name].baseline, rows[name]
+
+
+def test_without_arguments(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    assert infer.main(["--out", str(tmp_path), "--seed", "3"]) == 0
+    lines = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    assert len(lines) == 5
+    assert {"scene.png", "scene-box.png"} <= {path.name for path in tmp_path.iterdir()}
+    out = capsys.readouterr().out
+    for word in ("tags", "caption", "ask", "locate", "describe", "true:"):
+        assert word in out
+
+
+def test_the_readme_shows_what_was_measured() -> None:
+    """The table of the README is the one in results of `eval.py --scenes 1000`, kept beside the weights."""
+    measured = json.loads((TINY / "scores.json").read_text())
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    for row in measured:
+        assert f"| {row['name']} | {row['score']:.1%} | {row['baseline']:.1%} |" in readme

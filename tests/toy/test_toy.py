@@ -1,0 +1,243 @@
+"""The shapes world says the truth: a resolver that knows only the text and the shapes finds what was meant."""
+
+import random
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from lion_mini import toy
+from lion_mini.box import Box
+from lion_mini.config import PRESETS
+from lion_mini.text.prompts import EVAL_TEMPLATES, TEMPLATES
+from lion_mini.text.tokenizers import UnigramTokenizer, WordPieceTokenizer
+from lion_mini.toy import Record, Scene, Thing, records, scene
+
+SCENES = [scene(seed, "test") for seed in range(150)] + [scene(seed, "train") for seed in range(150)]
+SIDES = {"left of": (0, -1), "right of": (0, 1), "above": (1, -1), "below": (1, 1)}
+ENDS = {"leftmost": (0, -1), "rightmost": (0, 1), "topmost": (1, -1), "bottommost": (1, 1)}
+
+
+def named(things: tuple[Thing, ...], phrase: str) -> list[Thing]:
+    """The things that a phrase such as "small red shapes" fits."""
+    words = [re.sub("(?<=cross)es$|(?<=[a-z])s$", "", w) if w != "cross" else w for w in phrase.split()]
+    assert set(words) <= {*toy.TAGS, "shape"}, phrase
+    return [t for t in things if all(w in (t.shape, t.colour, t.size, "shape") for w in words)]
+
+
+def middle(thing: Thing, axis: int) -> float:
+    box = thing.box
+    return (box.x1 + box.x2) / 2 if axis == 0 else (box.y1 + box.y2) / 2
+
+
+def resolve(things: tuple[Thing, ...], expression: str) -> list[Thing]:
+    """All that an expression may mean, by brute force."""
+    phrase = expression.removeprefix("the ")
+    for relation, (axis, sign) in SIDES.items():
+        if f" {relation} the " in phrase:
+            noun, anchor = phrase.split(f" {relation} the ")
+            (fixed,) = named(things, anchor)
+            return [
+                t for t in named(things, noun) if t is not fixed and sign * (middle(t, axis) - middle(fixed, axis)) > 0
+            ]
+    first, _, rest = phrase.partition(" ")
+    if first in ENDS:
+        axis, sign = ENDS[first]
+        best = max(sign * middle(t, axis) for t in named(things, rest))
+        return [t for t in named(things, rest) if sign * middle(t, axis) > best - 0.1]
+    return named(things, phrase)
+
+
+def fields(template: str, text: str) -> str | None:
+    """What stands in the template's only field."""
+    pattern = re.escape(template)
+    for name in ("question", "answer", "expression", "box"):
+        pattern = pattern.replace(re.escape(f"{{{name}}}"), "(.*)")
+    found = re.fullmatch(pattern, text)
+    return None if found is None else "".join(found.groups())
+
+
+def content(record: Record) -> str:
+    """The question, answer, expression or box that the instruction was made from."""
+    kind = record["kind"]
+    templates = [*TEMPLATES[kind], *([EVAL_TEMPLATES[kind]] if kind in EVAL_TEMPLATES else [])]
+    found = [text for template in templates if (text := fields(template, record["question"])) is not None]
+    assert found, record
+    return min(found, key=len)
+
+
+def true_answer(things: tuple[Thing, ...], question: str) -> str:
+    if found := re.fullmatch(r"Is there a (.*) in the image\?", question):
+        return "yes" if named(things, found[1]) else "no"
+    if found := re.fullmatch(r"How many (.*) are there\?", question):
+        return str(len(named(things, found[1])))
+    if found := re.fullmatch(r"What (colour|shape) is the (.*)\?", question):
+        (one,) = named(things, found[2])
+        return one.colour if found[1] == "colour" else one.shape
+    if found := re.fullmatch(r"Is the (.*) larger than the (.*)\?", question):
+        (a,), (b,) = named(things, found[1]), named(things, found[2])
+        return "yes" if a.side > b.side + 1 else "no"
+    found = re.fullmatch(r"Is the (.*) (left of|right of|above|below) the (.*)\?", question)
+    assert found, question
+    (a,), (b,), (axis, sign) = named(things, found[1]), named(things, found[3]), SIDES[found[2]]
+    assert abs(middle(a, axis) - middle(b, axis)) > 0.1, "too close to call"
+    return "yes" if sign * (middle(a, axis) - middle(b, axis)) > 0 else "no"
+
+
+def said(kind: str) -> list[tuple[Scene, Record]]:
+    return [(s, r) for i, s in enumerate(SCENES) for r in records(s, random.Random(i)) if r["kind"] == kind]
+
+
+def test_a_scene_is_a_function_of_its_number() -> None:
+    for split in toy.Split.__args__:  # type: ignore[attr-defined]
+        one, again, other = scene(3, split), scene(3, split), scene(4, split)
+        assert one == again != other
+        assert one.image.tobytes() == again.image.tobytes() != other.image.tobytes()
+        assert records(one, random.Random(5)) == records(again, random.Random(5))
+    assert scene(3, "train").things != scene(3, "test").things
+    with pytest.raises(ValueError, match="'val'"):
+        scene(0, "val")  # type: ignore[arg-type]
+
+
+def test_training_and_held_out_scenes_never_meet() -> None:
+    def arrangements(split: toy.Split) -> set[frozenset[tuple[str, int]]]:
+        all_things = [scene(seed, split).things for seed in range(1500)]
+        return {frozenset((f"{t.size} {t.name}", t.cell) for t in things) for things in all_things}
+
+    train, test = arrangements("train"), arrangements("test")
+    assert len(test) > 1400
+    assert not train & test
+
+
+def test_pictures_fit_the_model() -> None:
+    width, height = scene(0, "train").image.size
+    assert width == height
+    assert width % PRESETS["tiny"].vit.image_size == 0
+    assert PRESETS["tiny"].ram is not None
+    assert PRESETS["tiny"].ram.tags == len(toy.TAGS)
+
+
+def test_scenes_are_as_promised() -> None:
+    overlapping = 0
+    for s in SCENES:
+        assert 2 <= len(s.things) <= 5
+        assert len({t.name for t in s.things}) == len(s.things)
+        assert [t.cell for t in s.things] == sorted({t.cell for t in s.things})
+        overlapping += any(a.box.iou(b.box) > 0 for a in s.things for b in s.things if a is not b)
+    assert 0.02 * len(SCENES) < overlapping < 0.5 * len(SCENES)
+
+
+def test_boxes_are_where_the_colour_is() -> None:
+    """The first thing is drawn under all others, the last on top of all: its pixels fill its box exactly."""
+    for s in SCENES:
+        pixels = np.asarray(s.image).astype(int)
+        thing = s.things[-1]
+        far = np.abs(pixels - np.array(toy.COLOURS[thing.colour])).max(-1) < 60
+        x1, y1, x2, y2 = (round(v) for v in thing.box.to_pixels(*s.image.size))
+        rows, columns = np.nonzero(far[y1:y2, x1:x2])
+        assert rows.min() <= 1
+        assert rows.max() >= y2 - y1 - 2
+        assert columns.min() <= 1
+        assert columns.max() >= x2 - x1 - 2
+        ground = np.ones(far.shape, bool)
+        for other in s.things:
+            a, b, c, d = (round(v) for v in other.box.to_pixels(*s.image.size))
+            ground[b:d, a:c] = False
+        assert pixels[ground].min() > 180, "something is drawn outside of every box"
+
+
+def test_every_kind_is_there() -> None:
+    found = records(SCENES[0], random.Random(0))
+    assert {r["kind"] for r in found} == set(toy.KINDS)
+    assert [r["kind"] for r in records(SCENES[0], random.Random(0), ("rec", "caption"))] == ["caption", "rec"]
+    kinds = {r["subkind"] for _, r in said("vqa")}
+    assert kinds == {"existence", "counting", "colour", "shape", "comparison", "relation"}
+    for r in found:
+        assert r["category"] == ("region_level" if r["kind"] in ("rec", "reg") else "image_level")
+        assert set(r["tags"].split(", ")) <= set(toy.TAGS)
+
+
+def test_every_expression_means_one_thing() -> None:
+    forms = set()
+    for s, r in said("rec"):
+        expression = content(r)
+        (target,) = resolve(s.things, expression)
+        assert r["answer"] == target.box.to_text()
+        forms |= {word for word in (*SIDES, *ENDS) if word in expression}
+    assert forms == {*SIDES, *ENDS}
+    for s in SCENES:
+        for target in s.things:
+            ways = (toy.by_attributes, toy.by_order, toy.by_relation)
+            assert toy.by_attributes(s.things, target)
+            assert all(resolve(s.things, text) == [target] for way in ways for text in way(s.things, target))
+
+
+def test_a_region_has_one_name() -> None:
+    for s, r in said("reg"):
+        box = Box.parse(content(r))
+        (target,) = [t for t in s.things if t.box == box]
+        assert resolve(s.things, r["answer"]) == [target]
+
+
+def test_answers_are_true_and_balanced() -> None:
+    yes = {kind: [0, 0] for kind in ("existence", "comparison", "relation")}
+    for s, r in said("vqa"):
+        assert r["answer"] == true_answer(s.things, content(r)), r
+        if r["subkind"] in yes:
+            yes[r["subkind"]][r["answer"] == "yes"] += 1
+    for kind, (no, aye) in yes.items():
+        assert 0.3 < aye / (aye + no) < 0.7, (kind, no, aye)
+    for s, r in said("vqg"):
+        assert true_answer(s.things, r["answer"]) == content(r)
+
+
+def test_captions_and_dialogue_are_true() -> None:
+    for s, r in said("caption"):
+        assert re.findall(r"a (\w+ \w+)", r["answer"]) == [t.name for t in s.things]
+    for s, r in said("dialogue"):
+        if found := re.fullmatch(r"Tell me about the (.*)\.", r["question"]):
+            (one,) = named(s.things, found[1])
+            assert r["answer"] == f"It is {one.size} and {toy.PLACES[one.cell]}."
+        else:
+            (place,) = [p for p in toy.PLACES if r["question"] == f"What do you see {p}?"]
+            there = [t for t in s.things if toy.PLACES[t.cell] == place]
+            assert r["answer"] == (f"There is a {there[0].size} {there[0].name}." if there else "There is nothing.")
+
+
+def test_tags_have_the_errors_of_a_tagger() -> None:
+    missed, invented, true, false = 0, 0, 0, 0
+    for i, s in enumerate(SCENES):
+        words = {w for t in s.things for w in (t.shape, t.colour, t.size)}
+        found = set(toy.tags(s.things, random.Random(i)))
+        missed, true = missed + len(words - found), true + len(words)
+        invented, false = invented + len(found - words), false + len(toy.TAGS) - len(words)
+    assert 0.05 < missed / true < 0.15
+    assert 0.01 < invented / false < 0.06
+
+
+def test_the_vocabularies_hold_the_world(tmp_path: Path) -> None:
+    toy.write_vocabularies(tmp_path)
+    pieces = UnigramTokenizer.from_file(tmp_path / "tokenizer.json")
+    words = WordPieceTokenizer.from_file(tmp_path / "vocab.txt")
+    assert len(words) == PRESETS["tiny"].qformer.vocab_size
+    assert len(pieces) <= PRESETS["tiny"].t5.vocab_size
+    for i, s in enumerate(SCENES):
+        for r in records(s, random.Random(i)):
+            for text in (r["question"], r["answer"], r["tags"]):
+                ids = pieces.encode(text)
+                assert pieces.unk_id not in ids
+                assert pieces.decode(ids) == text
+                assert words.unk_id not in words.encode(text)
+            assert len(words.encode(r["question"])) <= PRESETS["tiny"].qformer.max_positions
+            if r["kind"] == "rec":
+                assert len(pieces.encode(r["answer"])) == 10, "[ a , b , c , d ] and </s>"
+    for text in EVAL_TEMPLATES["rec"], "zebra & Co. costs 3.75!":
+        assert pieces.unk_id not in pieces.encode(text)
+        assert words.unk_id not in words.encode(text)
+    assert (tmp_path / "ram_tag_list.txt").read_text().split("\n")[:-1] == list(toy.TAGS)
+    assert len((tmp_path / "ram_tag_list_threshold.txt").read_text().split()) == len(toy.TAGS)
+
+
+def test_show_draws_scenes() -> None:
+    assert toy.show([0, 1], "test").height == 2 * toy.show([0], "test").height

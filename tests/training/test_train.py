@@ -1,0 +1,816 @@
+"""The training: what moves and what does not, the release's loss, and runs that nothing can make come out otherwise."""
+
+import errno
+import json
+import math
+import multiprocessing
+import os
+import random
+import re
+import shutil
+import signal
+import socket
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+from datetime import timedelta
+from multiprocessing.context import ForkServerProcess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import randomise, relative
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.optim import AdamW
+
+import train
+import weights
+from lion_mini import Lion, LionConfig, toy
+from lion_mini.config import (
+    AggregatorConfig,
+    QFormerConfig,
+    RamConfig,
+    T5Config,
+    TagHeadConfig,
+    VitConfig,
+)
+from lion_mini.data.mixture import Batch
+from lion_mini.training import checkpoint
+from lion_mini.training.checkpoint import history
+from lion_mini.training.stages import PARTS, STAGES, TOY, begin, choose, groups, merge, part_of, rate
+
+SIZES = LionConfig(
+    vit=VitConfig(image_size=16, patch_size=8, width=16, depth=3, heads=2, mlp_width=24),
+    taps=(2, 1, 0),
+    qformer=QFormerConfig(width=16, depth=2, heads=2, mlp_width=24, queries=3, vocab_size=512, max_positions=64),
+    aggregator=AggregatorConfig(heads=2, mlp_width=24),
+    t5=T5Config(width=12, head_width=5, heads=2, mlp_width=20, encoder_depth=1, decoder_depth=1, vocab_size=512),
+    adapter_width=4,
+    ram=RamConfig(
+        image_size=16, patch_size=4, width=8, depths=(2,), heads=(2,), window=4, tag_width=8, tags=len(toy.TAGS),
+        head=TagHeadConfig(width=8, depth=1, heads=2, mlp_width=12),
+    ),
+)  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def stage0(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The frozen parts of a very small LION, with random weights, as stage 0 leaves them."""
+    folder = tmp_path_factory.mktemp("start") / "stage0"
+    toy.write_vocabularies(folder)
+    model = Lion(SIZES)
+    randomise(model, seed=1)
+    frozen = {name: tensor for name, tensor in model.state_dict().items() if part_of(name) is None}
+    save_file(frozen, folder / "frozen.safetensors")
+    (folder / "config.json").write_text(SIZES.to_json())
+    return folder
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with image.json, region.jsonl and their pictures: 24 records each, some without tags."""
+    folder = tmp_path_factory.mktemp("data")
+    for i in range(6):
+        Image.frombytes("RGB", (20, 20), random.Random(i).randbytes(1200)).save(folder / f"{i}.png")
+    image = [
+        {"image": f"{i % 6}.png", "question": f"How many circles are there? {i}", "answer": "red " * (i % 4 + 1)}
+        | ({"tags": "red, circle"} if i % 3 else {})
+        for i in range(24)
+    ]
+    region = [
+        {"image": f"{i % 6}.png", "question": f"Find the red circle {i}.", "category": "region_level",
+         "answer": f"[0.000,0.042,0.{i + 100},0.333]", "tags": ["red"]}
+        for i in range(24)
+    ]  # fmt: skip
+    (folder / "image.json").write_text(json.dumps(image))
+    (folder / "region.jsonl").write_text("\n".join(map(json.dumps, region)))
+    return folder
+
+
+def command(number: int, init: Path, data: Path, out: Path, *more: object) -> list[str]:
+    files = {1: ["image.json"], 2: ["region.jsonl"]}.get(number, ["image.json", "region.jsonl"])
+    words = ["--stage", number, "--init", init, "--data", *(data / name for name in files), "--images", data]
+    words += ["--out", out, "--steps", 8, "--batch", 4, "--lr", 0.01, "--save-every", 2, "--no-bf16", "--device", "cpu"]
+    return [str(word) for word in (*words, *more)]
+
+
+def trained(out: Path) -> dict[str, Tensor]:
+    return load_file(out / "trained.safetensors")
+
+
+def same(one: Path, two: Path) -> None:
+    a, b = trained(one), trained(two)
+    assert a.keys() == b.keys()
+    for name, tensor in a.items():
+        assert torch.equal(tensor, b[name]), name
+
+
+def logged(out: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+# --- other processes, which can be killed
+
+
+def child(argv: list[str], log: Path, env: Mapping[str, str], die_at: int | None) -> None:
+    """train.py in a process of its own; with `die_at` it is killed while it writes its so-manieth checkpoint."""
+    os.environ.update(env)
+    handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(handle, 2)
+    torch.set_num_threads(1)
+    honest = train.share_of_loss
+    train.share_of_loss = lambda *args: (time.sleep(0.03), honest(*args))[1]  # type: ignore[func-returns-value]
+    if die_at is not None:
+        flushes: list[Path] = []
+
+        def flush(folder: Path) -> None:
+            flushes.append(folder)
+            if len(flushes) == 2 * die_at - 1:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        checkpoint.flush = flush
+    sys.exit(train.main(argv))
+
+
+def launch(argv: list[str], log: Path, processes: int = 1, die_at: int | None = None) -> list[ForkServerProcess]:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch._dynamo", "train"])
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    started = []
+    for rank in range(processes):
+        env = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(processes), "RANK": str(rank)}
+        process = context.Process(target=child, args=(argv, log, env if processes > 1 else {}, die_at))
+        process.start()
+        started.append(process)
+    return started
+
+
+def finish(started: list[ForkServerProcess]) -> list[int | None]:
+    for process in started:
+        process.join(timeout=90)
+    return [process.exitcode for process in started]
+
+
+def wait_for_step(out: Path, step: int) -> None:
+    deadline = time.monotonic() + 90
+    while not (out / "metrics.jsonl").exists() or len((out / "metrics.jsonl").read_bytes().split(b"\n")) <= step:
+        assert time.monotonic() < deadline, "the run does not get there"
+        time.sleep(0.002)
+
+
+# --- what trains
+
+EXPECTED = {
+    1: ("qformer.", "t5.encoder.0.ff.adapters.adapters.0.", "t5.decoder.0.ff.adapters.adapters.0."),
+    2: ("aggregator.", "t5.encoder.0.ff.adapters.adapters.0.", "t5.decoder.0.ff.adapters.adapters.0."),
+    3: ("qformer.", "aggregator.", "t5.encoder.0.ff.adapters.", "t5.decoder.0.ff.adapters.", "soft_prompt"),
+}
+# The last layer's text goes nowhere: only what became of the queries is read.
+UNREAD = "qformer.layers.1.ff."
+
+
+@pytest.mark.parametrize("number", EXPECTED)
+def test_one_step_changes_what_the_stage_trains_and_nothing_else(stage0: Path, data: Path, number: int) -> None:
+    stage = replace(STAGES[number], constant={"aggregator": 0.003}) if number == 2 else STAGES[number]
+    model, _ = begin(stage, [stage0], seed=0)
+    randomise(model, seed=2)
+    learning = choose(model, stage)
+    assert set(learning) == {name for name, _ in model.named_parameters() if name.startswith(EXPECTED[number])}
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    optimizer = AdamW(groups(learning, stage), lr=0.01)
+    gradients = train.Gradients(list(learning.values()), torch.device("cpu"))
+    graphs: list[bool] = []
+    model.vit.register_forward_hook(lambda module, args, out: graphs.append(out[0].requires_grad))
+    train.share_of_loss(model, some_batch(stage.tasks), "tokens", 10).backward()
+    assert graphs == [False]  # no gradient goes through the frozen ViT
+    for name, parameter in learning.items():
+        assert parameter.grad is not None
+        assert name.startswith(UNREAD) or parameter.grad.any(), name
+    assert math.isfinite(gradients.clip(1.0)[1])
+    optimizer.step()
+    for name, tensor in model.state_dict().items():
+        if not name.startswith(UNREAD):
+            assert torch.equal(tensor, before[name]) == (name not in learning), name
+
+
+def some_batch(tasks: tuple[str, ...]) -> Batch:
+    generator = torch.Generator().manual_seed(0)
+    rows = [tasks[i % len(tasks)] for i in range(4)]
+    pixels = torch.randn(4, 3, 16, 16, generator=generator)
+    questions = [f"Is there a red circle in the image {i}?" for i in range(4)]
+    return Batch(pixels, questions, ["yes", "a red circle", "no", "[0.042,0.125]"], [["red"]] * 4, rows, questions, [])
+
+
+def test_stage_3_trains_what_the_release_trains(facts: dict[str, Any], golden_folder: Path) -> None:
+    model = Lion.from_pretrained(golden_folder)
+    learning = choose(model, STAGES[3])
+    assert set(learning) == {weights.translate(name, weights.LION) for name in facts["trainable"]}
+
+
+@pytest.mark.parametrize("number", STAGES)
+def test_groups_partition_what_trains(golden_folder: Path, number: int) -> None:
+    stage = STAGES[number]
+    model = Lion.from_pretrained(golden_folder)
+    learning = choose(model, stage)
+    found = groups(learning, stage)
+    names = [name for group in found for name in group["names"]]
+    assert len(names) == len(set(names)) == len(learning)
+    assert {id(p) for group in found for p in group["params"]} == {id(p) for p in learning.values()}
+    for group in found:
+        for name, parameter in zip(group["names"], group["params"], strict=True):
+            assert learning[name] is parameter
+            vector = parameter.ndim < 2 or ".gates." in name
+            assert group["weight_decay"] == (0.0 if vector else 0.05), name
+            aggregator = number == 2 and name.startswith("aggregator.blocks.")
+            assert group["constant"] == (1e-5 if aggregator else None), name
+
+
+def test_the_papers_table() -> None:
+    rows = {n: (s.batch, s.steps, s.lr, s.floor, dict(s.constant), s.warmup, s.mean) for n, s in STAGES.items()}
+    assert rows[1] == (64, 30_000, 1e-5, 0.0, {}, 1000, "tokens")
+    assert rows[2] == (256, 60_000, 5e-4, 1e-6, {"aggregator": 1e-5}, 1000, "tokens")
+    assert rows[3] == (64, 60_000, 1e-5, 0.0, {}, 1000, "tokens")
+    for number, stage in STAGES.items():
+        assert (stage.trains, stage.tasks, stage.model) == (TOY[number].trains, TOY[number].tasks, TOY[number].model)
+
+
+def test_frozen_parts_stay_in_eval_mode(stage0: Path) -> None:
+    model, _ = begin(STAGES[3], [stage0], seed=0)
+    choose(model, STAGES[3])
+    model.eval()
+    model.train()
+    assert model.ram is not None
+    assert model.aggregator is not None
+    assert model.qformer is not None
+    layer: Any = model.t5.encoder[0]
+    for frozen in (model.vit, model.ram, model.t5.shared, layer.attn, model.t5.lm_head):
+        assert not any(module.training for module in frozen.modules())
+    assert all(m.training for m in (model.qformer, model.qformer.layers[0], model.aggregator.blocks[0]))
+    choose(model, STAGES[2])
+    assert not any(module.training for module in model.qformer.modules())
+
+
+# --- the loss and the schedule
+
+
+def golden_batch(facts: dict[str, Any], numbers: dict[str, Tensor], i: int, rows: slice = slice(None)) -> Batch:
+    sample = facts["samples"][i]
+    task = "region" if sample["category"] == "region_level" else "image"
+    tags: list[list[str] | None] = [text.split(", ") for text in sample["tags"][rows]]
+    questions, answers = sample["question"][rows], sample["answer"][rows]
+    return Batch(numbers[f"s{i}.image"][rows], questions, answers, tags, [task] * len(tags), questions, [])
+
+
+@pytest.mark.parametrize("i", [0, 1])
+@pytest.mark.parametrize("recompute", [False, True])
+def test_loss_and_gradients_are_the_releases(
+    golden_model: Lion, facts: dict[str, Any], numbers: dict[str, Tensor], i: int, recompute: bool
+) -> None:
+    batch = golden_batch(facts, numbers, i)
+    learning = choose(golden_model, STAGES[3])
+    golden_model.eval()
+    golden_model.recompute(recompute)
+    gradients = train.Gradients(list(learning.values()), torch.device("cpu"))
+    words = (numbers[f"s{i}.labels"] != 0).sum().item()
+    assert words == sum(len(golden_model.answer_ids(answer)) for answer in batch.answers)
+    loss = train.share_of_loss(golden_model, batch, "tokens", words)
+    assert relative(loss, numbers[f"s{i}.loss"].reshape(())) < 1e-4
+    loss.backward()
+    compared = 0
+    for name in facts["trainable"]:
+        expected = numbers.get(f"s{i}.grad.{name}")
+        if expected is not None:
+            found = learning[weights.translate(name, weights.LION) or ""].grad
+            assert found is not None
+            # In the norm: entry by entry, the release's own float32 is up to 1.1e-3 from what double precision gives.
+            apart = (found - expected).norm() / expected.norm().clamp_min(1e-9)
+            assert apart < 1e-3 or (found - expected).abs().max() < 1e-6, name
+            compared += 1
+    assert compared == sum(name.startswith(f"s{i}.grad.") for name in numbers) > 10
+    assert gradients.clip(1e-3)[1] > 1
+    assert gradients.flat[:-1].norm().item() == pytest.approx(1e-3, rel=1e-3)
+
+
+def test_recompute_runs_each_layer_again(golden_model: Lion, facts: dict[str, Any], numbers: dict[str, Tensor]) -> None:
+    """In every part through which gradients pass, with the same dropout as the first time."""
+    learning = choose(golden_model, STAGES[3])
+    runs: list[int] = []
+    model: Any = golden_model
+    fuse = model.aggregator
+    layers = [model.t5.encoder[1], model.t5.decoder[1], model.qformer.layers[1], fuse.blocks[1], fuse.proj]
+    for i, layer in enumerate(layers):
+        layer.register_forward_pre_hook(lambda *_, i=i: runs.append(i))
+    found = []
+    for recompute in (False, True):
+        golden_model.recompute(recompute)
+        golden_model.zero_grad()
+        torch.manual_seed(0)
+        train.share_of_loss(golden_model, golden_batch(facts, numbers, 0), "tokens", 10).backward()
+        found.append({name: one.grad.clone() for name, one in learning.items() if one.grad is not None})
+    assert sorted(runs) == sorted(3 * [*range(len(layers))])  # once, and once, and again
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+
+
+@pytest.mark.parametrize("mean", ["tokens", "samples"])
+def test_micro_batches_add_up_to_the_batch(
+    golden_model: Lion, facts: dict[str, Any], numbers: dict[str, Tensor], mean: str
+) -> None:
+    """In double precision, and with answers of different lengths."""
+    learning = choose(golden_model.double(), STAGES[3])
+    golden_model.eval()
+    found, losses = [], []
+    rows = (slice(None),), (slice(0, 1), slice(1, 2))
+    answers = [len(golden_model.answer_ids(answer)) for answer in facts["samples"][0]["answer"]]
+    assert answers[0] != answers[1]
+    for cuts in rows:
+        golden_model.zero_grad()
+        parts = [golden_batch(facts, numbers, 0, cut) for cut in cuts]
+        shares = [train.share_of_loss(golden_model, p, mean, sum(answers) if mean == "tokens" else 2) for p in parts]
+        for share in shares:
+            share.backward()
+        losses.append(sum(share.item() for share in shares))
+        found.append({name: p.grad for name, p in learning.items() if p.grad is not None})
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    assert found[0].keys() == found[1].keys()
+    for name, gradient in found[0].items():
+        assert gradient is not None
+        assert relative(found[1][name], gradient) < 1e-4 or gradient.abs().max() < 1e-9, name
+    if mean == "samples":
+        alone = [golden_batch(facts, numbers, 0, row) for row in rows[1]]
+        each = [golden_model(b.pixels, b.questions, b.answers, b.tags, b.tasks).item() for b in alone]
+        assert losses[0] == pytest.approx(sum(each) / 2, rel=1e-5)
+
+
+def test_schedule() -> None:
+    assert rate(0, 30_000, 1e-5, 0.0, 1000) == 1e-8
+    assert rate(500, 30_000, 1e-5, 0.0, 1000) == pytest.approx((1e-8 + 1e-5) / 2)
+    assert rate(1000, 30_000, 1e-5, 0.0, 1000) == 1e-5
+    assert rate(15_500, 30_000, 1e-5, 0.0, 1000) == pytest.approx(5e-6)
+    assert rate(30_000, 30_000, 1e-5, 0.0, 1000) == pytest.approx(0, abs=1e-20)
+    assert 0 < rate(29_999, 30_000, 1e-5, 0.0, 1000) < 1e-13
+    assert rate(60_000, 60_000, 5e-4, 1e-6, 1000) == pytest.approx(1e-6)
+    assert rate(99_999, 60_000, 5e-4, 1e-6, 1000) == pytest.approx(1e-6)
+    rates = [rate(step, 400, 1.0, 0.1, 40) for step in range(401)]
+    assert rates[:41] == sorted(rates[:41])
+    assert rates[40:] == sorted(rates[40:], reverse=True)
+    assert max(rates) == rates[40] == 1.0
+    assert rate(10, 100, 1.0, 0.0, 1000) == 1.0  # a short run: a tenth is warm-up
+    assert rate(0, 1, 1.0, 0.0, 1000) == 1.0
+    assert rate(5, 100, 1.0, 0.0, 0) < 1.0
+
+
+def test_rates_reach_their_groups(stage0: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    step = AdamW.step
+
+    def watched(self: AdamW) -> None:
+        seen.append([(group["constant"], group["lr"]) for group in self.param_groups])
+        step(self)
+
+    monkeypatch.setattr(AdamW, "step", watched)
+    assert train.main(command(2, stage0, data, tmp_path / "out")) == 0
+    for i, groups_ in enumerate(seen):
+        assert {lr for constant, lr in groups_ if constant} == {1e-5}
+        assert {lr for constant, lr in groups_ if not constant} == {rate(i, 8, 0.01, 1e-6, 1000)}
+
+
+# --- stage 3 begins with stages 1 and 2
+
+
+@pytest.fixture(scope="session")
+def two_stages(stage0: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    folder = tmp_path_factory.mktemp("stages")
+    for number in (1, 2):
+        assert train.main(command(number, stage0, data, folder / str(number), "--keep", 1)) == 0
+    return folder / "1", folder / "2"
+
+
+def test_stage_3_begins_as_the_two_ended(two_stages: tuple[Path, Path]) -> None:
+    model, origin = begin(STAGES[3], two_stages, seed=0)
+    one, two, tensors = trained(two_stages[0]), trained(two_stages[1]), model.state_dict()
+    assert {part: where for part, where in origin.items() if where == "new"} == {"router": "new", "soft prompt": "new"}
+    for name, tensor in one.items():
+        assert torch.equal(tensors[name.replace(".adapters.adapters.0.", ".adapters.adapters.1.")], tensor)
+    for name, tensor in two.items():
+        assert torch.equal(tensors[name], tensor)
+    layers: list[Any] = [model.t5.encoder[0], model.t5.decoder[0]]
+    for layer in layers:
+        mixture = layer.ff.adapters
+        x = torch.randn(2, 3, SIZES.t5.width)
+        for task, adapter in ((0, 0), (1, 1)):
+            assert torch.equal(mixture(x, torch.tensor([task, task])), mixture.adapters[adapter](x))
+
+
+def test_stage_3_takes_its_folders_in_order(two_stages: tuple[Path, Path], tmp_path: Path) -> None:
+    """Also where nothing says who made them: by the branches that they have."""
+    bare = [shutil.copytree(folder, tmp_path / folder.name) for folder in two_stages]
+    for folder in bare:
+        config = LionConfig.from_json((folder / "config.json").read_text())
+        (folder / "config.json").write_text(replace(config, made_by="").to_json())
+    whole = shutil.copytree(bare[0], tmp_path / "whole")
+    (whole / "config.json").write_text(replace(SIZES, made_by="").to_json())
+    begin(STAGES[3], bare, seed=0)
+    for wrong in (bare[::-1], [bare[0], whole], [two_stages[0], two_stages[0]]):
+        with pytest.raises(ValueError, match="give stage 1's folder first"):
+            begin(STAGES[3], wrong, seed=0)
+
+
+def test_a_fingerprint_knows_all_that_a_checkpoint_does_not(two_stages: tuple[Path, Path]) -> None:
+    stage = replace(
+        STAGES[2], model=dict(STAGES[2].model) | {"visual_input": "image"}
+    )  # --no-aggregator: it learns to answer
+    model, _ = begin(stage, two_stages[:1], seed=0)
+    found = checkpoint.fingerprint(two_stages[:1], model, stage)
+    model.t5.encoder[0].ff.adapters.adapters[0].down.weight.data += 1  # type: ignore[union-attr, index]
+    assert checkpoint.fingerprint(two_stages[:1], model, stage) == found
+    assert model.qformer is not None
+    model.qformer.queries.data += 1
+    assert checkpoint.fingerprint(two_stages[:1], model, stage) != found
+
+
+def test_no_copy_outlives_its_use() -> None:
+    with train.mixed_precision("cpu", True):
+        assert torch.is_autocast_enabled("cpu")
+        assert not torch.is_autocast_cache_enabled()
+
+
+def test_without_router_the_adapters_are_added(two_stages: tuple[Path, Path]) -> None:
+    files = [trained(folder) for folder in two_stages]
+    generator = torch.Generator().manual_seed(3)
+    files = [{n: torch.randn(t.shape, generator=generator) for n, t in file.items()} for file in files]
+    added = merge(files[0], files[1], adapters=1)
+    stem = "t5.encoder.0.ff.adapters.adapters.0."
+    x = torch.randn(5, SIZES.t5.width, generator=generator)
+
+    def adapter(file: Mapping[str, Tensor]) -> Tensor:
+        hidden = (x @ file[stem + "down.weight"].T + file[stem + "down.bias"]).relu()
+        return (hidden @ file[stem + "up.weight"].T + file[stem + "up.bias"]) * file[stem + "scale"]
+
+    assert relative(adapter(added), adapter(files[0]) + adapter(files[1])) < 1e-5
+
+
+def test_stages_of_different_frozen_parts_do_not_merge(two_stages: tuple[Path, Path], tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    other.mkdir()
+    for path in two_stages[1].glob("*.*"):
+        (other / path.name).write_bytes(path.read_bytes())
+    frozen = load_file(other / "frozen.safetensors")
+    save_file(frozen | {"t5.shared.weight": frozen["t5.shared.weight"] + 1}, other / "frozen.safetensors")
+    with pytest.raises(ValueError, match=r"different t5\.shared\.weight"):
+        begin(STAGES[3], [two_stages[0], other], seed=0)
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ([], {"visual_input": "all", "adapters": 2, "tags": "soft"}),
+        (["--tags", "plain"], {"tags": "plain"}),
+        (["--tags", "none"], {"tags": "none"}),
+        (["--no-router"], {"adapters": 1, "adapter_width": 8}),
+        (["--no-aggregator"], {"visual_input": "image", "adapters": 2}),
+        (["--single-stage"], {"visual_input": "all", "adapters": 2, "tags": "soft"}),
+    ],
+)
+def test_the_toy_run_and_its_ablations(
+    stage0: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: list[str], expected: dict[str, Any]
+) -> None:
+    """`python train.py` with fewer steps: through all stages to a folder that opens, and exports where it is a LION."""
+    monkeypatch.setattr(train, "TINY", stage0)
+    argv = ["--steps", "2", "--batch", "4", "--device", "cpu", "--out", str(tmp_path / "run"), *flags]
+    assert train.main(argv) == 0
+    model = Lion.from_pretrained(tmp_path / "run" / "stage3")
+    assert {name: getattr(model.config, name) for name in expected} == expected
+    assert model.config.made_by.count("(seed 0, ") == (1 if "--single-stage" in flags else 3)
+    for name in ("loss.png", "samples.png"):
+        assert Image.open(tmp_path / "run" / "stage3" / name).size[0] >= 800
+    assert (tmp_path / "run" / "stage3" / "frozen.safetensors").stat().st_nlink > 1  # shared, not copied
+    assert weights.main(["export", str(tmp_path / "run" / "stage3"), "--out", str(tmp_path / "LION.pth")]) == 0
+    exported = torch.load(tmp_path / "LION.pth", weights_only=True)["model"]
+    assert len(exported) == len(trained(tmp_path / "run" / "stage3")) + 1
+    assert train.main(argv) == 2  # a folder is not trained over
+    assert train.main([*argv, "--resume"]) == 0  # there is nothing left to do
+    if "--single-stage" not in flags:
+        with pytest.raises(ValueError, match="give stage 1's folder first"):
+            begin(STAGES[3], [tmp_path / "run" / name for name in ("stage2", "stage1")], seed=0)
+
+
+def test_who_made_it(tmp_path: Path) -> None:
+    for name, made_by in (("one", "stage 0: a\nstage 1: b"), ("two", "stage 0: a\nstage 2: c")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(replace(SIZES, made_by=made_by).to_json())
+    both = [tmp_path / "one", tmp_path / "two"]
+    assert history(both, False, "stage 3: d") == "stage 0: a\nstage 1: b\nstage 2: c\nstage 3: d"
+    assert history(both[:1], True, "stage 1: e") == "stage 0: a\nstage 1: e"  # its own stage 1 is trained anew
+
+
+def test_fine_tuning_begins_with_everything(two_stages: tuple[Path, Path], data: Path, tmp_path: Path) -> None:
+    both = [str(folder) for folder in two_stages]
+    argv = command(3, two_stages[0], data, tmp_path / "3")
+    argv[argv.index("--init") + 1 : argv.index("--init") + 2] = both
+    assert train.main(argv) == 0
+    _, origin = begin(STAGES[4], [tmp_path / "3"], seed=0)
+    assert set(origin) == {"vit", "t5", "ram", *PARTS}
+    assert "new" not in origin.values()
+    assert train.main(command(4, tmp_path / "3", data, tmp_path / "4", "--ratios", 1, 2)) == 0
+    assert Lion.from_pretrained(tmp_path / "4").config.made_by.count("\n") == 3
+    assert logged(tmp_path / "4")[-1]["step"] == 8
+
+
+# --- resume
+
+
+@pytest.fixture(scope="session")
+def whole(stage0: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that nothing disturbed."""
+    out = tmp_path_factory.mktemp("whole") / "run"
+    assert train.main(command(3, stage0, data, out)) == 0
+    return out
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_killed_and_resumed(stage0: Path, data: Path, whole: Path, tmp_path: Path, processes: int) -> None:
+    argv, log = command(3, stage0, data, tmp_path / "run"), tmp_path / "log"
+    if processes == 2:  # of two processes the sums are in another order than of one
+        assert finish(launch(command(3, stage0, data, tmp_path / "whole"), log, 2)) == [0, 0], log.read_text()
+        whole = tmp_path / "whole"
+    started = launch(argv, log, processes)
+    wait_for_step(tmp_path / "run", random.randint(3, 6))
+    for process in started:
+        process.kill()
+    assert -signal.SIGKILL in finish(started), log.read_text()
+    assert not (tmp_path / "run" / "config.json").exists()
+    assert finish(launch([*argv, "--resume"], log, processes)) == [0] * processes, log.read_text()
+    assert re.search(r"going on from .*step-0000000[2468]", log.read_text())
+    same(tmp_path / "run", whole)
+    lines, expected = logged(tmp_path / "run"), logged(whole)
+    assert [line["step"] for line in lines] == list(range(1, 9))
+    assert [line["loss"] for line in lines] == [line["loss"] for line in expected]
+
+
+def test_killed_while_writing_a_checkpoint(stage0: Path, data: Path, whole: Path, tmp_path: Path) -> None:
+    argv, log, out = command(3, stage0, data, tmp_path / "run"), tmp_path / "log", tmp_path / "run"
+    assert finish(launch(argv, log, die_at=3)) == [-signal.SIGKILL]
+    assert sorted(p.name for p in (out / "checkpoints").iterdir()) == [
+        ".step-00000006",
+        "step-00000002",
+        "step-00000004",
+    ]
+    assert train.main([*argv, "--resume"]) == 0
+    same(out, whole)
+
+
+def test_a_damaged_checkpoint_is_passed_over(
+    stage0: Path, data: Path, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv, out = command(3, stage0, data, tmp_path / "run"), tmp_path / "run"
+    assert train.main(argv) == 0
+    (out / "config.json").unlink()
+    newest, before = (out / "checkpoints" / f"step-0000000{n}" for n in (8, 6))
+    file = newest / "optimizer.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    (out / "checkpoints" / ".step-00000009").mkdir()
+    capsys.readouterr()
+    assert train.main([*argv, "--resume"]) == 0
+    said = capsys.readouterr().err
+    assert "step-00000009 was still being written when the run ended" in said
+    assert f"{newest} is damaged" in said
+    assert f"going on from {before}" in said
+    same(out, whole)
+    kept = sorted(path.name for path in (out / "checkpoints").glob("[!.]*"))
+    assert kept == ["damaged-step-00000008", "step-00000006", "step-00000008"]
+    assert len(load_file(file)) > 0  # written anew
+
+
+def test_another_recipe_does_not_go_on(
+    stage0: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv, out = command(1, stage0, data, tmp_path / "run"), tmp_path / "run"
+    assert train.main(argv) == 0
+    assert train.main([*argv, "--resume", "--steps", "9"]) == 0
+    assert capsys.readouterr().err.endswith(f"{out} is finished already\n")
+    (out / "config.json").unlink()
+    assert train.main([*argv, "--resume", "--micro-batch", "1"]) == 2
+    assert "was trained with micro_batch 4, not 1" in capsys.readouterr().err
+    assert train.main([*argv, "--resume", "--seed", "1"]) == 2
+    assert "was trained with seed 0, not 1" in capsys.readouterr().err
+    assert train.main(argv) == 2
+    assert "--resume goes on with it" in capsys.readouterr().err
+
+
+def test_another_beginning_does_not_go_on(
+    stage0: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, moved = tmp_path / "run", tmp_path / "moved"
+    assert train.main(command(3, stage0, data, out)) == 0
+    again = command(3, shutil.copytree(stage0, moved), data, out, "--resume")
+    assert train.main(again) == 0
+    assert capsys.readouterr().err.endswith(f"{out} is finished already; --stage 4 --init {out} goes on from it\n")
+    (out / "config.json").unlink()
+    assert train.main(again) == 0  # the same under another name
+
+    (out / "config.json").unlink()
+    frozen = load_file(moved / "frozen.safetensors")
+    (moved / "frozen.safetensors").unlink()
+    save_file(frozen | {"vit.positions": frozen["vit.positions"] + 1}, moved / "frozen.safetensors")
+    assert train.main(again) == 2
+    assert "was trained with fingerprint of --init " in capsys.readouterr().err
+    (moved / "frozen.safetensors").unlink()
+    save_file(frozen, moved / "frozen.safetensors")
+    (moved / "config.json").write_text(replace(SIZES, made_by="another").to_json())
+    assert train.main(again) == 2
+    assert "was trained with fingerprint of --init " in capsys.readouterr().err
+    for state in (out / "checkpoints").glob("*/state.json"):  # as they were before it was written
+        facts = json.loads(state.read_text())
+        del facts["settings"]["fingerprint of --init"]
+        state.write_text(json.dumps(facts))
+    assert train.main(again) == 0
+    assert "does not say its fingerprint of --init: taken to be the same" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", [signal.SIGTERM, signal.SIGINT])
+def test_signals_save(stage0: Path, data: Path, whole: Path, tmp_path: Path, name: signal.Signals) -> None:
+    out, log = tmp_path / "run", tmp_path / "log"
+    argv = command(3, stage0, data, out, "--save-every", 1000)
+    started = launch([*argv, "--workers", "1"], log)
+    wait_for_step(out, 2)
+    os.kill(started[0].pid or 0, name)
+    assert finish(started) == [128 + name], log.read_text()
+    assert f"--resume goes on from {out / 'checkpoints'}" in log.read_text()
+    assert "Traceback" not in log.read_text()
+    assert train.main([*argv, "--resume"]) == 0
+    same(out, whole)
+
+
+def test_only_the_last_checkpoints_stay(whole: Path) -> None:
+    assert sorted(path.name for path in (whole / "checkpoints").iterdir()) == ["step-00000006", "step-00000008"]
+
+
+def test_disk_full(
+    stage0: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(tensors: dict[str, Tensor], path: Path) -> None:
+        if "00004" in str(path) and path.name == "optimizer.safetensors":
+            path.write_bytes(b"half")
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        save_file(tensors, path)
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    out = tmp_path / "run"
+    assert train.main(command(1, stage0, data, out, "--keep", 9)) == 0
+    assert "no checkpoint at step 4, the ones before it stay: " in capsys.readouterr().err
+    assert [p.name[-1] for p in sorted((out / "checkpoints").iterdir())] == ["2", "6", "8"]
+
+
+# --- many processes
+
+
+def test_two_processes_are_one_with_twice_the_rounds(stage0: Path, data: Path, tmp_path: Path) -> None:
+    """Dropout included, since it belongs to the micro-batch; an epoch of 48 is 12 batches of 4."""
+    alone, together, log = tmp_path / "alone", tmp_path / "together", tmp_path / "log"
+    more = ["--steps", 12, "--micro-batch", 1, "--mean", "tokens", "--lr", 0.001]
+    assert train.main(command(3, stage0, data, alone, *more)) == 0
+    assert finish(launch(command(3, stage0, data, together, *more), log, 2)) == [0, 0], log.read_text()
+    assert [line["loss"] for line in logged(alone)] == pytest.approx([x["loss"] for x in logged(together)], rel=1e-5)
+    assert [line["tokens"] for line in logged(alone)] == [line["tokens"] for line in logged(together)]
+    one, two, start = trained(alone), trained(together), begin(STAGES[3], [stage0], seed=0)[0].state_dict()
+    assert max((tensor - start[name]).abs().max() for name, tensor in one.items()) > 5e-3  # a thousand times as far
+    for name, tensor in one.items():
+        assert (tensor - two[name]).abs().max() < 1e-5, name
+
+
+def test_processes_wait_for_stage_0(monkeypatch: pytest.MonkeyPatch) -> None:
+    waits: list[timedelta] = []
+    monkeypatch.setattr("torch.distributed.init_process_group", lambda backend, timeout: waits.append(timeout))
+    monkeypatch.setattr("torch.distributed.get_rank", lambda: 1)
+    monkeypatch.setattr("torch.distributed.get_world_size", lambda: 2)
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for flags in (["--from-scratch"], ["--stage", "1"]):
+        assert train.gathered(train.parse(["--device", "cpu", *flags])).size == 2
+    assert waits[0] > timedelta(hours=24)  # it takes half an hour, and longer on another machine
+    assert waits[1] is None  # a process that hangs is noticed as ever
+
+
+def test_the_batch_does_not_depend_on_how_it_is_cut(stage0: Path, data: Path, tmp_path: Path) -> None:
+    """Losses of the first step, whose weights are the same: dropout alone differs, so there is none here."""
+    config = json.loads((stage0 / "config.json").read_text())
+    for part in ("qformer", "aggregator"):
+        config[part]["dropout"] = 0.0
+    still = tmp_path / "start"
+    still.mkdir()
+    for path in stage0.iterdir():
+        (still / path.name).write_bytes(path.read_bytes())
+    (still / "config.json").write_text(json.dumps(config))
+    for size in (4, 1):
+        assert train.main(command(3, still, data, tmp_path / str(size), "--micro-batch", size)) == 0
+    one, two = (logged(tmp_path / str(size)) for size in (4, 1))
+    assert [line["loss"] for line in one] == pytest.approx([line["loss"] for line in two], rel=1e-4)
+
+
+def test_a_batch_that_cannot_be_shared(
+    stage0: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train.main(command(1, stage0, data, tmp_path / "run", "--micro-batch", 3)) == 2
+    assert "1 processes cannot make a batch of 4 in micro-batches of 3" in capsys.readouterr().err
+
+
+# --- what goes wrong
+
+
+def test_losses_that_are_no_numbers(
+    stage0: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    honest = train.share_of_loss
+
+    def poisoned(model: Lion, batch: Batch, mean: str, count: float) -> Tensor:
+        loss = honest(model, batch, mean, count)
+        return loss * math.nan if any(name.endswith("record 5") for name in batch.names) else loss
+
+    monkeypatch.setattr(train, "share_of_loss", poisoned)
+    out = tmp_path / "run"
+    assert train.main(command(1, stage0, data, out, "--micro-batch", 1, "--save-every", 1, "--keep", 99)) == 0
+    said = capsys.readouterr().err
+    assert said.count("is skipped, its loss is nan") == 2  # 32 samples of 24 records: twice, or nearly
+    assert said.count(f"{data / 'image.json'}, record 5") == 2
+    lines = logged(out)
+    assert lines[-1]["skipped"] == 2
+    for i, line in enumerate(lines):
+        if math.isnan(line["loss"]):
+            before, after = (
+                load_file(out / "checkpoints" / f"step-{n:08}" / "trained.safetensors") for n in (i, i + 1)
+            )
+            assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
+
+    monkeypatch.setattr(train, "share_of_loss", lambda *args: honest(*args) * math.inf)
+    assert train.main(command(1, stage0, data, tmp_path / "never", "--steps", 40)) == 2
+    assert "10 losses in a row were no numbers" in capsys.readouterr().err
+    assert len(logged(tmp_path / "never")) == 9
+
+
+def test_bad_records_are_named_counted_and_at_last_too_many(
+    stage0: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    records = json.loads((data / "image.json").read_text())
+    records[3] = {"image": "0.png"}
+    file = tmp_path / "some.json"
+    file.write_text(json.dumps(records))
+    argv = command(1, stage0, data, tmp_path / "some")
+    argv[argv.index("--data") + 1] = str(file)
+    assert train.main([*argv, "--steps", "6"]) == 0
+    assert f"left out: {file}, record 4: it has no question" in capsys.readouterr().err
+    assert logged(tmp_path / "some")[-1]["bad"] == 1
+    for record in records[::2]:
+        record["category"] = "neither"
+    file.write_text(json.dumps(records))
+    argv[argv.index("--out") + 1] = str(tmp_path / "many")
+    assert train.main([*argv, "--steps", "60"]) == 2
+    assert re.search(r"\d\d of the first \d+ records cannot be used", capsys.readouterr().err)
+    alone = tmp_path / "one.jsonl"
+    alone.write_text("{\n")
+    argv[argv.index("--out") + 1], argv[argv.index("--data") + 1] = str(tmp_path / "one"), str(alone)
+    assert train.main([*argv, "--batch", "16"]) == 2
+    assert capsys.readouterr().err.count("left out") == 1  # a step comes to it 16 times
+    argv[argv.index("--data") + 1] = str(file)
+    for text, words in (("", "holds no record"), ("[", "is not JSON")):
+        file.write_text(text)
+        argv[argv.index("--out") + 1] = str(tmp_path / "none")
+        assert train.main(argv) == 2
+        assert words in capsys.readouterr().err
+
+
+def test_a_user_is_told_what_is_missing(
+    stage0: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for argv, words in (
+        (["--data", "a.json"], "say which with --stage"),
+        (["--stage", "1"], "--init takes one folder"),
+        (["--stage", "1", "--init", "a", "b"], "--init takes one folder"),
+        (["--stage", "1", "--init", str(tmp_path / "none")], "has no config.json"),
+        (["--stage", "4", "--init", str(stage0)], "soft prompt: fine-tuning begins with a whole LION"),
+        (["--stage", "4", "--tags", "soft"], "--tags changes nothing with --stage 4: leave it out"),
+        (["--stage", "2", "--no-router"], "--no-router changes nothing with --stage 2"),
+        (["--stage", "1", "--no-aggregator"], "--no-aggregator changes nothing with --stage 1"),
+        (["--stage", "3", "--from-scratch"], "--from-scratch changes nothing with --stage 3"),
+        (["--stage", "3", "--single-stage"], "--single-stage changes nothing with --stage 3"),
+        (["--held-out", "a.json"], "--held-out is for files of records"),
+        (["--micro-batch", "0"], "--micro-batch must be at least 1, not 0"),
+        (["--save-every", "0"], "--save-every must be at least 1, not 0"),
+        (["--draw-every", "0"], "--draw-every must be at least 1, not 0"),
+        (["--keep", "-1"], "--keep must be at least 1, not -1"),
+        (["--steps", "0"], "--steps must be at least 1, not 0"),
+        (["--batch", "0"], "--batch must be at least 1, not 0"),
+        (["--workers", "-1"], "--workers must be at least 0, not -1"),
+        (["--device", "nowhere"], "the device 'nowhere' cannot be used"),
+        (["--warmup", "-5"], "--warmup must be at least 0, not -5"),
+        (["--lr", "nan"], "--lr must be above 0, not nan"),
+        (["--clip", "-1"], "--clip must be above 0, not -1.0"),
+    ):
+        code = train.main(["--out", str(tmp_path / "run"), "--steps", "1", "--batch", "1", "--device", "cpu", *argv])
+        said = capsys.readouterr().err
+        assert (code, words in said) == (2, True), said
