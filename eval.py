@@ -36,15 +36,14 @@ from PIL import Image
 from tqdm import tqdm
 
 from lion_mini import GENERATION, Box, Lion, toy
-from lion_mini.annotations import Images
 from lion_mini.evaluation.benchmarks import OPEN, RANKED, kind_of, report, score, table
 from lion_mini.evaluation.predictions import join, load, part
 from lion_mini.evaluation.readers import SHIPPED, TASKS, Example, read
-from lion_mini.files import mapped
-from lion_mini.images import draw_boxes, lion_transform, open_image
-from lion_mini.model.lion import DTYPES, TINY, Text
+from lion_mini.images import ImageFolder, draw_boxes, lion_transform, open_image
+from lion_mini.pipeline import DTYPES, TINY
 from lion_mini.quantize import best_dtype, usable
 from lion_mini.text.prompts import EVAL_TEMPLATES, TASK_OF, load_templates, render
+from lion_mini.text.vocabularies import Vocabularies
 from lion_mini.toy.scores import toy_scores
 
 PRESET_OF = {"caption": "caption", "rec": "locate", "reg": "describe"}  # for the others: answer
@@ -160,17 +159,15 @@ def fingerprint(folder: Path) -> str:
     folder, found = TINY if folder == Path("tiny") else folder, hashlib.sha256()
     if not (folder / "config.json").is_file():
         raise ValueError(f"--weights {folder} has no config.json: it is not a folder of weights.py or train.py")
-    for path in (folder / name for name in ("config.json", *Text.FILES)):
+    for path in (folder / name for name in ("config.json", *Vocabularies.FILES)):
         found.update(path.read_bytes() if path.is_file() else b"")
     for path in sorted(folder.glob("*.safetensors")):
-        for name, tensor in mapped(path):
-            data = tensor.flatten().view(torch.uint8)
-            found.update(name.encode() + data[:1024].numpy().tobytes() + data[-1024:].numpy().tobytes())
+        found.update(f"{path.name} {path.stat().st_size} {path.stat().st_mtime_ns}".encode())
     return found.hexdigest()[:16]
 
 
 def answers(
-    model: Lion, args: argparse.Namespace, batch: Sequence[Example], asked: Sequence[str], images: Images
+    model: Lion, args: argparse.Namespace, batch: Sequence[Example], asked: Sequence[str], images: ImageFolder
 ) -> list[dict[str, Any]]:
     """A prediction per example: its text, or its candidates' log-likelihoods. A picture is tagged once per batch."""
     pictures: dict[str | bytes, Image.Image] = {}
@@ -197,7 +194,7 @@ def answers(
 
 
 def predict(
-    args: argparse.Namespace, examples: Sequence[Example], every: Sequence[str], path: Path, images: Images
+    args: argparse.Namespace, examples: Sequence[Example], every: Sequence[str], path: Path, images: ImageFolder
 ) -> dict[str, Any]:
     """Ask what has not been answered yet; a file made without `--limit` knows more of `every` id than is asked.
 
@@ -235,7 +232,7 @@ def predict(
 
 
 def opened(args: argparse.Namespace) -> Lion:
-    model = Lion.from_pretrained(args.weights or "tiny", args.device, DTYPES[args.dtype], packed=True)
+    model = Lion.from_pretrained(args.weights or "tiny", args.device, DTYPES[args.dtype])
     if args.no_tags:
         model.config = replace(model.config, tags="none")
     return model
@@ -260,7 +257,7 @@ def measure(args: argparse.Namespace) -> int:
         notes.append(f"{len(examples):,} examples in the file, {SHIPPED[args.task]:,} in the paper's benchmark")
     every = [example.id for example in examples]
     examples = examples[: args.limit]
-    images = Images(args.images)
+    images = ImageFolder(args.images)
     if args.score is None:
         there = images.without_missing([example.image for example in examples], args.skip_missing)
         if not all(there):
@@ -339,7 +336,9 @@ def submission(path: Path, examples: Sequence[Example], predictions: dict[str, A
     return f"the answers are hidden in this file: {path} is for MMBench's server"
 
 
-def contact_sheet(examples: Sequence[Example], predictions: dict[str, Any], images: Images, count: int) -> Image.Image:
+def contact_sheet(
+    examples: Sequence[Example], predictions: dict[str, Any], images: ImageFolder, count: int
+) -> Image.Image:
     """The answers that overlap the truth least, four in a row."""
     rows = []
     for example in examples:

@@ -34,11 +34,9 @@ from lion_mini import GENERATION, Box, Lion, toy
 from lion_mini.data.records import Records
 from lion_mini.data.records import check as check_record
 from lion_mini.images import draw_boxes, open_image
-from lion_mini.model.lion import DTYPES, Answer
-from lion_mini.quantize import pack
+from lion_mini.pipeline import DTYPES, Answer
 from lion_mini.text.prompts import EVAL_TEMPLATES, render
 
-MANY = 16  # pictures: on a CPU packing a model takes about as long as it saves on so many
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 
 
@@ -163,8 +161,6 @@ def opened(args: argparse.Namespace, pictures: int) -> Lion:
         raise ValueError(f"--use-tags: {args.weights} answers without tags in its prompt")
     if args.no_tags:
         model.config = replace(model.config, tags="none")
-    if pictures >= MANY:
-        pack(model.tagger() if args.tags else model)
     if args.dtype == "auto":
         chosen = str(model.dtype).removeprefix("torch.")
         print(f"--dtype auto: {args.weights} computes in {chosen} on {model.device}", file=sys.stderr)

@@ -27,10 +27,12 @@ import torch
 from torch import Tensor
 
 from lion_mini.config import PRESETS, LionConfig, T5Config
-from lion_mini.files import Aside, Tensors, read_json, write_shards
-from lion_mini.model.lion import Lion, Text
+from lion_mini.files import Tensors, atomic_write, read_json, write_shards
+from lion_mini.model.lion import LionModel
+from lion_mini.pipeline import Lion
 from lion_mini.quantize import quantise, to_int8
-from lion_mini.training.stages import fresh
+from lion_mini.text.vocabularies import Vocabularies
+from lion_mini.training.start import fresh
 
 Table = Mapping[str, str]
 
@@ -299,6 +301,12 @@ def chosen_config(config: Path | None, t5: Path, ram: bool) -> LionConfig:
     return chosen if ram else replace(chosen, ram=None)
 
 
+def planned(config: LionConfig) -> LionModel:
+    """A model of names and shapes alone."""
+    with torch.device("meta"):
+        return LionModel(config)
+
+
 def check_values(tensor: Tensor, name: str, path: Path) -> None:
     if not torch.isfinite(tensor).all():
         raise ValueError(f"{path}: {name} holds NaN or infinite values")
@@ -324,7 +332,7 @@ def convert(args: argparse.Namespace) -> None:
         if not path.is_file():
             raise ValueError(f"{path}: no such file; README.md, Porting, lists what to download")
     config = chosen_config(args.config, args.t5, ram=args.ram is not None)
-    model = Lion.plan(config)
+    model = planned(config)
     plan = {name: tensor.shape for name, tensor in model.state_dict().items()}
 
     sources = [Source(args.vit, EVA, EVA_UNUSED), Source(args.t5, T5, T5_UNUSED)]
@@ -380,11 +388,13 @@ def convert(args: argparse.Namespace) -> None:
         added = plan[ours][0] - len(tensor) if ours == WORDS else 0
         return torch.cat((tensor, 0.02 * torch.randn(added, tensor.shape[1]))) if added else tensor
 
-    with Aside(args.out) as folder:
+    if args.out.exists():
+        raise ValueError(f"--out {args.out} exists already: remove it or choose another")
+    with atomic_write(args.out) as folder:
         folder.mkdir()
-        for name, path in zip(Text.FILES[: len(texts)], texts, strict=True):
+        for name, path in zip(Vocabularies.FILES[: len(texts)], texts, strict=True):
             shutil.copyfile(path, folder / name)
-        Text.from_folder(folder, tagger=config.ram is not None).check(config)
+        Vocabularies.from_folder(folder, config)
         (folder / "config.json").write_text(config.to_json())
         write_shards(folder, layout, value)
     size = sum(path.stat().st_size for path in args.out.iterdir())
@@ -422,7 +432,7 @@ def inspect(args: argparse.Namespace) -> int:
     print(f"{args.path}: {kind}, {len(source.where)} tensors")
     problems, places = 0, set()
     config = LionConfig.from_json(args.config.read_text()) if args.config else guessed_config(kind, source)
-    model = Lion.plan(config).state_dict()
+    model = planned(config).state_dict()
     for name, shape in source.shapes.items():
         ours, reason = translate(name, source.table), translate(name, source.unused)
         if ours is not None and ours in model:
@@ -456,8 +466,8 @@ def guessed_config(kind: str, source: Source) -> LionConfig:
 
 
 def inspect_converted(folder: Path) -> int:
-    model = Lion.from_pretrained(folder, dtype=None)
-    plan = Lion.plan(model.config).state_dict()
+    model = Lion.from_pretrained(folder, dtype=None).model
+    plan = planned(model.config).state_dict()
     for name, tensor in model.state_dict().items():
         source = name if name in plan else f"{name.removesuffix('scale')}weight"
         print(f"{name} {tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')} from {official_name(source)}")
@@ -468,14 +478,16 @@ def inspect_converted(folder: Path) -> int:
 
 def export(args: argparse.Namespace) -> None:
     """The release's file of trained tensors, with the buffer that its code expects among them."""
-    model = Lion.from_pretrained(args.folder, dtype=None)
+    model = Lion.from_pretrained(args.folder, dtype=None).model
     if any(tensor.dtype == torch.int8 for tensor in model.state_dict().values()):
         raise ValueError(f"{args.folder} is rounded to int8: export the folder or files that it was made of")
     names = inverted(LION)
     tensors = {n: tensor for ours, tensor in model.state_dict().items() if (n := translate(ours, names)) is not None}
     if model.qformer is not None:
         tensors[POSITION_IDS] = torch.arange(model.config.qformer.max_positions)[None]
-    with Aside(args.out) as file:
+    if args.out.exists():
+        raise ValueError(f"--out {args.out} exists already: remove it or choose another")
+    with atomic_write(args.out) as file:
         torch.save({"model": tensors}, file)
     print(f"{args.out}: {len(tensors)} tensors under the release's names")
 

@@ -1,8 +1,8 @@
-"""LION (CVPR 2024), the multimodal LLM with dual-level visual knowledge, in plain PyTorch."""
+"""LION (CVPR 2024), a multimodal LLM with dual-level visual knowledge, in plain PyTorch."""
 
 from .box import Box
 from .config import LionConfig
 from .model.generate import GENERATION, Generation
-from .model.lion import Lion
+from .pipeline import Lion
 
 __all__ = ["GENERATION", "Box", "Generation", "Lion", "LionConfig"]

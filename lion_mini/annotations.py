@@ -9,7 +9,6 @@ next: readers.py
 
 import io
 import json
-import os.path
 import pickle
 import struct
 from collections.abc import Iterator, Sequence
@@ -116,35 +115,3 @@ def numbers(row: Any, name: str, count: int, where: str) -> list[float]:
     if len(values) != count or not all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in values):
         raise ValueError(f"{where}: {name} is {values!r:.60}, not {count} numbers")
     return [*values]
-
-
-# --- pictures
-
-
-class Images:
-    """Where the pictures are. People keep only the inner folders of the official trees: any end of a path will do."""
-
-    def __init__(self, root: Path):
-        self.root, self.found = root, dict[str, Path | None]()
-
-    def path(self, name: str) -> Path | None:
-        if name not in self.found:
-            self.found[name] = self.look(name)
-        return self.found[name]
-
-    def look(self, name: str) -> Path | None:
-        """`path` without its memory, which in every worker of a long training would hold every picture's name."""
-        parts = Path(name).parts
-        ends = (self.root.joinpath(*parts[i:]) for i in range(len(parts)))
-        return next((path for path in ends if os.path.isfile(path)), None)  # Path.is_file raises where it may not look
-
-    def without_missing(self, names: Sequence[str | bytes], skip: bool) -> list[bool]:
-        """Which of them are there; unless `skip`, a ValueError where one is not."""
-        there = [isinstance(name, bytes) or self.path(name) is not None for name in names]
-        if not all(there) and not skip:
-            first = f"{names[there.index(False)]!s} is not below {self.root}"
-            count = f", and {there.count(False) - 1} of {len(there) - 1} others are not" if len(there) > 1 else ""
-            raise ValueError(
-                f"the image {first}{count}: name their folder with --images, or go on without them with --skip-missing"
-            )
-        return there

@@ -1,15 +1,14 @@
-"""Every size and every magic number of LION, as frozen dataclasses; the defaults are LION-4B (FlanT5-XL).
+"""Every size of LION, as frozen dataclasses; the defaults are LION-4B (FlanT5-XL).
 
-`LionConfig` nests one config per component and is what `config.json` in a converted folder holds. The stages and
-ablations of the paper are values here, never other code: which branches feed the language model (`visual_input`),
-how many adapters stand in each feed-forward layer (`adapters`), whether image tags stand in the prompt (`tags`).
-
-next: layers.py
+`LionConfig` nests one config per component. It is what `config.json` in a converted folder holds. The stages and
+ablations of the paper are values here, never other code: which branches feed the language model (`visual_input`), how
+many adapters each feed-forward layer has (`adapters`), whether image tags stand in the prompt (`tags`). A new task is
+one more name in `tasks`.
 """
 
 import json
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from dataclasses import asdict, dataclass, field, is_dataclass, replace
+from types import UnionType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 PAD, EOS = 0, 1  # T5's token ids; decoding starts from PAD
@@ -110,26 +109,25 @@ class LionConfig:
     """The whole model. `ram=None` is a LION without its tagger: tags must then be given."""
 
     vit: VitConfig = field(default_factory=VitConfig)
-    taps: tuple[int, ...] = (38, 28, 18)  # blocks for the aggregator, 0-based, last first (paper: L-1, 2L/3, L/3)
+    taps: tuple[int, ...] = (38, 28, 18)  # blocks that the aggregator reads, 0-based, last first
     qformer: QFormerConfig = field(default_factory=QFormerConfig)
     aggregator: AggregatorConfig = field(default_factory=AggregatorConfig)
     t5: T5Config = field(default_factory=T5Config)
     adapter_width: int = 64
     ram: RamConfig | None = field(default_factory=RamConfig)
-    visual_input: Literal["image", "region", "all"] = "all"  # release: QFORMER, AGGREGATOR, ALL; stages 1, 2, 3
-    adapters: int = 2  # per feed-forward layer: 1 in stages 1 and 2, 2 and a router in stage 3
+    tasks: tuple[str, ...] = ("region", "image")  # the router's rows; adapter k starts as task k's own
+    adapters: int = 2  # per feed-forward layer: 1 in stages 1 and 2, one per task and a router in stage 3
+    visual_input: Literal["image", "region", "all"] = "all"  # which branches: Q-Former, aggregator, both
     tags: Literal["soft", "plain", "none"] = "soft"  # image tags behind the soft prompt, tags alone, or no tags
-    max_question_tokens: int = 128  # what the Q-Former reads, always
+    max_question_tokens: int = 128  # what the Q-Former reads
     max_prompt_tokens: int = 128  # what T5 reads, in training only
     max_answer_tokens: int = 128  # in training only
-    made_by: str = ""  # the commands, seeds and hours that trained the weights beside this config
+    stage: int = 0  # the stage that trained the weights beside this config; 0: none
+    made_by: str = ""  # the commands, seeds and hours that did
 
     def __post_init__(self) -> None:
-        for name, values in (("visual_input", ("image", "region", "all")), ("tags", ("soft", "plain", "none"))):
-            if getattr(self, name) not in values:
-                raise ValueError(f"{name} must be one of {', '.join(values)}, not {getattr(self, name)!r}")
-        if self.adapters not in (1, 2):
-            raise ValueError(f"adapters is 1 (stages 1 and 2) or 2 (stage 3), not {self.adapters}")
+        if self.adapters not in (0, 1, len(self.tasks)):
+            raise ValueError(f"adapters is 0, 1 or {len(self.tasks)} (one per task), not {self.adapters}")
         for tap in self.taps:
             if not 0 <= tap < self.vit.depth:
                 raise ValueError(f"tap {tap} is not one of the ViT's blocks 0 to {self.vit.depth - 1}")
@@ -151,40 +149,28 @@ class LionConfig:
 
     @classmethod
     def from_json(cls, text: str) -> "LionConfig":
-        """The config that `to_json` wrote. An unknown key or a value of another type raises with its path."""
-        try:
-            data = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"the config is not JSON: {error}") from None
-        return _build(cls, data, "config")
+        """The config that `to_json` wrote. An unknown field or a value of another type raises with its path."""
+        return _parse(cls, json.loads(text), "config")
 
 
-def _build(cls: Any, data: Any, path: str) -> Any:
-    """A dataclass from parsed JSON, every key and type checked."""
-    if not isinstance(data, Mapping):
-        raise ValueError(f"{path} must be an object of {cls.__name__}'s fields, found {data!r}")
-    kinds = get_type_hints(cls)
-    unknown = sorted(set(data) - {f.name for f in fields(cls)})
-    if unknown:
-        raise ValueError(f"{path}.{unknown[0]} is unknown; {cls.__name__} has {', '.join(f.name for f in fields(cls))}")
-    return cls(**{name: _value(kinds[name], value, f"{path}.{name}") for name, value in data.items()})
-
-
-def _value(kind: Any, value: Any, path: str) -> Any:
+def _parse(kind: Any, value: Any, path: str) -> Any:
+    """`value` from JSON as `kind`: a dataclass, Literal, tuple, `X | None` or plain type."""
     if is_dataclass(kind):
-        return _build(kind, value, path)
-    if get_origin(kind) is tuple:
-        if not isinstance(value, list) or not all(type(v) is int for v in value):
-            raise ValueError(f"{path} must be a list of whole numbers, found {value!r}")
-        return tuple(value)
-    if get_origin(kind) is Literal:
-        kind = str
-    elif get_args(kind):  # X | None
-        return None if value is None else _value(get_args(kind)[0], value, path)
+        types = get_type_hints(kind)
+        if unknown := sorted(set(value) - set(types)):
+            raise ValueError(f"{path}.{unknown[0]} is unknown; {kind.__name__} has {', '.join(types)}")
+        return kind(**{name: _parse(types[name], item, f"{path}.{name}") for name, item in value.items()})
+    if get_origin(kind) is tuple and isinstance(value, list):
+        return tuple(_parse(get_args(kind)[0], item, path) for item in value)
+    if get_origin(kind) is UnionType:
+        return None if value is None else _parse(get_args(kind)[0], value, path)
+    if get_origin(kind) is Literal and value in get_args(kind):
+        return value
     if kind is float and type(value) is int:
-        value = float(value)
+        return float(value)
     if type(value) is not kind:
-        raise ValueError(f"{path} must be {kind.__name__}, found {value!r}")
+        expected = " or ".join(get_args(kind)) if get_origin(kind) is Literal else getattr(kind, "__name__", kind)
+        raise ValueError(f"{path} must be {expected}, found {value!r:.60}")
     return value
 
 

@@ -1,72 +1,207 @@
-"""Tensors on disk: safetensors and torch files, whole or in shards, read one at a time and written aside first.
+"""The edge: other people's files come in, whole files go out, and whatever is wrong becomes one sentence.
 
-Whatever is wrong with a file is a ValueError in one sentence that names it. A torch file is unpickled by the restricted
-reader only, so that nothing in it can run. Both kinds are mapped, not read: memory holds what is asked for.
+with reading(path): ...             anything raised in here becomes ValueError("path: reason")
+with atomic_write(path) as new: ... a file or folder that is whole or not there
+run(main, args)                     a script's way out: the sentence on stderr and exit code 2
 """
 
+import codecs
+import inspect
 import json
 import os
 import pickle
 import shutil
+import sys
+import traceback
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
-from dataclasses import dataclass
+from contextlib import contextmanager
 from pathlib import Path
-from threading import Thread
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
+from safetensors.torch import save_file
+from torch import Tensor
 from tqdm import tqdm
 
-CODES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.int8: "I8"}
+# --- one sentence
+
+
+@contextmanager
+def reading(what: object) -> Iterator[None]:
+    """Turn whatever is raised while foreign data is read into one ValueError, `what: reason`."""
+    try:
+        yield
+    except Exception as error:
+        text = reason(error)
+        raise ValueError(text if text.startswith(printable(what)) else printable(f"{what}: {text}")) from error
+
+
+def reason(error: BaseException) -> str:
+    """What went wrong, on one line that a terminal can show."""
+    match error:
+        case UnicodeDecodeError():
+            text = "it is not UTF-8 text"
+        case json.JSONDecodeError():
+            text = f"it is not whole JSON: {error}"
+        case RecursionError():
+            text = "it is nested too deeply"
+        case OSError() if error.strerror:
+            text = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+        case KeyError():
+            text = f"the field {error} is missing"
+        case pickle.UnpicklingError():
+            text = "it holds more than plain data, which could run code, and is refused"
+        case _:
+            text = str(error).strip().split("\n")[0] or f"it is damaged ({type(error).__name__})"
+    return printable(text)
+
+
+def printable(text: object) -> str:
+    """The text without line breaks, escape sequences and halves of surrogate pairs."""
+    return "".join(c if c.isprintable() else " " if c.isspace() else "?" for c in str(text))
+
+
+def run(main: Callable[[Any], int | None], args: Any) -> int:
+    """Call `main(args)`; returns the exit code. An error is one sentence on stderr; LION_DEBUG=1 adds the traceback."""
+    try:
+        return main(args) or 0
+    except KeyboardInterrupt:
+        return 130
+    except Exception as error:
+        if os.environ.get("LION_DEBUG"):
+            traceback.print_exc()
+        expected = isinstance(error, (ValueError, OSError))
+        text = reason(error) if expected else f"{type(error).__name__}: {reason(error)}; LION_DEBUG=1 shows where"
+        print(f"{Path(inspect.getfile(main)).name}: {text}", file=sys.stderr)
+        return 2
+
+
+# --- text
+
+
+def read_text(path: Path) -> str:
+    with reading(path):
+        return path.read_text(encoding="utf-8-sig")
+
+
+def read_lines(path: Path) -> list[str]:
+    """The lines, stripped, without the empty ones at the end."""
+    return [line.strip() for line in read_text(path).rstrip().split("\n")]
+
+
+def read_json(path: Path, kind: type = dict) -> Any:
+    with reading(path):
+        return need(json.loads(path.read_text(encoding="utf-8-sig")), kind)
+
+
+def json_lines(path: Path) -> Iterator[tuple[str, Any]]:
+    """Each JSON line with its place, "path, line 3"."""
+    with reading(path), open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            if line := line.removeprefix(codecs.BOM_UTF8).strip():
+                with reading(place := f"{path}, line {number}"):
+                    yield place, json.loads(line)
+
+
+def need(value: Any, kind: type | tuple[type, ...], name: str = "") -> Any:
+    """The value if it is of that type, else a ValueError. A bool is no number; an int will do for a float."""
+    kinds = kind if isinstance(kind, tuple) else (kind,)
+    fits = isinstance(value, kinds) or (float in kinds and isinstance(value, int))
+    if not fits or (isinstance(value, bool) and bool not in kinds):
+        expected = " or ".join(NAMES.get(k, k.__name__) for k in kinds)
+        raise ValueError(f"{name} must be {expected}, found {value!r:.60}".strip())
+    return value
+
+
+NAMES = {
+    dict: "an object", list: "a list", str: "text", int: "a whole number", float: "a number", bool: "true or false",
+}  # fmt: skip
+
+
+# --- writing
+
+
+@contextmanager
+def atomic_write(path: Path) -> Iterator[Path]:
+    """Yields a new path beside `path`, for a file or folder; it is synced and renamed to `path` if all goes well.
+
+    An OSError names the path. What a killed process left is overwritten by the next one.
+    """
+    new = path.with_name(f".{path.name}.new")
+    try:
+        path.absolute().parent.mkdir(parents=True, exist_ok=True)
+        remove(new)
+        yield new
+        sync(new)
+        new.replace(path)
+    except (OSError, SafetensorError, RuntimeError) as error:
+        remove(new)
+        if isinstance(error, OSError) and error.filename and not str(error.filename).startswith(str(new)):
+            raise
+        raise OSError(getattr(error, "errno", None) or 0, reason(error), str(path)) from error
+    except BaseException:
+        remove(new)
+        raise
+
+
+def remove(path: Path) -> None:
+    """Delete a file or folder, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def sync(path: Path) -> None:
+    """Flush a file or folder to the disk; its files get the mode that the umask gives."""
+    os.umask(mask := os.umask(0))
+    for each in (*path.glob("*"), path) if path.is_dir() else (path,):
+        if each.is_file():
+            each.chmod(0o666 & ~mask)
+        handle = os.open(each, os.O_RDONLY)
+        os.fsync(handle)
+        os.close(handle)
+
+
+# --- tensors
 
 
 class Tensors:
-    """A checkpoint file, or folder of shards, of which only names and shapes are read before a tensor is asked for."""
+    """A checkpoint file, or folder of shards: names and shapes at once, each tensor when it is asked for.
+
+    Torch files are unpickled with `weights_only=True`, so nothing in them can run. `renamed` maps parts of old names.
+    """
 
     def __init__(self, path: Path, renamed: Mapping[str, str] | None = None):
         self.path = path
-        self.where: dict[str, tuple[Path, str]] = {}  # by today's name: file, and name in the file
+        self.where: dict[str, tuple[Path, str]] = {}  # by new name: file, and name in the file
         self.shapes: dict[str, torch.Size] = {}
-        self._pickles: dict[Path, dict[str, Tensor]] = {}
-        self._mapped = 0
+        self._open: dict[Path, Any] = {}
         for file in shards(path):
-            for theirs, shape in self._shapes(file):
-                name = theirs
-                for old, new in (renamed or {}).items():
-                    name = name.replace(old, new)
-                if name in self.where:
-                    raise ValueError(f"{file}: {name} stands in {self.where[name][0].name} already")
-                self.where[name], self.shapes[name] = (file, theirs), shape
+            with reading(file):
+                handle = self._handle(file)
+                for theirs in list(handle.keys()):
+                    name = theirs
+                    for old, new in (renamed or {}).items():
+                        name = name.replace(old, new)
+                    if name in self.where:
+                        raise ValueError(f"{name} stands in {self.where[name][0].name} already")
+                    shape = handle[theirs].shape if isinstance(handle, dict) else handle.get_slice(theirs).get_shape()
+                    self.where[name], self.shapes[name] = (file, theirs), torch.Size(shape)
 
-    def _shapes(self, file: Path) -> Iterator[tuple[str, torch.Size]]:
-        if file.suffix == ".safetensors":
-            with opened(file) as handle:
-                for name in handle.keys():  # noqa: SIM118
-                    yield name, torch.Size(handle.get_slice(name).get_shape())
-        else:
-            for name, tensor in self._pickle(file).items():
-                yield name, tensor.shape
-
-    def _pickle(self, file: Path) -> dict[str, Tensor]:
-        if file not in self._pickles:
-            self._pickles[file] = unpickled(file)
-        return self._pickles[file]
+    def _handle(self, file: Path) -> Any:
+        if file not in self._open:
+            self._open.clear()  # one file at a time: mapped pages count as memory in use
+            safe = file.suffix == ".safetensors"
+            self._open[file] = safe_open(file, framework="pt") if safe else unpickle(file)
+        return self._open[file]
 
     def read(self, name: str) -> Tensor:
         file, theirs = self.where[name]
-        if file.suffix == ".safetensors":
-            with opened(file) as handle:
-                return handle.get_tensor(theirs)
-        self._mapped += self.shapes[name].numel()
-        if self._mapped > 2**28:  # pages of a mapped file count as memory in use: let them go now and then
-            self._pickles.clear()
-            self._mapped = 0
-        return self._pickle(file)[theirs]
+        with reading(f"{file}, {name}"):
+            handle = self._handle(file)
+            return handle[theirs] if isinstance(handle, dict) else handle.get_tensor(theirs)
 
 
 def shards(path: Path) -> list[Path]:
@@ -78,136 +213,78 @@ def shards(path: Path) -> list[Path]:
     if not path.is_dir():
         raise ValueError(f"{path}: no such file or folder")
     for stem in ("model.safetensors", "pytorch_model.bin"):
-        if (path / f"{stem}.index.json").is_file():
-            names = sorted(set(read_json(path / f"{stem}.index.json").get("weight_map", {}).values()))
-            missing = [name for name in names if not (path / name).is_file()]
+        index = path / f"{stem}.index.json"
+        if index.is_file():
+            names = sorted(set(need(read_json(index).get("weight_map"), dict, f"{index}: weight_map").values()))
+            missing = [name for name in names if Path(name).name != name or not (path / name).is_file()]
             if missing or not names:
-                raise ValueError(f"{path / stem}.index.json names {missing or 'no file'}, which is not there")
+                raise ValueError(f"{index} names {missing or 'no file'}, which is not in the folder")
             return [path / name for name in names]
         if (path / stem).is_file():
             return [path / stem]
     raise ValueError(f"{path} holds no model.safetensors, no pytorch_model.bin and no index of shards")
 
 
-def opened(file: Path) -> safe_open:
+def unpickle(file: Path) -> dict[str, Tensor]:
+    """The tensors of a torch file, memory-mapped where its format allows."""
     try:
-        return safe_open(file, framework="pt")
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{file} is not a whole safetensors file: {error}") from None
-
-
-def unpickled(file: Path) -> dict[str, Tensor]:
-    """The tensors of a torch file, mapped rather than read where its format allows it; nothing in it can run."""
-    try:
-        try:
-            data = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-        except RuntimeError as error:
-            if "mmap can only be used" not in str(error):
-                raise
-            data = torch.load(file, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        why = str(error).strip().split("\n")[0]
-        raise ValueError(f"{file} holds more than tensors, which could run code, and is refused: {why}") from None
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        raise ValueError(f"{file} is not a whole torch checkpoint: {str(error).strip().split(chr(10))[0]}") from None
+        data = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    except RuntimeError as error:
+        if "mmap can only be used" not in str(error):
+            raise
+        data = torch.load(file, map_location="cpu", weights_only=True)
     if isinstance(data, dict) and isinstance(data.get("model"), dict):
         data = data["model"]
     if not isinstance(data, dict) or not data:
-        raise ValueError(f"{file} holds a {type(data).__name__}, not a dictionary of tensors")
-    strange = [name for name, value in data.items() if not isinstance(value, Tensor)]
-    if strange:
-        raise ValueError(f"{file}: {strange[0]!r} is a {type(data[strange[0]]).__name__}, not a tensor")
+        raise ValueError(f"it holds a {type(data).__name__}, not a dictionary of tensors")
+    for name, value in data.items():
+        if not isinstance(name, str) or not isinstance(value, Tensor):
+            raise ValueError(f"{name!r} is a {type(value).__name__}, not a tensor with a name")
     return data
 
 
-def read_json(path: Path) -> dict:
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read: {error.strerror}") from None
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from None
-    if not isinstance(data, dict):
-        raise ValueError(f"{path} must hold a JSON object, found a {type(data).__name__}")
-    return data
+def read_folder(folder: Path, device: str | torch.device, dtype: torch.dtype | None) -> dict[str, Tensor]:
+    """Every tensor of the folder's safetensors files, int8 as it is and all others as `dtype` (None: as stored).
 
-
-class Undrawn(TorchFunctionMode):
-    """Layers that are made in here, on the meta device, get shapes, and no numbers are drawn for them: PyTorch would
-    load its compiler for that, which takes a second."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        draws = func in (nn.init.uniform_, nn.init.normal_, nn.init.kaiming_uniform_)
-        return kwargs["tensor"] if draws else func(*args, **kwargs)
-
-
-def read_shards(folder: Path, device: str | torch.device, dtype: torch.dtype | None) -> dict[str, Tensor]:
-    """Every tensor of the folder's safetensors files, int8 as it is and all others as `dtype`. On the CPU and in the
-    stored dtype they are not read yet but mapped, each for itself: the first use of one brings it in from the disk, the
-    operating system may share or drop its pages, and it goes when nobody needs it any more."""
+    On the CPU and in the stored dtype they are memory-mapped: the first use reads one from the disk.
+    """
     tensors: dict[str, Tensor] = {}
     paths = sorted(folder.glob("*.safetensors"))
     if not paths:
         raise ValueError(f"{folder} holds no .safetensors file")
     for path in paths:
-        for name, tensor in mapped(path):
-            if name in tensors:
-                raise ValueError(f"{path}: {name} stands in another shard too")
-            tensors[name] = tensor.to(device, dtype if tensor.is_floating_point() else None)
+        with reading(path), safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118
+                if name in tensors:
+                    raise ValueError(f"{name} stands in another shard too")
+                tensor = file.get_tensor(name)
+                if not tensor.is_floating_point() and tensor.dtype != torch.int8:
+                    raise ValueError(f"{name} is of type {tensor.dtype}: convert the weights again")
+                if tensor.dtype == torch.int8:
+                    tensors[name] = tensor.to(device, copy=True)  # aligned memory, which the CPU's int8 product needs
+                else:
+                    tensors[name] = tensor.to(device, dtype)
     return tensors
 
 
-def mapped(path: Path) -> Iterator[tuple[str, Tensor]]:
-    """Names and tensors of a safetensors file, each tensor a private mapping of its own bytes.
-
-    The library's reader maps the whole file, so that no tensor could go before all do; asked for each tensor anew, it
-    reads the header 2,403 times for XL, which takes seconds.
-    """
-    opened(path)  # says whether the file is whole
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(length))
-    header.pop("__metadata__", None)
-    dtypes = {code: dtype for dtype, code in CODES.items()}
-    for name, about in header.items():
-        if about["dtype"] not in dtypes:
-            kinds = ", ".join(dtypes)
-            raise ValueError(f"{path}: {name} is of type {about['dtype']}, not one of {kinds}: convert it again")
-        start, end = about["data_offsets"]
-        data = np.memmap(path, np.uint8, "c", 8 + length + start, (end - start,))
-        yield name, torch.from_numpy(data).view(dtypes[about["dtype"]]).reshape(about["shape"])
-
-
-def read_ahead(folder: Path) -> None:
-    """Bring the folder's tensors into the operating system's cache in the order in which they lie on the disk, while
-    others already work with them: a first use that must wait for the disk brings in a few pages at a time."""
-
-    def sweep(path: Path) -> None:
-        room = bytearray(2**20)
-        with suppress(OSError), path.open("rb", buffering=0) as file:  # who needs the bytes will say what is wrong
-            while file.readinto(room):
-                pass
-
-    for path in folder.glob("*.safetensors"):
-        Thread(target=sweep, args=[path], daemon=True).start()
-
-
-def check_tensors(where: object, found: dict[str, torch.Size], expected: dict[str, torch.Size]) -> None:
+def check_tensors(where: object, found: Mapping[str, torch.Size], expected: Mapping[str, torch.Size]) -> None:
     """Every tensor of the model is there, in its shape, and nothing else; else a ValueError that names the first."""
-    for name in sorted(expected.keys() - found.keys()):
-        raise ValueError(f"{where}: {name} is missing, and {len(expected.keys() - found.keys()) - 1} more")
-    for name in sorted(found.keys() - expected.keys()):
-        raise ValueError(f"{where}: {name} belongs to no part of this model")
+    if missing := sorted(expected.keys() - found.keys()):
+        raise ValueError(f"{where}: {missing[0]} is missing, and {len(missing) - 1} more")
+    if unknown := sorted(found.keys() - expected.keys()):
+        raise ValueError(f"{where}: {unknown[0]} belongs to no part of this model")
     for name, shape in expected.items():
         if found[name] != shape:
             raise ValueError(f"{where}: {name} has shape {tuple(found[name])}, the model {tuple(shape)}")
 
 
-def write_shards(folder: Path, plan: Mapping[str, Tensor], read: Callable[[str], Tensor], limit: int = 2**32) -> None:
-    """Safetensors files of at most `limit` bytes and their index, written tensor by tensor; `plan` tells shapes and
-    dtypes and may be on the meta device. Tensors of whole blocks of 64 bytes come first: mapped, they begin at one."""
-    plan = dict(sorted(plan.items(), key=lambda item: item[1].nbytes % 64 > 0))
+def shapes_of(tensors: Mapping[str, Tensor]) -> dict[str, torch.Size]:
+    return {name: tensor.shape for name, tensor in tensors.items()}
+
+
+def write_shards(folder: Path, plan: Mapping[str, Tensor], read: Callable[[str], Tensor], limit: int = 2**31) -> None:
+    """Safetensors files of at most `limit` bytes and their index. `plan` gives names, shapes and dtypes (meta tensors
+    will do), `read` the tensors: memory holds one shard."""
     groups: list[list[str]] = [[]]
     room = limit
     for name, planned in plan.items():
@@ -217,67 +294,14 @@ def write_shards(folder: Path, plan: Mapping[str, Tensor], read: Callable[[str],
         groups[-1].append(name)
         room -= planned.nbytes
     weight_map = {}
-    bar = tqdm(total=len(plan), desc="convert", unit="tensor", disable=None)
-    for number, names in enumerate(groups, 1):
-        file = f"model-{number:05}-of-{len(groups):05}.safetensors"
-        header, end = {}, 0
-        for name in names:
-            start, end = end, end + plan[name].nbytes
-            code, shape = CODES[plan[name].dtype], list(plan[name].shape)
-            header[name] = {"dtype": code, "shape": shape, "data_offsets": [start, end]}
-            weight_map[name] = file
-        text = json.dumps(header).encode()
-        text += b" " * (-(8 + len(text)) % 64)
-        with open(folder / file, "wb") as out:
-            out.write(len(text).to_bytes(8, "little") + text)
+    with tqdm(total=len(plan), desc="convert", unit="tensor", disable=None) as bar:
+        for number, names in enumerate(groups, 1):
+            file = f"model-{number:05}-of-{len(groups):05}.safetensors"
+            tensors = {}
             for name in names:
-                out.write(read(name).to(plan[name].dtype).contiguous().flatten().view(torch.uint8).numpy().data)
+                tensors[name] = read(name).to(plan[name].dtype).contiguous()
                 bar.update()
-    bar.close()
-    index = {
-        "metadata": {"total_size": sum(tensor.nbytes for tensor in plan.values())},
-        "weight_map": weight_map,
-    }
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
-
-
-@dataclass
-class Aside:
-    """A path to write to; it takes its place when all is well, and is removed when not."""
-
-    out: Path
-
-    def __enter__(self) -> Path:
-        if self.out.exists():
-            raise ValueError(f"--out {self.out} exists already: remove it or choose another")
-        self.out.absolute().parent.mkdir(parents=True, exist_ok=True)
-        self.aside = self.out.with_name(f".{self.out.name}.{os.getpid()}")
-        return self.aside
-
-    def __exit__(self, kind: type | None, *_: object) -> None:
-        if kind is None:
-            self.aside.rename(self.out)
-        elif self.aside.is_dir():
-            shutil.rmtree(self.aside)
-        else:
-            self.aside.unlink(missing_ok=True)
-
-
-def read_lines(path: Path) -> list[str]:
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise ValueError(f"{path} is not UTF-8 text") from None
-    lines = [line.strip() for line in lines]
-    while lines and not lines[-1]:
-        lines.pop()
-    return lines
-
-
-def to_float(line: str, path: Path, number: int) -> float:
-    try:
-        return float(line)
-    except ValueError:
-        raise ValueError(f"{path} line {number}: expected a number, found {line!r}") from None
+            save_file(tensors, folder / file)
+            weight_map |= dict.fromkeys(names, file)
+    index = {"metadata": {"total_size": sum(tensor.nbytes for tensor in plan.values())}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1), encoding="utf-8")

@@ -10,12 +10,14 @@ next: data.py
 """
 
 import math
+import os
 import random
 import struct
 import unicodedata
 import zlib
 from collections.abc import Sequence
 from os import PathLike
+from pathlib import Path
 from typing import IO
 
 import numpy as np
@@ -183,3 +185,33 @@ def _fitting(label: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, wid
         whole = whole[:-1]
         text = whole and whole + "..."
     return text
+
+
+class ImageFolder:
+    """The pictures below a folder. People keep only the inner folders of the official trees: any end of a path will do."""
+
+    def __init__(self, root: Path):
+        self.root, self.found = root, dict[str, Path | None]()
+
+    def path(self, name: str) -> Path | None:
+        """`find`, remembered."""
+        if name not in self.found:
+            self.found[name] = self.find(name)
+        return self.found[name]
+
+    def find(self, name: str) -> Path | None:
+        """Where the picture of this name is; None if it is missing."""
+        parts = Path(name).parts
+        ends = (self.root.joinpath(*parts[i:]) for i in range(len(parts)))
+        return next((path for path in ends if os.path.isfile(path)), None)  # Path.is_file raises where it may not look
+
+    def without_missing(self, names: Sequence[str | bytes], skip: bool) -> list[bool]:
+        """Which of them are there; unless `skip`, a ValueError if one is not."""
+        there = [isinstance(name, bytes) or self.path(name) is not None for name in names]
+        if not all(there) and not skip:
+            first = f"{names[there.index(False)]!s} is not below {self.root}"
+            count = f", and {there.count(False) - 1} of {len(there) - 1} others are not" if len(there) > 1 else ""
+            raise ValueError(
+                f"the image {first}{count}: name their folder with --images, or go on without them with --skip-missing"
+            )
+        return there

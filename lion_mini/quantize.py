@@ -1,10 +1,6 @@
-"""Other ways to hold a linear layer, for the machine at hand. Nothing here is part of the method.
+"""Number formats for the machine at hand: int8 weights, and whether bfloat16 is fast. Not part of the method.
 
-    Int8Linear      a weight in eight bits, for a card or laptop of 8 GB       `weights.py convert --dtype int8`
-    PackedLinear    a weight laid out for the CPU's matrix kernels             `Lion.from_pretrained(..., packed=True)`
-
-Both take the place of `nn.Linear` in a finished model and leave the files that describe it as they are.
-next: files.py
+`weights.py convert --dtype int8` makes a model for a card or laptop of 8 GB: an Int8Linear for every nn.Linear.
 """
 
 from collections.abc import Iterator
@@ -13,14 +9,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-FEW_ROWS = 16  # above that, spelling the weight out pays
+from .files import reading
+
+FEW_ROWS = 16  # above that, dequantising the weight is faster
 
 
 class Int8Linear(nn.Module):
-    """y = (x W^T) * scale + bias, where row i of the layer that this replaces is about scale_i * W_i, W within +-127.
+    """y = (x W^T) * scale + bias. Row i of the original weight is about scale_i * W_i, with W within +-127.
 
-    Only the weight is rounded: products and sums are x's dtype, in which the weight is spelled out for a moment. For a
-    few rows, a beam search's, that would take longer than the product: on a CPU the bytes are multiplied as they are.
+    Only the weight is rounded. Products and sums are in x's dtype, for which the weight is dequantised. On a CPU a few
+    rows, such as a beam search's, are multiplied with the int8 weight directly.
     """
 
     def __init__(self, linear: nn.Linear):
@@ -32,45 +30,29 @@ class Int8Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:  # (..., d) -> (..., out)
         rows = x.reshape(-1, x.shape[-1])
-        if readable(rows, self.weight):
+        if fits_int8_kernel(rows, self.weight):
             y = torch._weight_int8pack_mm(rows, self.weight, self.scale).view(*x.shape[:-1], len(self.weight))
         else:
             y = F.linear(x, self.weight.to(x.dtype)) * self.scale
         return y if self.bias is None else y + self.bias
 
 
-def readable(x: Tensor, weight: Tensor) -> bool:  # (r, d), (out, d)
-    """Whether PyTorch's product for few rows can take these. It reads 32 bytes at a time and trusts its caller that
-    they lie where the processor wants them; that of float32 is slow, and none has a gradient."""
+def fits_int8_kernel(x: Tensor, weight: Tensor) -> bool:  # (r, d), (out, d)
+    """PyTorch's int8 product wants few bfloat16 rows on a CPU, no gradient, and 32-byte alignment (it never checks)."""
     few = len(x) <= FEW_ROWS and x.device.type == "cpu" and x.dtype == torch.bfloat16 and not x.requires_grad
     return few and all(number % 32 == 0 for number in (x.shape[1], x.data_ptr(), weight.data_ptr()))
 
 
 def quantise(weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:  # (out, d) -> (out, d) int8, (out,)
-    """Each row in steps of its own, a 127th of its largest value. The scale is rounded to its dtype before the row is
-    divided by it, so that what bfloat16 loses of it is not lost from the weight."""
+    """Round each row to multiples of its largest value / 127. The scale is rounded to `dtype` first."""
     if weight.is_meta:
         return torch.empty(weight.shape, dtype=torch.int8, device="meta"), weight[:, 0].to(dtype)
     scale = (weight.float().abs().amax(1) / 127).clamp_min(1e-30).to(dtype)
     return (weight.float() / scale.float()[:, None]).round().clamp(-127, 127).to(torch.int8), scale
 
 
-class PackedLinear(nn.Module):
-    """`nn.Linear` for answering on a CPU: its weight stands in the blocks in which oneDNN reads it. A product with few
-    rows, a beam search's, is bound by that reading, and takes half the time."""
-
-    def __init__(self, linear: nn.Linear):
-        super().__init__()
-        self.weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach())
-        self.bias = linear.bias
-
-    def forward(self, x: Tensor) -> Tensor:  # (..., d) -> (..., out)
-        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
-
-
 def linears(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Linear]]:
-    """Every linear layer with the module that it belongs to and its name there. None is held on to here: a layer that
-    is replaced goes, and its weight with it."""
+    """Every linear layer, with its parent module and its name there."""
     for parent in [module for module in model.modules() if not isinstance(module, nn.Linear)]:
         for name, child in parent.named_children():
             if isinstance(child, nn.Linear):
@@ -78,34 +60,20 @@ def linears(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Linear]]:
 
 
 def to_int8(model: nn.Module) -> None:
+    """Replace every linear layer; one at a time, so that memory never holds two models."""
     for parent, name, linear in linears(model):
         setattr(parent, name, Int8Linear(linear))
 
 
-def pack(model: nn.Module) -> None:
-    """Lay the model's weights out for this CPU, one after the other: memory holds no more than a sublayer's twice.
-
-    The model answers as before, to rounding; it can no longer be saved, moved or trained. On other devices, and where
-    PyTorch was built without oneDNN, this does nothing.
-    """
-    for parent, name, linear in linears(model):
-        known = linear.weight.dtype == torch.float32 or has_bfloat16()
-        if linear.weight.device.type == "cpu" and torch.backends.mkldnn.is_available() and known:
-            setattr(parent, name, PackedLinear(linear))
+def usable(device: str | torch.device) -> torch.device:
+    """The device, if this machine has it and this PyTorch can use it; else a ValueError."""
+    with reading(f"the device {str(device)!r} cannot be used, cpu always can"):
+        return torch.empty(0, device=device).device
 
 
 def has_bfloat16() -> bool:
-    """Whether this CPU multiplies bfloat16 itself; where it does not, float32 is faster."""
+    """Whether this CPU multiplies bfloat16 in hardware; elsewhere float32 is faster."""
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-
-
-def usable(device: str | torch.device) -> torch.device:
-    """The device, if this machine has it and this PyTorch can use it; else a ValueError."""
-    try:
-        return torch.empty(0, device=device).device
-    except (RuntimeError, AssertionError, ImportError) as error:
-        why = str(error).split("\n")[0].split(". ")[0]
-        raise ValueError(f"the device {str(device)!r} cannot be used: {why}; cpu always can") from None
 
 
 def best_dtype(device: str | torch.device) -> torch.dtype:

@@ -28,10 +28,10 @@ from typing import Any
 
 from PIL import Image, ImageDraw
 
-from ..annotations import Images, get, load_json, load_lines, rows, whole
+from ..annotations import get, load_json, load_lines, rows, whole
 from ..box import Box
 from ..evaluation.readers import any_box_of, aokvqa, captions, refcoco, vqa
-from ..images import draw_boxes, open_image
+from ..images import ImageFolder, draw_boxes, open_image
 from ..text.prompts import TASK_OF, TEMPLATES, load_templates, render
 from .records import NUMBERS, Records, check
 
@@ -186,7 +186,7 @@ def convert(args: argparse.Namespace) -> str:
     if kind not in KINDS[args.name]:
         raise ValueError(f"{args.name} has no --as {kind}, only {', '.join(KINDS[args.name])}")
     templates = TEMPLATES if args.templates is None else load_templates(args.templates)
-    images, kept, skipped, partial = Images(args.images), 0, 0, 0
+    images, kept, skipped, partial = ImageFolder(args.images), 0, 0, 0
     args.out.parent.mkdir(parents=True, exist_ok=True)
     new = args.out.with_name(args.out.name + ".new")
     try:

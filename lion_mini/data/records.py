@@ -31,9 +31,8 @@ from typing import Any, Protocol
 import numpy as np
 from PIL import Image
 
-from ..annotations import Images
 from ..box import Box
-from ..images import open_image
+from ..images import ImageFolder, open_image
 from ..text.prompts import PLACEHOLDER, TASK_OF
 
 CATEGORIES = TASK_OF | {
@@ -70,7 +69,7 @@ class Records:
     augments = True
 
     def __init__(self, path: Path, root: Path, tasks: Sequence[str]):
-        self.path, self.images, self.tasks = path, Images(root), tasks
+        self.path, self.images, self.tasks = path, ImageFolder(root), tasks
         self.whole: list[Any] | None = None
         self.starts = np.empty(0, np.int64)
         try:
@@ -105,7 +104,7 @@ class Records:
 
     def picture(self, name: str) -> Path:
         """Where it is, or should be: who opens it there says that it is missing."""
-        return self.images.look(name) or self.images.root / name
+        return self.images.find(name) or self.images.root / name
 
     def raw(self, index: int) -> Any:
         if self.whole is not None:

@@ -1,16 +1,16 @@
-"""Mixture of adapters with a router: paper section 3.1.2, equations (1) to (3).
+"""Mixture of adapters with a router: section 3.1.2, equations (1) to (3).
 
 Every feed-forward layer F of the frozen FlanT5 has K small adapters H_k beside it. Each learned one kind of task alone
-(stage 1: image level, stage 2: region level); in stage 3 a router, one gate vector per task and adapter, mixes them:
+(stage 1: image level, stage 2: region level). In stage 3 a router, one gate vector per task and adapter, mixes them:
 
     O = F(X) + sum_k G[task, k] * H_k(X),    H(X) = scale * (W_up relu(W_down X + b) + b')
 
-A batch may mix tasks: `task` holds one row number of the router per sample. With the gates of a fresh stage 3,
+A batch may mix tasks: `task` holds one row number of the router per sample. The gates of a fresh stage 3:
 
     gates[0] = [[1, 1, ...],    gates[1] = [[0, 0, ...],    row 0: region level, listens to adapter 0 (stage 2's) only
                 [0, 0, ...]]                [1, 1, ...]]    row 1: image level, listens to adapter 1 (stage 1's) only
 
-Compatible with the release's models/lion_adapters.py; the paper numbers the adapters the other way.       next: t5.py
+Compatible with the release's models/lion_adapters.py; the paper numbers the adapters the other way.
 """
 
 import math
@@ -19,11 +19,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-TASKS = ("region", "image")  # the router's rows
-
 
 class Adapter(nn.Module):
-    """Eq. (2): a bottleneck that starts as zero."""
+    """Eq. (2): a bottleneck whose output is zero at initialisation."""
 
     def __init__(self, width: int, adapter_width: int):
         super().__init__()
@@ -38,19 +36,19 @@ class Adapter(nn.Module):
         return self.up(F.relu(self.down(x))) * self.scale
 
 
-def one_hot_gate(adapter: int, width: int) -> nn.Parameter:
-    gate = torch.zeros(len(TASKS), width)
+def one_hot_gate(adapter: int, tasks: int, width: int) -> nn.Parameter:  # -> (task, d)
+    gate = torch.zeros(tasks, width)
     gate[adapter] = 1.0
     return nn.Parameter(gate)
 
 
 class MixtureOfAdapters(nn.Module):
-    """The sum over k in eq. (3); with one adapter (stages 1 and 2) there is nothing to route."""
+    """The sum over k in eq. (3). One adapter (stages 1 and 2) has no gate; more have one router row per adapter."""
 
     def __init__(self, width: int, adapter_width: int, count: int):
         super().__init__()
         self.adapters = nn.ModuleList(Adapter(width, adapter_width) for _ in range(count))
-        self.gates = nn.ParameterList(one_hot_gate(k, width) for k in range(count) if count > 1)  # each (task, d)
+        self.gates = nn.ParameterList(one_hot_gate(k, count, width) for k in range(count) if count > 1)
 
     def forward(self, x: Tensor, task: Tensor) -> Tensor:  # (b, t, d), (b,) -> (b, t, d)
         if not self.gates:

@@ -1,14 +1,14 @@
-"""The vision aggregator, the region-level branch: paper section 3.1.1, equations (4) and (5).
+"""The vision aggregator, the region-level branch: section 3.1.3, equations (4) and (5).
 
-Fine spatial detail fades in a ViT's last layers. The aggregator starts from the last tap and lets it look, block by
-block, at earlier ones; norm and an MLP bring the result to the language model's width:
+Fine spatial detail fades in a ViT's last layers. The aggregator starts from the last tap and lets it look at earlier
+ones, one block per tap. A norm and an MLP then project the result to the language model's width:
 
     V <- block_i(V, tap_i):   self-attention(V)  ->  cross-attention(V, tap_i)  ->  feed-forward(V)
 
-LION-XL: V = block 38's output, then tap 28, then tap 18: every patch stays a token of its own (257 with CLS).
-At initialisation each sublayer's output projection is zero, so that training starts from the plain tap 38.
+LION-XL starts from block 38's output and reads taps 28 and 18. Every patch stays a token of its own (257 with CLS).
+At initialisation the output projections are zero, so a block only normalises: training starts from LayerNorm(tap 38).
 
-Compatible with `fusion_adapter`, `ln_adapter` and `adapter_proj` of the release.        next: adapters.py
+Compatible with `fusion_adapter`, `ln_adapter` and `adapter_proj` of the release.
 """
 
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..config import AggregatorConfig
 from .bert import Attention, FeedForward, bert_init
-from .layers import Mlp, run
+from .layers import Mlp, recomputed
 
 
 class Block(nn.Module):
@@ -32,9 +32,9 @@ class Block(nn.Module):
 
 
 class Aggregator(nn.Module):
-    """Region-level visual tokens, one per token of the ViT, from `taps` in the order in which they are read."""
+    """Region-level visual tokens, one per token of the ViT. `taps` are its block outputs, last first."""
 
-    recompute = False  # layers.run
+    recompute = False  # gradient checkpointing
 
     def __init__(self, config: AggregatorConfig, width: int, taps: int, out_width: int):
         super().__init__()
@@ -49,8 +49,8 @@ class Aggregator(nn.Module):
     def fuse(self, taps: Sequence[Tensor]) -> Tensor:  # taps x (b, n, d) -> (b, n, d)
         x, *earlier = taps
         for block, tap in zip(self.blocks, earlier, strict=True):
-            x = run(block, self.recompute, x, tap)
+            x = recomputed(block, self.recompute, x, tap)
         return x
 
     def forward(self, taps: Sequence[Tensor]) -> Tensor:  # taps x (b, n, d) -> (b, n, out)
-        return run(self.proj, self.recompute, self.norm(self.fuse(taps)))
+        return recomputed(self.proj, self.recompute, self.norm(self.fuse(taps)))

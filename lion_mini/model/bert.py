@@ -1,23 +1,25 @@
 """BERT's two sublayers, from which the Q-Former, the vision aggregator and RAM's tagging head build their layers.
 
-Both are *post-norm*: the residual is added first and the sum normalised, x <- LayerNorm(x + f(x)), where ViT, Swin
-and T5 normalise before f. The three users differ only in which sublayers a layer holds:
+Both are *post-norm*: the residual is added first and the sum is normalised, x <- LayerNorm(x + f(x)). ViT, Swin and T5
+normalise before f. The three users differ only in which sublayers a layer has:
 
     Q-Former     self-attention, cross-attention (queries only), feed-forward (one for queries, one for text)
     aggregator   self-attention, cross-attention, feed-forward
     RAM's head                   cross-attention, feed-forward
 
-Compatible with BertAttention, BertIntermediate and BertOutput of the release's models/Qformer.py.     next: qformer.py
+Compatible with BertAttention, BertIntermediate and BertOutput of the release's models/Qformer.py.
 """
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .layers import attention, split_heads
+from .layers import Record, attention, split_heads
 
 
 class Attention(nn.Module):
-    """LayerNorm(x + W_o attention(x, context)); the context is x itself unless given, and may have another width."""
+    """LayerNorm(x + W_o attention(x, context)). The context is x itself by default and may have another width."""
+
+    record: Record = None
 
     def __init__(self, width: int, heads: int, norm_eps: float, dropout: float = 0.0, context_width: int | None = None):
         super().__init__()
@@ -34,7 +36,7 @@ class Attention(nn.Module):
     ) -> Tensor:  # (b, t, d), (b, n, ·) -> (b, t, d)
         context = x if context is None else context
         q, k, v = (split_heads(y, self.heads) for y in (self.q(x), self.k(context), self.v(context)))
-        out = self.o(attention(q, k, v, mask, dropout=self.dropout * self.training))
+        out = self.o(attention(q, k, v, mask, dropout=self.dropout * self.training, record=self.record))
         return self.norm(x + F.dropout(out, self.dropout, self.training))
 
 

@@ -1,16 +1,16 @@
 """Writing the answer: greedy, nucleus and beam search, and the ranking of given candidates.
 
-Nothing here knows LION: the encoder's states come in, the T5's `start` and `decode` do the work, token ids go out.
-The meaning of every setting, ties and corner cases included, is that of `generate` in transformers 4.42, with which
-the release was published; the paper writes greedily and ranks candidates for IconQA, VSR and VisDial (Appendix B).
+Nothing here knows LION: encoder states come in, token ids go out. Every setting means what it means in `generate` of
+transformers 4.42, with which the release was published, ties and corner cases included. The paper decodes greedily and
+ranks candidates for IconQA, VSR and VisDial (section 4.1).
 
 A beam search for one sample with 2 beams, in which </s> ends a hypothesis (sums of log-probabilities):
 
     step 1   [a -0.1] [b -2.0]
     step 2   [a c -0.5] [a </s> -0.6] [b a -2.2] ...   -> "a" is finished with -0.6 / 2 ** length_penalty,
-                                                          and [a c], [b a] go on: row 0 from row 0, row 1 from row 1
+                                                          [a c] and [b a] continue: row 0 from row 0, row 1 from row 1
 
-Compatible with the release's models/lion_t5.py: generate.                              next: swin.py
+Compatible with the release's models/lion_t5.py: generate.
 """
 
 from collections.abc import Sequence
@@ -27,7 +27,7 @@ from .t5 import T5
 
 @dataclass(frozen=True)
 class Generation:
-    """How to write. `min_new_tokens` and `max_new_tokens` count `</s>`; `returns` strings come back per sample."""
+    """Decoding settings. `min_new_tokens` and `max_new_tokens` count `</s>`; `returns` is the answers per sample."""
 
     beams: int = 1
     max_new_tokens: int = 30
@@ -36,10 +36,10 @@ class Generation:
     repetition_penalty: float = 1.0
     sample: bool = False
     top_p: float = 1.0
-    top_k: int = 50  # sampling only; 4.42's silent default, which the release leaves as it is
+    top_k: int = 50  # sampling only; the default of 4.42, which the release uses
     temperature: float = 1.0
     returns: int = 1
-    seed: int | None = None  # of the sampling; None continues torch's own random numbers
+    seed: int | None = None  # for sampling; None uses torch's global generator
 
     def __post_init__(self) -> None:
         for name in ("beams", "max_new_tokens", "top_k", "returns"):
@@ -50,7 +50,7 @@ class Generation:
         if self.temperature <= 0 or self.repetition_penalty <= 0 or not 0 < self.top_p <= 1:
             raise ValueError("temperature and repetition_penalty must be above 0, and top_p within 0 and 1")
         if self.sample and self.beams > 1:
-            raise ValueError(f"sampling writes one row at a time: beams must be 1, not {self.beams}")
+            raise ValueError(f"sampling needs beams=1, not {self.beams}")
         if self.returns > self.beams and not self.sample:
             raise ValueError(f"{self.beams} beams cannot return {self.returns} answers: raise beams, or sample")
 
@@ -67,16 +67,16 @@ GENERATION = {
 def generate(
     t5: T5, states: Tensor, mask: Tensor | None, task: Tensor, settings: Generation
 ) -> Tensor:  # (b, n, d), (b, n), (b,) -> (b * returns, t)
-    """Token ids, the start token first, padded with PAD after `</s>`; a sample's `returns` rows stand together."""
+    """Token ids, start token first, padded with PAD after `</s>`; a sample's `returns` rows are adjacent."""
     if settings.beams > 1:
         return beam_search(t5, states, mask, task, settings)
-    return one_by_one(t5, states, mask, task, settings)
+    return greedy_or_sampled(t5, states, mask, task, settings)
 
 
-def one_by_one(
+def greedy_or_sampled(
     t5: T5, states: Tensor, mask: Tensor | None, task: Tensor, settings: Generation
 ) -> Tensor:  # ... -> (b * returns, t)
-    """Greedy or nucleus sampling: every row writes its best, or a drawn, next token until all have ended."""
+    """Every row takes its best, or a sampled, next token until all have ended."""
     rows = len(states) * settings.returns
     cache = t5.start(states, mask, task, settings.max_new_tokens + 1)
     ids = torch.full((rows, 1), PAD, device=states.device)
@@ -98,7 +98,7 @@ def one_by_one(
 
 
 def penalise(scores: Tensor, ids: Tensor, settings: Generation) -> Tensor:  # (r, v), (r, t) -> (r, v)
-    """Make repetition (of the start token too) less likely, and `</s>` impossible before its time."""
+    """Penalise tokens that occurred before, the start token too, and forbid `</s>` before `min_new_tokens`."""
     if settings.repetition_penalty != 1.0:
         seen = scores.gather(1, ids)
         seen = torch.where(seen < 0, seen * settings.repetition_penalty, seen / settings.repetition_penalty)
@@ -109,7 +109,7 @@ def penalise(scores: Tensor, ids: Tensor, settings: Generation) -> Tensor:  # (r
 
 
 def nucleus(scores: Tensor, settings: Generation) -> Tensor:  # (r, v) -> (r, v)
-    """-inf wherever a token is not among the `top_k` or not in the smallest set whose probability reaches `top_p`."""
+    """-inf for tokens outside the `top_k`, and outside the smallest set whose probability reaches `top_p`."""
     scores = scores / settings.temperature
     worst = scores.topk(min(settings.top_k, scores.shape[1]), dim=1).values[:, -1:]
     scores = scores.masked_fill(scores < worst, -torch.inf)
@@ -122,7 +122,7 @@ def nucleus(scores: Tensor, settings: Generation) -> Tensor:  # (r, v) -> (r, v)
 
 
 class Hypotheses:
-    """The finished answers of one sample: at most `beams`, the best ones by log-probability / length ** penalty."""
+    """The finished answers of one sample: the best `beams` by log-probability / length ** length_penalty."""
 
     def __init__(self, settings: Generation):
         self.beams = settings.beams
@@ -133,7 +133,7 @@ class Hypotheses:
         return float(total / length**self.penalty)
 
     def add(self, ids: Tensor, total: float, length: int) -> None:
-        """`length` counts `</s>`, which `ids` does not hold, and not the start token, which it does."""
+        """`ids` begins with the start token and has no `</s>`; `length` counts `</s>` but not the start token."""
         score = self.score(total, length)
         if len(self.kept) == self.beams:
             if score <= self.worst():
@@ -145,26 +145,26 @@ class Hypotheses:
         return min(score for score, _ in self.kept)
 
     def done(self, best_total: float, length: int) -> bool:
-        """No beam of this length can still beat the worst answer kept, as far as its present score tells."""
+        """Whether no beam of this length can beat the worst answer kept, judged by its present score."""
         return len(self.kept) == self.beams and self.worst() >= self.score(best_total, length)
 
 
 def beam_search(
     t5: T5, states: Tensor, mask: Tensor | None, task: Tensor, settings: Generation
 ) -> Tensor:  # ... -> (b * returns, t)
-    """The `beams` most likely prefixes of each sample go on together until no better answer can come."""
+    """Extend the `beams` most likely prefixes of each sample until no better answer can come."""
     b, beams = len(states), settings.beams
     cache = t5.start(states, mask, task, settings.max_new_tokens + 1)
     ids = torch.full((b * beams, 1), PAD, device=states.device)
     totals = torch.full((b, beams), -1e9, device=states.device)
-    totals[:, 0] = 0.0  # all beams of a sample begin alike: only the first may branch
+    totals[:, 0] = 0.0  # all beams start equal: only the first may branch
     answers = [Hypotheses(settings) for _ in range(b)]
     done = [False] * b
     for length in range(1, settings.max_new_tokens + 1):
         scores = penalise(t5.decode(ids[:, -1:], cache)[:, -1].float().log_softmax(-1), ids, settings)
         vocabulary = scores.shape[1]
         scores = rearrange(totals.reshape(-1, 1) + scores, "(b k) v -> b (k v)", b=b)
-        best, flat = scores.topk(2 * beams, dim=1)  # enough for `beams` to go on if as many end
+        best, flat = scores.topk(2 * beams, dim=1)  # enough, even if `beams` of them end
         going: list[tuple[float, int, int]] = []  # total, row it continues, token
         for i, (best_i, flat_i) in enumerate(zip(best.tolist(), flat.tolist(), strict=True)):
             if done[i]:
@@ -189,7 +189,7 @@ def beam_search(
             break
         cache.reorder(order)
     for i, answer in enumerate(answers):
-        if not done[i]:  # out of tokens: what is unfinished counts as it stands
+        if not done[i]:  # out of tokens: unfinished beams count as they are
             for row, total in enumerate(totals[i].tolist()):
                 answer.add(ids[i * beams + row], total, ids.shape[1] - 1)
     return pad_answers(answers, settings)
@@ -214,7 +214,7 @@ def log_likelihoods(
 ) -> list[list[float]]:
     """The summed log-probability of each candidate's tokens, per sample; `</s>` counts where a candidate holds it.
 
-    An image's candidates, however many, share one encoding; `segment` of them per sample are scored at a time.
+    All candidates of a sample share one encoding. `segment` of them are scored at a time.
     """
     found: list[list[float]] = [[] for _ in candidates]
     cache = t5.start(states, mask, task, max(len(ids) for sample in candidates for ids in sample))

@@ -3,10 +3,9 @@
 The axis letters of this project, in every shape comment and einops string:
 
     b batch   n image tokens   q queries   t text tokens   d width   h heads   e width of a head   v vocabulary   c tags
-
-next: vit.py
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,45 +14,50 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+Record = Callable[[Tensor], Any] | None  # is given the attention weights (b, h, t, n); None in normal use
+
 
 def split_heads(x: Tensor, heads: int) -> Tensor:  # (b, t, h*e) -> (b, h, t, e)
     return rearrange(x, "b t (h e) -> b h t e", h=heads)
 
 
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, scale: float | None = None, dropout: float = 0.0
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None = None,
+    scale: float | None = None,
+    dropout: float = 0.0,
+    record: Record = None,
 ) -> Tensor:  # (b, h, t, e), (b, h, n, e), (b, h, n, e) -> (b, t, h*e)
-    """softmax(q k^T * scale + mask) v for all heads; scale is 1/sqrt(e) unless told.
+    """softmax(q k^T * scale + mask) v for all heads; scale is 1/sqrt(e) by default.
 
-    `mask` broadcasts to (b, h, t, n): either boolean, True where a query may look, or a bias that is added.
+    `mask` broadcasts to (b, h, t, n). It is boolean, True where a query may look, or a bias to add. Every attention
+    module has an attribute `record`: set it to a function, and it is called with the attention weights.
     """
-    if q.device.type == "cpu" and q.dtype == torch.bfloat16:
-        x = plain_attention(q, k, v, mask, scale or q.shape[-1] ** -0.5, dropout)
+    if record is not None or (q.device.type == "cpu" and q.dtype == torch.bfloat16):
+        # Spelled out: to see the weights, and because the fused kernel is 3 to 9 times slower in bfloat16 on a CPU.
+        scores = (q * (scale or q.shape[-1] ** -0.5)) @ k.mT
+        if mask is not None:
+            scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
+        weights = scores.softmax(-1).to(v.dtype)
+        if record is not None:
+            record(weights)
+        x = F.dropout(weights, dropout) @ v
     else:
         x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, scale=scale)
     return rearrange(x, "b h t e -> b t (h e)")
 
 
-def plain_attention(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, dropout: float
-) -> Tensor:  # (b, h, t, e), (b, h, n, e), (b, h, n, e) -> (b, h, t, e)
-    """For bfloat16 on a CPU, where PyTorch's fused kernel takes three to nine times as long."""
-    scores = (q * scale) @ k.mT
-    if mask is not None:
-        scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
-    return F.dropout(scores.softmax(-1).to(v.dtype), dropout) @ v
-
-
-def run(layer: nn.Module, recompute: bool, x: Tensor, *rest: Any) -> Tensor:
-    """layer(x, *rest). With `recompute`, training forgets what happens inside and computes it again for the gradients:
-    the same numbers, slower, in a fraction of the memory."""
+def recomputed(layer: nn.Module, recompute: bool, x: Tensor, *rest: Any) -> Tensor:
+    """layer(x, *rest), with gradient checkpointing if `recompute`: the same gradients, slower, in less memory."""
     if recompute and torch.is_grad_enabled():
         return checkpoint(layer, x, *rest, use_reentrant=False)
     return layer(x, *rest)
 
 
 class Mlp(nn.Module):
-    """Two linear layers with a GELU (the exact one, with erf) between."""
+    """Two linear layers with an exact (erf) GELU between them."""
 
     def __init__(self, width: int, hidden: int, out: int | None = None):
         super().__init__()

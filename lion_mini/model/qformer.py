@@ -1,18 +1,18 @@
-"""Q-Former, the image-level branch (paper section 3.1.1; BLIP-2, InstructBLIP): the question decides what is read.
+"""Q-Former, the image-level branch (section 3.1.2; BLIP-2, InstructBLIP): the question decides what is read.
 
-Learned queries and the question's tokens go through BERT side by side. All of them attend to each other; in every
-second layer the queries alone also look at the image; afterwards queries and text each have a feed-forward of their
-own. Only what became of the queries is projected to the language model's width:
+Learned queries and the question's tokens go through BERT side by side. All of them attend to each other. In every
+second layer the queries alone also look at the image. Queries and text then have separate feed-forward layers. Only
+the queries' outputs are projected to the language model's width:
 
     layer 0, 2, ...    self(queries + text)  ->  cross(queries, image)  ->  ff_query(queries) | ff(text)
     layer 1, 3, ...    self(queries + text)                             ->  ff_query(queries) | ff(text)
 
-With 2 queries and a batch of the texts "a b c" and "d", nobody attends to the padding (0) that makes them equal long:
+The mask of 2 queries and a padded batch of the texts "a b c" and "d" (0: nobody attends here):
 
-    q q a b c   may be looked at: 1 1 1 1 1
-    q q d . .                     1 1 1 0 0
+    q q a b c    1 1 1 1 1
+    q q d . .    1 1 1 0 0
 
-Compatible with the release's models/Qformer.py and models/lion_t5.py.                  next: aggregator.py
+Compatible with the release's models/Qformer.py and models/lion_t5.py.
 """
 
 import torch
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from ..config import QFormerConfig
 from .bert import Attention, FeedForward, bert_init
-from .layers import run
+from .layers import recomputed
 
 
 class Layer(nn.Module):
@@ -43,9 +43,9 @@ class Layer(nn.Module):
 
 
 class QFormer(nn.Module):
-    """The queries' answer to the question, projected: the image-level visual tokens."""
+    """The queries' outputs, projected: the image-level visual tokens."""
 
-    recompute = False  # layers.run
+    recompute = False  # gradient checkpointing
 
     def __init__(self, config: QFormerConfig, image_width: int, out_width: int):
         super().__init__()
@@ -65,7 +65,7 @@ class QFormer(nn.Module):
     def attend(
         self, image: Tensor, ids: Tensor, mask: Tensor | None
     ) -> Tensor:  # (b, n, ·), (b, t), (b, t) -> (b, q+t, d)
-        """Every layer's work; `mask` is True at the text's tokens, or None where no row is padded."""
+        """The last layer's output. `mask` is True at text tokens; None if no row is padded."""
         image = self.image_norm(image)
         text = self.words(ids) + self.positions.weight[: ids.shape[1]]
         x = torch.cat((self.queries.expand(len(ids), -1, -1), text), dim=1)
@@ -73,7 +73,7 @@ class QFormer(nn.Module):
         if mask is not None:
             mask = nn.functional.pad(mask, (self.config.queries, 0), value=True)[:, None, None]
         for layer in self.layers:
-            x = run(layer, self.recompute, x, image, mask, self.config.queries)
+            x = recomputed(layer, self.recompute, x, image, mask, self.config.queries)
         return x
 
     def forward(self, image: Tensor, ids: Tensor, mask: Tensor | None = None) -> Tensor:  # ... -> (b, q, out)

@@ -1,18 +1,18 @@
-"""RAM, the Recognize Anything Model: image tags as high-level semantic evidence (paper section 3.3; arXiv 2306.03514).
+"""RAM, the Recognize Anything Model: image tags as high-level semantic evidence (section 3.2; arXiv 2306.03514).
 
 LION tells its language model in words what an off-the-shelf tagger sees. Every tag of the vocabulary is a query, made
-from a frozen embedding of its name, that looks at the image through cross-attention; one linear unit then says yes or
-no. Tags never look at each other, so a tag's score does not depend on which others are asked for:
+from a frozen embedding of its name. It looks at the image through cross-attention, and a linear unit then says yes or
+no. Tags never attend to each other:
 
     image -> swin -> image_proj ----------------------+ keys and values, the same for all tags
                                                       v
     label_embed -> wordvec_proj -> relu -> [cross-attention, feed-forward] x 2 -> fc -> sigmoid > the tag's threshold
 
-A tag's text and threshold are not needed here: `select` answers with indices into the tag list, lion.py with words.
-RAM stays frozen. It has no dropout here, so tags are the same in every run and in train mode too.
+RAM is frozen and has no dropout, so an image always has the same tags. `select` returns indices into the tag list;
+lion_mini/pipeline.py turns them into words.
 
 Compatible with the release's ram/models/ram.py and its files ram_swin_large_14m.pth, ram_tag_list.txt and
-ram_tag_list_threshold.txt.                                                              next: train.py
+ram_tag_list_threshold.txt.
 """
 
 import torch
@@ -35,10 +35,7 @@ class TagLayer(nn.Module):
 
 
 class Ram(nn.Module):
-    """The tagger: for every tag of its vocabulary, how surely it is in the image.
-
-    `label_embed` starts random, for training from scratch; RAM's own are in its checkpoint and stay as they are.
-    """
+    """One logit per tag of the vocabulary. `label_embed` is random here; RAM's checkpoint brings the real ones."""
 
     def __init__(self, config: RamConfig):
         super().__init__()
@@ -67,8 +64,7 @@ def select(
 ) -> list[list[tuple[int, float]]]:  # (b, c), (c,) or one for all
     """The tags whose score, sigmoid(logit), is above their threshold, in the order of the vocabulary.
 
-    LION's default is one threshold per tag, from a file beside RAM's; the release ignores the 0.85 that it asks for.
-    `top_k` keeps the best of these; for the k best whatever their score, let the threshold be 0.
+    LION uses one threshold per tag, from a file beside RAM's. `top_k` keeps the best k of the tags above it.
 
     scores 0.9, 0.2, 0.7, 0.8 at threshold 0.5:   top_k=None -> tags 0, 2, 3     top_k=2 -> tags 0, 3
     """

@@ -1,14 +1,14 @@
-"""Swin Transformer, the eye of the tagger RAM (paper section 3.3; Swin: arXiv 2103.14030).
+"""Swin Transformer, the image encoder of the tagger RAM (section 3.2; Swin: arXiv 2103.14030).
 
-Tokens lie on a square grid and attend only within windows of it. Every second block moves the windows by half their
-side, so that neighbours on both sides of a border meet; after each stage but the last, 2 x 2 tokens merge into one of
-twice the width. The window moves by rolling the grid. One axis of 8 tokens, window 4, shift 2:
+Tokens lie on a square grid and attend only within windows of it. Every second block shifts the windows by half their
+side, so that neighbours across a border meet. After each stage but the last, 2 x 2 tokens merge into one of twice the
+width. Windows shift by rolling the grid. One axis of 8 tokens, window 4, shift 2:
 
     even blocks    0 1 2 3 | 4 5 6 7
     odd blocks     2 3 4 5 | 6 7 0 1      rolled by -2: tokens 2 and 5 now share a window
 
-The roll makes strangers share the last window: 0 and 1 came round from the other side of the image, and the mask
-keeps them from 6 and 7, for each axis alike. Its rows are queries, its columns keys, x means -100:
+The last window then holds strangers: 0 and 1 come from the opposite edge of the image. A mask keeps them from 6 and 7,
+for each axis alike (rows are queries, columns keys, x is -100):
 
            6 7 0 1
        6   . . x x
@@ -16,11 +16,11 @@ keeps them from 6 and 7, for each axis alike. Its rows are queries, its columns 
        0   x x . .
        1   x x . .
 
-A grid no larger than the window is one window; it is not shifted.
+A grid no larger than the window is one window and is not shifted.
 
 In the shapes below y and x are rows and columns of the grid, w counts windows and n the tokens of one window.
 
-Compatible with the release's ram/models/swin_transformer.py.                              next: ram.py
+Compatible with the release's ram/models/swin_transformer.py.
 """
 
 import torch
@@ -28,7 +28,7 @@ from einops import rearrange, reduce, repeat
 from torch import Tensor, nn
 
 from ..config import RamConfig
-from .layers import Mlp, attention
+from .layers import Mlp, Record, attention
 
 
 def relative_index(window: int, device: torch.device) -> Tensor:  # -> (n, n)
@@ -61,8 +61,9 @@ class PatchEmbed(nn.Module):
 
 
 class WindowAttention(nn.Module):
-    """Attention within each window, with a learned bias for every offset between two of its tokens, laid out like the
-    scores to which it is added."""
+    """Attention within each window, with a learned bias for every offset between two of its tokens."""
+
+    record: Record = None
 
     def __init__(self, width: int, heads: int, window: int):
         super().__init__()
@@ -77,7 +78,7 @@ class WindowAttention(nn.Module):
         bias = rearrange(self.bias_table[relative_index(self.window, x.device)], "n m h -> 1 h n m").contiguous()
         if mask is not None:
             bias = repeat(bias + mask.to(bias.dtype), "w h n m -> (b w) h n m", b=len(x))
-        return rearrange(self.o(attention(q, k, v, bias)), "(b w) n d -> b w n d", b=len(x))
+        return rearrange(self.o(attention(q, k, v, bias, record=self.record)), "(b w) n d -> b w n d", b=len(x))
 
 
 class Block(nn.Module):

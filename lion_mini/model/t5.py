@@ -1,16 +1,16 @@
-"""FlanT5, LION's frozen language model, with a mixture of adapters in every feed-forward layer (paper section 3.1.2).
+"""FlanT5, LION's frozen language model, with a mixture of adapters in every feed-forward layer (section 3.1.2, eq. 1).
 
-A pre-norm encoder and decoder, x <- x + f(RMSNorm(x)), without biases. What differs from the textbook: attention scores
-are not divided by sqrt(e); position is a learned bias per head on the scores, made once per stack and used by all its
-self-attention layers; the feed-forward layer is gated, W_o (gelu(W_0 x) * W_1 x), with the exact GELU; and LION's
-adapters stand beside it and read x before the norm:
+A pre-norm encoder and decoder, x <- x + f(RMSNorm(x)), without biases. Three things differ from the textbook. Attention
+scores are not divided by sqrt(e). Position is a learned bias per head on the scores, computed once per stack and shared
+by its self-attention layers. The feed-forward layer is gated, with the exact GELU. LION's adapters stand beside it and
+read x before the norm:
 
     x <- x + W_o (gelu(W_0 y) * W_1 y) + mixture(x),    y = RMSNorm(x)
 
-The decoder works on rows: k rows per sample, its beams, candidates or returned sequences. A `Cache` holds, once per
-sample, the cross-attention's keys and values, and per row those of the tokens so far.
+The decoder works on rows: k rows per sample (beams, candidates or returned sequences). A `Cache` holds the
+cross-attention's keys and values once per sample, and those of the tokens so far per row.
 
-Compatible with the release's models/modeling_t5.py.                                    next: lion.py
+Compatible with the release's models/modeling_t5.py.
 """
 
 import math
@@ -23,11 +23,11 @@ from torch import Tensor, nn
 
 from ..config import IGNORE, PAD, T5Config
 from .adapters import MixtureOfAdapters
-from .layers import attention, run, split_heads
+from .layers import Record, attention, recomputed, split_heads
 
 
 def bucket(distance: Tensor, buckets: int, max_distance: int) -> Tensor:
-    """The bucket of each distance >= 0: exact up to half of the buckets, then logarithmic, the last one for the rest.
+    """The bucket of each distance >= 0: exact for half of the buckets, then logarithmic; the last one takes the rest.
 
     With 8 buckets and a maximum of 16: distances 0 1 2 3 | 4 5 | 6 .. 7 | 8 .. 11 | 12 and more
                                         buckets   0 1 2 3 |  4  |   5    |    6    |      7
@@ -39,10 +39,9 @@ def bucket(distance: Tensor, buckets: int, max_distance: int) -> Tensor:
 
 
 def relative_bias(table: nn.Embedding, length: int, max_distance: int, causal: bool) -> Tensor:  # -> (1, h, t, t)
-    """What to add to the score of query i (row) and key j (column), learned per head and bucket of j - i, and laid out
-    like the scores, to which every layer adds it.
+    """The bias added to the score of query i (row) and key j (column): one number per head and bucket of j - i.
 
-    The encoder spends half of its buckets on each direction; the decoder sees no future, so -inf stands there.
+    The encoder spends half of its buckets on each direction. The decoder sees no future: -inf there.
     """
     position = torch.arange(length, device=table.weight.device)
     ahead = position[None] - position[:, None]
@@ -56,7 +55,9 @@ def relative_bias(table: nn.Embedding, length: int, max_distance: int, causal: b
 
 
 class Attention(nn.Module):
-    """x + W_o attention(RMSNorm(x), ...), to the sequence itself or to the keys and values it is given."""
+    """x + W_o attention(RMSNorm(x), ...), to the sequence itself (`forward`) or to an encoded one (`cross`)."""
+
+    record: Record = None
 
     def __init__(self, config: T5Config):
         super().__init__()
@@ -78,17 +79,18 @@ class Attention(nn.Module):
         k, v = self.keys_values(y)
         if cache is not None:
             k, v = cache.append(layer, k, v)
-        return x + self.o(attention(split_heads(self.q(y), self.heads), k, v, bias, scale=1.0))
+        return x + self.o(attention(split_heads(self.q(y), self.heads), k, v, bias, scale=1.0, record=self.record))
 
     def cross(self, x: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:  # (b*k, t, d) -> (b*k, t, d)
-        """All rows of a sample ask the same keys and values (b, h, n, e), so they ask as one long query."""
+        """Cross-attention. The k rows of a sample share its keys and values (b, h, n, e), as one long query."""
         b, t = len(k), x.shape[1]
         q = rearrange(self.q(self.norm(x)), "(b k) t (h e) -> b h (k t) e", b=b, h=self.heads)
-        return x + self.o(rearrange(attention(q, k, v, mask, scale=1.0), "b (k t) d -> (b k) t d", t=t))
+        y = attention(q, k, v, mask, scale=1.0, record=self.record)
+        return x + self.o(rearrange(y, "b (k t) d -> (b k) t d", t=t))
 
 
 class FeedForward(nn.Module):
-    """Gated feed-forward with the adapters beside it; `adapters=0` is the plain FlanT5."""
+    """Gated feed-forward with the adapters beside it."""
 
     def __init__(self, config: T5Config, adapter_width: int, adapters: int):
         super().__init__()
@@ -131,16 +133,16 @@ class DecoderLayer(nn.Module):
 
 
 class Cache:
-    """All that decoding one batch remembers: what depends on the sample once, what depends on the row per row.
+    """What decoding a batch remembers: keys and values of the encoder's states, and of the tokens so far.
 
-    Where gradients are wanted, each layer makes the image's keys and values itself: all of them at once, and their
-    gradients, would be most of a training step's memory.
+    With gradients, each layer computes the states' keys and values when it needs them. Holding those of all layers, and
+    their gradients, would be most of a training step's memory.
     """
 
     def __init__(self, t5: "T5", states: Tensor, mask: Tensor | None, task: Tensor, capacity: int):
         layers: Any = [] if torch.is_grad_enabled() else t5.decoder
         pairs = (layer.cross_attn.keys_values(states) for layer in layers)
-        self.cross = [(k.contiguous(), v.contiguous()) for k, v in pairs]  # laid out once, read for every token
+        self.cross = [(k.contiguous(), v.contiguous()) for k, v in pairs]  # contiguous: they are read for every token
         self.states = states
         self.depth = len(t5.decoder)
         self.mask = None if mask is None else mask[:, None, None]
@@ -151,8 +153,8 @@ class Cache:
         self.length = 0
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """2 x (b*k, h, t, e) -> 2 x (b*k, h, length, e), these the last t. Room for all tokens is made at the first."""
-        if k.shape[2] == self.capacity:  # a whole sequence at once, as in training: nothing will follow
+        """2 x (b*k, h, t, e) -> 2 x (b*k, h, length, e). Memory for all tokens is allocated at the first."""
+        if k.shape[2] == self.capacity:  # teacher forcing: the whole sequence at once
             return k, v
         if not self.past.numel():
             rows, heads, _, width = k.shape
@@ -162,15 +164,15 @@ class Cache:
         return keys, values
 
     def reorder(self, rows: Tensor) -> None:
-        """Row i continues what row `rows[i]` wrote, for a beam search; rows stay within their sample."""
+        """Beam search: row i continues row `rows[i]` of the same sample."""
         for layer in self.past[..., : self.length, :]:
             layer.copy_(layer[:, rows])
 
 
 class T5(nn.Module):
-    """Encoder and decoder; `decode` gives the logits of eq. (3)'s language model for the tokens it is given."""
+    """Encoder and decoder. With `adapters=0` it is the plain FlanT5."""
 
-    recompute = False  # layers.run
+    recompute = False  # gradient checkpointing
 
     def __init__(self, config: T5Config, adapter_width: int = 0, adapters: int = 0):
         super().__init__()
@@ -191,30 +193,27 @@ class T5(nn.Module):
         if mask is not None:
             bias = bias.masked_fill(~mask[:, None, None], -torch.inf)
         for layer in self.encoder:
-            x = run(layer, self.recompute, x, bias, task)
+            x = recomputed(layer, self.recompute, x, bias, task)
         return self.encoder_norm(x)
 
     def start(
         self, states: Tensor, mask: Tensor | None, task: Tensor, capacity: int
     ) -> Cache:  # (b, n, d), (b, n), (b,)
-        """A fresh cache for rows of at most `capacity` tokens, the start token included."""
+        """An empty cache for rows of at most `capacity` tokens, the start token included."""
         return Cache(self, states, mask, task, capacity)
 
     def decode(self, ids: Tensor, cache: Cache) -> Tensor:  # (b*k, t) -> (b*k, t, v)
-        """The logits after each of these tokens, which follow the ones that the cache has seen."""
+        """The logits after each of these tokens, which continue the ones already in the cache."""
         start, cache.length = cache.length, cache.length + ids.shape[1]
         bias = cache.bias[:, :, start : cache.length, : cache.length]
         task = cache.task.repeat_interleave(len(ids) // len(cache.task))
         x = self.shared(ids)
         for i, layer in enumerate(self.decoder):
-            x = run(layer, self.recompute, x, bias, i, cache, task)
+            x = recomputed(layer, self.recompute, x, bias, i, cache, task)
         return self.lm_head(self.decoder_norm(x))
 
     def predict(self, labels: Tensor, cache: Cache) -> Tensor:  # (b*k, t), IGNORE after the end -> (b*k, t, v)
-        """Teacher forcing: at every position the logits of `labels` there, given `labels` before it.
-
-        Rows are as long as the cache has room for, and leave no trace in it: it can be used again.
-        """
+        """Teacher forcing: the logits of every label given the labels before it. Leaves the cache as it was."""
         assert labels.shape[1] == cache.capacity
         cache.length = 0
         ids = F.pad(labels[:, :-1], (1, 0), value=PAD)

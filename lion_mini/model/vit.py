@@ -1,12 +1,12 @@
-"""EVA-CLIP ViT-g/14, LION's frozen eye (paper section 3.1): an image becomes CLS and one token per patch.
+"""EVA-CLIP ViT-g/14, LION's frozen image encoder E_v (section 3.1): an image becomes CLS and one token per patch.
 
-A plain pre-norm vision transformer, x <- x + f(LayerNorm(x)), with two peculiarities of EVA: keys have no bias, and
-LION reads the last block's output as it is, without a final norm. The vision aggregator also wants what some earlier
-blocks saw, so `forward` hands out any block outputs it is asked for ("taps").
+A plain pre-norm vision transformer, x <- x + f(LayerNorm(x)). Two things are EVA's own: keys have no bias, and LION
+reads the last block's output without a final norm. The vision aggregator also wants the outputs of earlier blocks, so
+`forward` returns the output of any block it is asked for (a "tap").
 
     224 x 224 pixels -> 16 x 16 patches of 14 x 14 -> 257 tokens of width 1408 (CLS first)
 
-Compatible with the release's models/eva_vit.py.                                        next: bert.py
+Compatible with the release's models/eva_vit.py.
 """
 
 from collections.abc import Sequence
@@ -16,10 +16,12 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from ..config import VitConfig
-from .layers import Mlp, attention
+from .layers import Mlp, Record, attention
 
 
 class Attention(nn.Module):
+    record: Record = None
+
     def __init__(self, width: int, heads: int):
         super().__init__()
         self.heads = heads
@@ -30,9 +32,10 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:  # (b, n, d) -> (b, n, d)
         bias = torch.cat((self.q_bias, torch.zeros_like(self.q_bias), self.v_bias))
-        x = self.qkv(x)  # under autocast bfloat16, which a bias in float32 would undo
-        q, k, v = rearrange(x + bias.to(x.dtype), "b n (three h e) -> three b h n e", three=3, h=self.heads)
-        return self.o(attention(q, k, v))
+        x = self.qkv(x)
+        x = x + bias.to(x.dtype)  # under autocast x is bfloat16; a float32 bias would cast it back
+        q, k, v = rearrange(x, "b n (three h e) -> three b h n e", three=3, h=self.heads)
+        return self.o(attention(q, k, v, record=self.record))
 
 
 class Block(nn.Module):
@@ -49,7 +52,7 @@ class Block(nn.Module):
 
 
 class Vit(nn.Module):
-    """The image encoder E_v; `forward` returns its last output and, in the order asked for, the outputs of `taps`."""
+    """Returns the last block's output and the outputs of `taps`, in the order asked for."""
 
     def __init__(self, config: VitConfig):
         super().__init__()

@@ -10,7 +10,7 @@ from ..box import Box
 from ..data.records import split_tags
 from ..evaluation import metrics
 from ..model.generate import GENERATION
-from ..model.lion import Lion
+from ..pipeline import Lion
 from ..text.prompts import TASK_OF
 
 MEASURED = {kind: texts[-1:] for kind, texts in toy.INSTRUCTIONS.items()}  # the instruction of the benchmarks
@@ -83,7 +83,7 @@ def toy_scores(model: Lion, scenes: Sequence[toy.Scene], batch_size: int = 32) -
         for start in range(0, len(chosen), batch_size):
             batch = chosen[start : start + batch_size]
             pictures = [one.image for one, _ in batch]
-            tags = None if model.ram is not None else [split_tags(record["tags"]) for _, record in batch]
+            tags = None if model.model.ram is not None else [split_tags(record["tags"]) for _, record in batch]
             prompts = [record["question"] for _, record in batch]
             told = model.respond(pictures, prompts, [TASK_OF[kind]] * len(batch), preset, tags)
             said += [(one, record, answer.text) for (one, record), answer in zip(batch, told, strict=True)]

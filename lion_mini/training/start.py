@@ -1,0 +1,138 @@
+"""How a stage begins: which tensors come from which folder, which are new, and how results are merged.
+
+stage 1, 2    from the frozen parts of a converted folder; what the stage trains is new, or taken from the folder
+stage 3       from the results of stages 1 and 2: Q-Former and image adapter of one, aggregator, projector and region
+              adapter of the other; router and soft prompt are new
+stage 4       from a whole LION
+"""
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ..config import LionConfig
+from ..files import check_tensors, read_folder, shapes_of
+from ..model.adapters import MixtureOfAdapters
+from ..model.aggregator import Aggregator
+from ..model.lion import LionModel
+from ..model.qformer import QFormer
+from ..pipeline import Lion, read_config
+from ..text.vocabularies import Vocabularies
+from .stages import STAGES, Stage, part_of
+
+
+def begin(
+    stage: Stage, init: Sequence[Path], seed: int, new: Sequence[str] = (), dtype: torch.dtype = torch.float32
+) -> tuple[Lion, dict[str, str]]:
+    """A stage's model, and for each part the folder of `init` it comes from, or "new".
+
+    Several folders are the results of one stage per task, in any order. Parts in `new` are initialised even if a folder
+    has them, and so are the adapters if their number changes without a merge. `dtype` is the frozen parts'.
+    """
+    configs = {folder: read_config(folder) for folder in init}
+    init = by_task(init, configs)
+    config = replace(configs[init[0]], **stage.model, made_by="")
+    if len(init) > 1 and config.adapters == 1:
+        config = replace(config, adapter_width=len(init) * config.adapter_width)
+    text = Vocabularies.from_folder(init[0], config)
+    with torch.device("meta"):
+        model = LionModel(config)
+    expected = shapes_of(model.state_dict())
+
+    # 1. Read the folders. What several have in common must be the same.
+    sources = [read_folder(folder, "cpu", None) for folder in init]
+    for folder, tensors in zip(init, sources, strict=True):
+        if any(tensor.dtype == torch.int8 for tensor in tensors.values()):
+            raise ValueError(f"{folder} is rounded to int8, which is for answering: convert to bfloat16 to train")
+        for name in ("vit.positions", "t5.shared.weight"):
+            if not torch.equal(tensors[name], sources[0][name]):
+                raise ValueError(f"{init[0]} and {folder} have different {name}: they must share the frozen parts")
+    found = merge(sources, config) if len(init) > 1 else sources[0]
+    if len(init) == 1 and configs[init[0]].adapters != config.adapters:
+        new = [*new, "adapters", "router"]
+
+    # 2. Keep what the model has, and initialise the rest.
+    tensors = {name: tensor for name, tensor in found.items() if name in expected and part_of(name) not in new}
+    last = {"aggregator": init[0], "projector": init[0], "adapters": " + ".join(map(str, init))}
+    origin = {}
+    for name in tensors:
+        part = part_of(name) or name.split(".")[0]
+        origin[part] = str(last.get(part, init[-1]))
+    torch.manual_seed(seed)
+    for name, tensor in fresh(config, model):
+        if name not in tensors:
+            tensors[name], origin[part_of(name) or ""] = tensor, "new"
+    if not stage.model and "new" in origin.values():
+        parts = ", ".join(part for part, where in origin.items() if where == "new")
+        raise ValueError(f"{init[0]} has no {parts}: fine-tuning begins with a whole LION, which stage 3 makes")
+    check_tensors(init[0], shapes_of(tensors), expected)
+
+    # 3. Copy what trains (what was read is mapped from a file). Frozen norms and T5's embeddings stay in float32, so
+    #    that the residual stream is float32.
+    for name, tensor in tensors.items():
+        precise = tensor.ndim < 2 or name == "t5.shared.weight"
+        tensors[name] = tensor.float().clone() if part_of(name) else tensor.to(torch.float32 if precise else dtype)
+    model.load_state_dict(tensors, strict=True, assign=True)
+    return Lion(model, text), origin
+
+
+def by_task(init: Sequence[Path], configs: Mapping[Path, LionConfig]) -> list[Path]:
+    """Results of single-task stages in the order of the router's rows; one folder stays as it is."""
+    if len(init) == 1:
+        return list(init)
+    tasks = configs[init[0]].tasks
+    trained = {folder: STAGES[configs[folder].stage].tasks if configs[folder].stage else () for folder in init}
+    if sorted(trained.values()) != sorted((task,) for task in tasks):
+        found = ", ".join(f"{folder} (stage {configs[folder].stage})" for folder in init)
+        raise ValueError(f"stage 3 merges one result per task, {' and '.join(tasks)} level, but found {found}")
+    return sorted(init, key=lambda folder: tasks.index(trained[folder][0]))
+
+
+def fresh(config: LionConfig, model: LionModel) -> Iterator[tuple[str, Tensor]]:
+    """Newly initialised tensors of all that LION trains; the model may be on the meta device."""
+    width = config.t5.width
+    parts: dict[str, nn.Module] = {}
+    if model.qformer is not None:
+        parts["qformer"] = QFormer(config.qformer, config.vit.width, width)
+    if model.aggregator is not None:
+        parts["aggregator"] = Aggregator(config.aggregator, config.vit.width, len(config.taps), width)
+    for name, module in model.named_modules():
+        if isinstance(module, MixtureOfAdapters):
+            parts[name] = MixtureOfAdapters(width, config.adapter_width, config.adapters)
+    for name, part in parts.items():
+        for rest, tensor in part.state_dict().items():
+            yield f"{name}.{rest}", tensor
+    if model.soft_prompt is not None:
+        yield "soft_prompt", torch.randn(width)
+
+
+def merge(sources: Sequence[Mapping[str, Tensor]], config: LionConfig) -> dict[str, Tensor]:
+    """The results of single-task stages, in the order of the router's rows, as the beginning of a joint stage.
+
+    With a router adapter k is that of task k. Without one (`adapters=1`) the adapters are added for every task. Their
+    sum is one adapter of their widths together: W_up side by side, W_down above each other, scales multiplied in.
+    """
+    merged: dict[str, Tensor] = {}
+    for source in reversed(sources):  # the first, region level, is the one whose aggregator counts
+        merged |= {name: tensor for name, tensor in source.items() if part_of(name) != "adapters"}
+    for name in (name for name in sources[0] if part_of(name) == "adapters"):
+        tensors = [source[name] for source in sources]
+        if config.adapters > 1:
+            for k, tensor in enumerate(tensors):
+                merged[name.replace(".adapters.adapters.0.", f".adapters.adapters.{k}.")] = tensor
+            continue
+        scale = re.sub(r"(\.adapters\.adapters\.0)\..*", r"\1.scale", name)
+        scaled = [source[name] * source[scale] for source in sources]
+        if name == scale:
+            merged[name] = torch.ones_like(tensors[0])
+        elif name.endswith(".up.weight"):
+            merged[name] = torch.cat(scaled, dim=1)
+        elif name.endswith(".up.bias"):
+            merged[name] = torch.stack(scaled).sum(0)
+        else:
+            merged[name] = torch.cat(tensors)
+    return merged

@@ -1,0 +1,64 @@
+"""The layout: who may import whom."""
+
+import ast
+import sys
+from collections.abc import Iterator
+
+from conftest import ROOT
+
+PACKAGE = ROOT / "lion_mini"
+MODULES = {
+    ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
+    for path in PACKAGE.rglob("*.py")
+}
+
+
+def imports(name: str) -> Iterator[str]:
+    """Every module that this one imports, by its full name."""
+    path = MODULES[name]
+    package = name.split(".") if path.name == "__init__.py" else name.split(".")[:-1]
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            above = package[: len(package) - node.level + 1] if node.level else []
+            module = ".".join([*above, *([node.module] if node.module else [])])
+            for alias in node.names:
+                yield f"{module}.{alias.name}" if f"{module}.{alias.name}" in MODULES else module
+
+
+def test_model_imports_the_method_alone() -> None:
+    """torch, einops, the standard library, ..config and its own files."""
+    for name in (name for name in MODULES if name.startswith("lion_mini.model")):
+        for found in imports(name):
+            top = found.split(".")[0]
+            ours = found == "lion_mini.config" or found.startswith("lion_mini.model.")
+            assert ours or top in ("torch", "einops", *sys.stdlib_module_names), f"{name} imports {found}"
+
+
+def test_components_do_not_know_the_whole() -> None:
+    """A component imports config, layers and bert, and the part inside it; only lion.py composes."""
+    parts = {"t5": {"adapters"}, "ram": {"swin"}, "generate": {"t5"}}
+    for name in ("vit", "bert", "qformer", "aggregator", "adapters", "t5", "generate", "swin", "ram"):
+        ours = {found.split(".")[-1] for found in imports(f"lion_mini.model.{name}") if found.startswith("lion_mini")}
+        assert ours <= {"config", "layers", "bert"} | parts.get(name, set()), name
+
+
+def test_only_the_toy_knows_the_toy() -> None:
+    for name in MODULES:
+        if name.split(".")[1:2] != ["toy"]:
+            assert not any(found.startswith("lion_mini.toy") for found in imports(name)), name
+
+
+def test_no_import_cycle() -> None:
+    waiting = {name: {found for found in imports(name) if found in MODULES} - {name} for name in MODULES}
+    while ready := [name for name, needs in waiting.items() if not needs & waiting.keys()]:
+        for name in ready:
+            del waiting[name]
+    assert not waiting, f"a cycle among {sorted(waiting)}"
+
+
+def test_the_wheel_holds_every_module() -> None:
+    """setuptools finds packages by their __init__.py."""
+    for folder in {path.parent for path in MODULES.values()}:
+        assert (folder / "__init__.py").is_file(), folder
