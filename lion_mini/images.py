@@ -188,7 +188,7 @@ def _fitting(label: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, wid
 
 
 class ImageFolder:
-    """The pictures below a folder. People keep only the inner folders of the official trees: any end of a path will do."""
+    """The pictures below a folder. Any end of a path will do: people keep only the inner folders of the official trees."""
 
     def __init__(self, root: Path):
         self.root, self.found = root, dict[str, Path | None]()
