@@ -155,7 +155,7 @@ class LionConfig:
 
 def _parse(kind: Any, value: Any, path: str) -> Any:
     """`value` from JSON as `kind`: a dataclass, Literal, tuple, `X | None` or plain type."""
-    if is_dataclass(kind):
+    if isinstance(kind, type) and is_dataclass(kind):
         types = get_type_hints(kind)
         if unknown := sorted(set(value) - set(types)):
             raise ValueError(f"{path}.{unknown[0]} is unknown; {kind.__name__} has {', '.join(types)}")

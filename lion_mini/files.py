@@ -293,7 +293,7 @@ def write_shards(folder: Path, plan: Mapping[str, Tensor], read: Callable[[str],
             room = limit
         groups[-1].append(name)
         room -= planned.nbytes
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     with tqdm(total=len(plan), desc="convert", unit="tensor", disable=None) as bar:
         for number, names in enumerate(groups, 1):
             file = f"model-{number:05}-of-{len(groups):05}.safetensors"

@@ -44,6 +44,10 @@ class Batch:
     task: Tensor  # (b,) row of the router
     labels: Tensor | None = None  # (b, t) T5's ids of the answer, IGNORE where padded
 
+    def answer_tokens(self) -> int:
+        assert self.labels is not None
+        return int((self.labels != IGNORE).sum())
+
     def to(self, device: torch.device, dtype: torch.dtype) -> "Batch":
         """The same on another device, pixels in another dtype."""
         moved = {k: v.to(device, non_blocking=True) for k, v in vars(self).items() if v is not None}

@@ -1,47 +1,64 @@
-"""Checkpoints of a run, and its result: folders that are whole or not there.
+"""Checkpoints of a run and its result: folders that are whole or not there.
 
-    checkpoints/step-00000200/    trained.safetensors  optimizer.safetensors  state.json      to go on from
+    checkpoints/step-00000200/    trained.safetensors  optimizer.safetensors  state.json      to resume from
     config.json, frozen.safetensors, trained.safetensors and the vocabularies                 to use
 
-Each is written under a name that begins with a dot, brought to the disk, and renamed: whatever kills the process, under
-the real name lies all of it. Where a run is in the data and in its random numbers needs no file of its own, since both
-are functions of the seed and the step.
-next: train.py
+A checkpoint holds no data position and no random state: both are functions of the seed and the step.
 """
 
 import json
 import os
 import shutil
-import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.optim import Optimizer
 
-from ..files import check_tensors, read_shards
-from ..model.lion import Lion, Text
-from .stages import Stage, part_of, read_config
+from ..files import (
+    Tensors,
+    atomic_write,
+    check_tensors,
+    read_folder,
+    read_json,
+    reading,
+    reason,
+    remove,
+    shapes_of,
+    sync,
+)
+from ..model.lion import LionModel
+from ..pipeline import read_config
+from ..text.vocabularies import Vocabularies
+from .report import say
+from .stages import part_of
 
-MOMENTS = ("exp_avg", "exp_avg_sq", "step")  # what AdamW remembers of each parameter
-Say = Callable[[str], None]
+MAX_BAD = 0.05  # the share of unusable records that ends a run
+MOMENTS = ("exp_avg", "exp_avg_sq", "step")  # AdamW's state of each parameter
 
 
 @dataclass
 class State:
-    """What a run knows of itself beside weights and moments."""
+    """A run's progress, beside weights and moments."""
 
     step: int = 0
     seen: int = 0  # samples
     bad: int = 0  # records that could not be used
-    skipped: int = 0  # steps whose loss was no number
-    in_a_row: int = 0  # ... since the last one that was
+    skipped: int = 0  # steps with a non-finite loss or gradient
+    in_a_row: int = 0  # ... since the last finite one
     seconds: float = 0.0
+
+    def count(self, samples: int, bad: int, sentences: Sequence[str]) -> None:
+        """Count a step's records over all ranks, and name this rank's unusable ones. A ValueError if they are many."""
+        for sentence in dict.fromkeys(sentences):
+            say(f"replaced: {sentence}")
+        self.seen, self.bad = self.seen + samples, self.bad + bad
+        if self.bad > MAX_BAD * max(self.seen + self.bad, 200):
+            raise ValueError(f"{self.bad} of the first {self.seen + self.bad} records cannot be used: mend the data")
 
 
 def moments(optimizer: Optimizer) -> dict[str, Tensor]:
@@ -61,36 +78,23 @@ def save(
     state: State,
     settings: Mapping[str, Any],
     keep: int,
-    say: Say,
 ) -> None:
-    """One more checkpoint, of which the last `keep` stay. If it cannot be written, that is said and all else stays."""
-    target, aside = folder / f"step-{state.step:08}", folder / f".step-{state.step:08}"
+    """Write a checkpoint and keep the last `keep`. If the disk is full, say so and go on: the older ones stay."""
+    target = folder / f"step-{state.step:08}"
     if target.exists():
         return
     try:
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
-        save_file({name: tensor.detach() for name, tensor in trained.items()}, aside / "trained.safetensors")
-        save_file(moments(optimizer), aside / "optimizer.safetensors")
-        facts = {"state": asdict(state), "settings": settings}
-        (aside / "state.json").write_text(json.dumps(facts, indent=1), encoding="utf-8")
-        flush(aside)
-        aside.rename(target)
-        flush(folder)
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(aside, ignore_errors=True)
-        say(f"no checkpoint at step {state.step}, the ones before it stay: {error}")
+        with atomic_write(target) as new:
+            new.mkdir()
+            save_file({name: tensor.detach() for name, tensor in trained.items()}, new / "trained.safetensors")
+            save_file(moments(optimizer), new / "optimizer.safetensors")
+            facts = {"state": asdict(state), "settings": settings}
+            (new / "state.json").write_text(json.dumps(facts, indent=1), encoding="utf-8")
+    except OSError as error:
+        say(f"no checkpoint at step {state.step}, the ones before it stay: {reason(error)}")
         return
     for old in sorted(folder.glob("step-*"))[:-keep]:
-        shutil.rmtree(old, ignore_errors=True)
-
-
-def flush(folder: Path) -> None:
-    """Bring a folder and its files to the disk."""
-    for path in (*folder.glob("*.*"), folder):
-        handle = os.open(path, os.O_RDONLY)
-        os.fsync(handle)
-        os.close(handle)
+        remove(old)
 
 
 def restore(
@@ -98,102 +102,78 @@ def restore(
     trained: Mapping[str, Tensor],
     optimizer: Optimizer,
     settings: Mapping[str, Any],
-    lead: bool,
-    say: Say,
-) -> State | None:
-    """Put the newest checkpoint that is whole into the parameters and the optimizer; None where there is none.
+    rank: int,
+) -> State:
+    """Load the newest whole checkpoint into parameters and optimizer; a fresh State if there is none.
 
-    A damaged one is renamed by the process that has the `lead`; the others, if they come to it, cannot read it either.
-    One that another recipe wrote is refused: with other settings the run would not be the one that was begun.
+    Rank 0 renames corrupt checkpoints. One with other settings is refused.
     """
-    for path in sorted(folder.glob(".step-*")):
-        say(f"{path.name[1:]} was still being written when the run ended: the checkpoint before it counts")
     for path in sorted(folder.glob("step-*"), reverse=True):
         try:
-            facts = json.loads((path / "state.json").read_text(encoding="utf-8"))
-            state, before = State(**facts["state"]), facts["settings"]
-            weights, found = (load_file(path / f"{name}.safetensors") for name in ("trained", "optimizer"))
-        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-            say(f"{path} is damaged ({error}) and is set aside: one before it counts, or the beginning")
-            if lead:  # in its place a whole one shall be written
-                aside = path.with_name(f"damaged-{path.name}")
-                shutil.rmtree(aside, ignore_errors=True)
-                path.rename(aside)
+            with reading(path):
+                facts = read_json(path / "state.json")
+                state, before = State(**facts["state"]), facts["settings"]
+                weights, optimized = (load_file(path / f"{name}.safetensors") for name in ("trained", "optimizer"))
+        except ValueError as error:
+            if rank == 0:
+                say(f"{error}: this checkpoint is damaged and renamed, the one before it is used")
+                remove(damaged := path.with_name(f"damaged-{path.name}"))
+                path.rename(damaged)
             continue
-        if unsaid := sorted(settings.keys() - before.keys()):
-            say(f"{path} is of an older version and does not say its {', '.join(unsaid)}: taken to be the same")
-        for name in sorted(before):
-            if settings.get(name) != before[name]:
-                now = f"{name} {before[name]}, not {settings.get(name)}"
-                raise ValueError(f"{path} was trained with {now}: give what it was begun with, or another --out")
-        shapes = {name: tensor.shape for name, tensor in trained.items()}
-        check_tensors(path, {name: tensor.shape for name, tensor in weights.items()}, shapes)
+        for name, value in before.items():
+            if settings.get(name) != value:
+                now = f"{name} {value}, not {settings.get(name)}"
+                raise ValueError(f"{path} was trained with {now}: use the same settings, or another --out")
+        check_tensors(path, shapes_of(weights), shapes_of(trained))
         with torch.no_grad():
             for name, tensor in trained.items():
                 tensor.copy_(weights[name])
         for group in optimizer.param_groups:
             for name, parameter in zip(group["names"], group["params"], strict=True):
-                if f"step {name}" in found:
-                    optimizer.state[parameter] = {
-                        kind: found[f"{kind} {name}"].to(parameter.device) for kind in MOMENTS
-                    }
-        say(f"going on from {path}")
+                if f"step {name}" in optimized:
+                    loaded = {kind: optimized[f"{kind} {name}"].to(parameter.device) for kind in MOMENTS}
+                    optimizer.state[parameter] = loaded
+        if rank == 0:
+            say(f"resuming from {path}")
         return state
-    return None
+    return State()
 
 
-def fingerprint(init: Sequence[Path], model: Lion, stage: Stage) -> str:
-    """Of what a run begins with, wherever it lies: who made it, and the first numbers of each frozen tensor.
-
-    In bfloat16, as which a GPU has what a CPU keeps in float32. What trains need not be known: the checkpoint has it.
-    """
-    made_by = "\n".join(read_config(folder).made_by for folder in init)
-    frozen = (tensor for name, tensor in model.state_dict().items() if part_of(name) not in stage.trains)
-    numbers = torch.cat([tensor.flatten()[:8].bfloat16() for tensor in frozen]).view(torch.int16).numpy().tobytes()
-    return f"{zlib.crc32(numbers, zlib.crc32(made_by.encode())):08x}"
+def weight_files(init: Sequence[Path]) -> list[str]:
+    """Names, sizes and modification times of the files that a run starts from, wherever they lie."""
+    paths = [path for folder in init for path in sorted(folder.glob("*.safetensors"))]
+    return [f"{path.name}, {path.stat().st_size} bytes, {path.stat().st_mtime_ns}" for path in paths]
 
 
-def write_result(out: Path, init: Path, model: Lion, made_by: str) -> None:
-    """What `Lion.from_pretrained` opens, in the dtype of the frozen parts; their file is shared with `init`."""
+def write_result(out: Path, init: Path, model: LionModel, stage: int, made_by: str) -> None:
+    """What `Lion.from_pretrained` opens, in the dtype of the frozen parts. Their file is hard-linked from `init`."""
     frozen = {name for name in model.state_dict() if part_of(name) is None}
-    source = next((path for path in init.glob("*.safetensors") if names(path) == frozen), None)
-    if source is None:
-        found = read_shards(init, "cpu", None)
-        source = out / ".frozen.safetensors"
-        save_file({name: found[name] for name in sorted(frozen)}, source)
-    share(source, out / "frozen.safetensors")
-    with safe_open(out / "frozen.safetensors", framework="pt") as file:
-        dtype = file.get_tensor("t5.shared.weight").dtype
-    learnt = {name: tensor for name, tensor in model.state_dict().items() if name not in frozen}
-    save_file({name: tensor.to(dtype).contiguous() for name, tensor in learnt.items()}, out / "trained.safetensors")
-    for name in Text.FILES:
+    stored = read_folder(init, "cpu", None)
+    dtype = stored["t5.shared.weight"].dtype
+    whole = init / "frozen.safetensors"
+    with atomic_write(out / "frozen.safetensors") as new:
+        if whole.is_file() and Tensors(whole).where.keys() == frozen:
+            try:
+                os.link(whole, new)
+            except OSError:  # another disk, or one without links
+                shutil.copyfile(whole, new)
+        else:
+            save_file({name: stored[name] for name in sorted(frozen)}, new)
+    trained = {name: tensor for name, tensor in model.state_dict().items() if name not in frozen}
+    with atomic_write(out / "trained.safetensors") as new:
+        save_file({name: tensor.to("cpu", dtype).contiguous() for name, tensor in trained.items()}, new)
+    for name in Vocabularies.FILES:
         if (init / name).is_file():
             shutil.copyfile(init / name, out / name)
-    flush(out)
-    config = out / ".config.json"
-    config.write_text(replace(model.config, made_by=made_by).to_json(), encoding="utf-8")
-    config.rename(out / "config.json")
+    sync(out)
+    with atomic_write(out / "config.json") as new:  # last: its presence says that the stage is finished
+        config = replace(model.config, stage=stage, made_by=made_by)
+        new.write_text(config.to_json(), encoding="utf-8")
 
 
-def names(path: Path) -> set[str]:
-    with safe_open(path, framework="pt") as file:
-        return set(file.keys())
-
-
-def share(source: Path, target: Path) -> None:
-    target.unlink(missing_ok=True)
-    if source.parent == target.parent:
-        source.rename(target)
-        return
-    try:
-        os.link(source, target)
-    except OSError:  # another disk, or one that knows no links
-        shutil.copyfile(source, target)
-
-
-def history(init: list[Path], frozen_only: bool, line: str) -> str:
-    """Who made a result: what made the folders it began with, each line once, and one line more. Of a folder of which
-    only the frozen parts were taken, stage 0's line counts."""
-    lines = [one for folder in init for one in read_config(folder).made_by.split("\n") if one]
-    lines = [one for one in lines if one.startswith("stage 0") or not frozen_only]
-    return "\n".join([*dict.fromkeys(lines), line])
+def history(init: Sequence[Path], frozen_only: bool, line: str) -> str:
+    """`made_by` of a result: the lines of the folders it started from, each once, and its own. The first line of a toy
+    folder tells who made its frozen parts; if nothing else of it is used, only that line counts."""
+    lines = [read_config(folder).made_by.split("\n") for folder in init]
+    kept = [text for one in lines for text in (one[:1] if frozen_only else one) if text]
+    return "\n".join([*dict.fromkeys(kept), line])

@@ -10,6 +10,7 @@ FlanT5 and RAM. Stage 3 joins their results (start.py): stage 2's adapter become
 each task's gates are initially open for its own adapter only.
 """
 
+import argparse
 import math
 import re
 from collections.abc import Mapping
@@ -108,3 +109,39 @@ def groups(
         group["params"].append(parameter)
         group["names"].append(name)
     return list(found.values())
+
+
+# --- what the command line of train.py changes
+
+
+def changed(stage: Stage, args: argparse.Namespace) -> Stage:
+    """The recipe with the ablations and settings of the command line."""
+    model = dict(stage.model)
+    if args.no_aggregator and model:
+        model["visual_input"] = "image"
+    if args.no_router and model:
+        model["adapters"] = 1
+    if args.tags and model.get("tags") == "soft":
+        model["tags"] = args.tags
+    given = {name: getattr(args, name) for name in ("batch", "steps", "lr", "warmup", "mean")}
+    if args.quick:
+        given |= {"batch": args.batch or 16, "steps": args.steps or 6}
+    return replace(stage, model=model, **{name: value for name, value in given.items() if value is not None})
+
+
+def check(args: argparse.Namespace) -> None:
+    """Refuse numbers that make no run, and flags that would change nothing but be recorded in `made_by`."""
+    for name in ("batch", "steps", "micro_batch", "save_every", "keep", "draw_every", "workers", "warmup"):
+        value, least = getattr(args, name), 0 if name in ("workers", "warmup") else 1
+        if value is not None and value < least:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, not {value}")
+    for name in ("lr", "clip"):
+        if getattr(args, name) is not None and not getattr(args, name) > 0:
+            raise ValueError(f"--{name} must be above 0, not {getattr(args, name)}")
+    for flag in ("tags", "no_router", "no_aggregator", "from_scratch", "single_stage"):
+        without = argparse.Namespace(**vars(args) | {flag: None})
+        idle = args.stage and changed(STAGES[args.stage], args) == changed(STAGES[args.stage], without)
+        if idle and getattr(args, flag):
+            raise ValueError(f"--{flag.replace('_', '-')} changes nothing with --stage {args.stage}: leave it out")
+    if args.held_out and args.data == ["toy"]:
+        raise ValueError("--held-out is for files of records, and changes nothing with --data toy: leave it out")

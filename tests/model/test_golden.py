@@ -13,6 +13,7 @@ from torch.nn.functional import cross_entropy
 import weights
 from lion_mini import Generation, Lion
 from lion_mini.config import IGNORE
+from lion_mini.pipeline import pad
 
 BATCHES = [0, 1]  # image level, region level
 Batch = tuple[Tensor, list[str], list[str], list[str]]  # pixels, questions, tags, tasks
@@ -27,7 +28,7 @@ def inputs(facts: dict[str, Any], numbers: dict[str, Tensor], i: int) -> Batch:
 
 @pytest.mark.parametrize("i", BATCHES)
 def test_vit_and_taps(golden_model: Lion, numbers: dict[str, Tensor], i: int) -> None:
-    out, taps = golden_model.vit(numbers[f"s{i}.image"], golden_model.config.taps)
+    out, taps = golden_model.model.vit(numbers[f"s{i}.image"], golden_model.config.taps)
     assert relative(out, numbers[f"s{i}.vit_out"]) < 1e-4
     for tap, block in zip(taps, golden_model.config.taps, strict=True):
         assert relative(tap, numbers[f"s{i}.vit_block{block}"]) < 1e-4
@@ -35,19 +36,19 @@ def test_vit_and_taps(golden_model: Lion, numbers: dict[str, Tensor], i: int) ->
 
 @pytest.mark.parametrize("i", BATCHES)
 def test_qformer_reads_the_question(golden_model: Lion, facts: dict, numbers: dict[str, Tensor], i: int) -> None:
-    assert golden_model.qformer is not None
+    assert golden_model.model.qformer is not None
     words = golden_model.text.words
-    ids, mask = golden_model.pad([words.encode(q, 128) for q in facts["samples"][i]["question"]], words.pad_id)
+    ids, mask = pad([words.encode(q, 128) for q in facts["samples"][i]["question"]], words.pad_id)
     assert ids.tolist() == numbers[f"s{i}.bert_input_ids"].tolist()
-    hidden = golden_model.qformer.attend(numbers[f"s{i}.vit_out"], ids, mask)
+    hidden = golden_model.model.qformer.attend(numbers[f"s{i}.vit_out"], ids, mask)
     assert relative(hidden, numbers[f"s{i}.qformer"]) < 1e-4
 
 
 @pytest.mark.parametrize("i", BATCHES)
 def test_aggregator_and_visual_tokens(golden_model: Lion, facts: dict, numbers: dict[str, Tensor], i: int) -> None:
-    assert golden_model.aggregator is not None
+    assert golden_model.model.aggregator is not None
     taps = [numbers[f"s{i}.vit_block{block}"] for block in golden_model.config.taps]
-    assert relative(golden_model.aggregator.fuse(taps), numbers[f"s{i}.aggregator"]) < 1e-4
+    assert relative(golden_model.model.aggregator.fuse(taps), numbers[f"s{i}.aggregator"]) < 1e-4
     tokens = golden_model.encode_image(numbers[f"s{i}.image"], facts["samples"][i]["question"])
     assert tokens.shape[1] == golden_model.config.visual_tokens
     assert relative(tokens, numbers[f"s{i}.image_tokens"]) < 1e-4
@@ -59,8 +60,8 @@ def test_prompts_and_encoder(golden_model: Lion, facts: dict, numbers: dict[str,
     prompts = golden_model.prompts(questions, tags)
     assert prompts == facts["samples"][i]["prompts"]
     ids = [golden_model.text.pieces.encode(prompt) for prompt in prompts]
-    assert golden_model.pad(ids, 0)[0].tolist() == numbers[f"s{i}.t5_input_ids"].tolist()
-    states, mask, _ = golden_model.encode(pixels, ids, questions, tasks)
+    assert pad(ids, 0)[0].tolist() == numbers[f"s{i}.t5_input_ids"].tolist()
+    states, mask = golden_model.model.encode(golden_model.batch(pixels, questions, tags, tasks))
     assert mask is not None
     real = mask[..., None]
     assert relative(states * real, numbers[f"s{i}.encoder_out"] * real) < 1e-4
@@ -70,7 +71,9 @@ def test_prompts_and_encoder(golden_model: Lion, facts: dict, numbers: dict[str,
 def test_logits_and_loss(golden_model: Lion, facts: dict, numbers: dict[str, Tensor], i: int) -> None:
     pixels, questions, tags, tasks = inputs(facts, numbers, i)
     answers = facts["samples"][i]["answer"]
-    logits, labels = golden_model.logits(pixels, questions, answers, tags, tasks)
+    batch = golden_model.batch(pixels, questions, tags, tasks, answers)
+    logits, labels = golden_model.model.logits(batch), batch.labels
+    assert labels is not None
     real = labels != IGNORE
     assert (labels * real).tolist() == numbers[f"s{i}.labels"].tolist()
     assert relative(logits[real], numbers[f"s{i}.logits"][real]) < 1e-4
@@ -86,10 +89,10 @@ def test_gradients(golden_model: Lion, facts: dict, numbers: dict[str, Tensor], 
     differently, and at this size one weight's gradient is ill-conditioned: the golden one is itself 1.1e-3 away from
     float64. There the norms are compared."""
     pixels, questions, tags, tasks = inputs(facts, numbers, i)
-    golden_model.requires_grad_(True)
+    golden_model.model.requires_grad_(True)
     with sdpa_kernel(SDPBackend.MATH if kernel != "fused" else [SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]):
         golden_model(pixels, questions, facts["samples"][i]["answer"], tags, tasks).backward()
-    gradients = {name: parameter.grad for name, parameter in golden_model.named_parameters()}
+    gradients = {name: parameter.grad for name, parameter in golden_model.model.named_parameters()}
     prefix = f"s{i}.grad."
     compared = [name.removeprefix(prefix) for name in numbers if name.startswith(prefix)]
     assert len(compared) > 10
@@ -152,13 +155,16 @@ def test_mixed_batch_equals_each_alone(golden_model: Lion, facts: dict, numbers:
         ]
         assert together == alone
     answers = ["a dog.", "beer", "[0.440,0.060,0.650,0.367]", "a man stands next to a dog."]
-    logits, labels = golden_model.logits(pixels, questions, answers, tags, tasks)
+    batch = golden_model.batch(pixels, questions, tags, tasks, answers)
+    logits, labels = golden_model.model.logits(batch), batch.labels
+    assert labels is not None
     for i in range(4):
         one = slice(i, i + 1)
         loss = golden_model(pixels[one], questions[one], answers[one], tags[one], tasks[one])
         assert relative(cross_entropy(logits[i], labels[i], ignore_index=IGNORE), loss) < 1e-5
     other = ["region" if task == "image" else "image" for task in tasks]
-    assert not torch.allclose(golden_model.logits(pixels, questions, answers, tags, other)[0], logits)
+    swapped = golden_model.batch(pixels, questions, tags, other, answers)
+    assert not torch.allclose(golden_model.model.logits(swapped), logits)
 
 
 @pytest.mark.parametrize("training", [False, True])
@@ -167,18 +173,18 @@ def test_questions_about_one_picture_share_what_is_seen_in_it(
 ) -> None:
     one, two = numbers["s0.image"][0], numbers["s1.image"][0]
     seen: list[int] = []
-    assert golden_model.soft_prompt is not None
-    golden_model.soft_prompt.requires_grad_(training)
-    assert golden_model.train(training).training == training
-    golden_model.vit.register_forward_hook(lambda module, args, out: seen.append(len(out[0])))
+    assert golden_model.model.soft_prompt is not None
+    golden_model.model.soft_prompt.requires_grad_(training)
+    assert golden_model.model.train(training).training == training
+    golden_model.model.vit.register_forward_hook(lambda module, args, out: seen.append(len(out[0])))
     questions = ["what is this?", "where?", "how many are there?", "which colour?"]
     together = golden_model.encode_image(torch.stack((two, one, two, two)), questions)
     assert seen == [2]
     for i, picture in enumerate((two, one, two, two)):
         assert relative(together[i], golden_model.encode_image(picture[None], questions[i : i + 1])[0]) < 1e-5
 
-    assert golden_model.ram is not None
-    golden_model.ram.register_forward_hook(lambda module, args, out: seen.append(len(out)))
+    assert golden_model.model.ram is not None
+    golden_model.model.ram.register_forward_hook(lambda module, args, out: seen.append(len(out)))
     seen.clear()
     tags = golden_model.tag_pixels(torch.stack((two, two, one)))
     assert seen == [2]
