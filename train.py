@@ -199,8 +199,8 @@ def set_up(job: Job, args: argparse.Namespace, ranks: Ranks) -> Run:
     trained = unfreeze(lion.model, stage)
     optimizer = AdamW(groups(trained, stage.constant), lr=0.0, betas=(0.9, 0.999), fused=True)
     model: nn.Module = lion.model
-    if world > 1:  # nothing reads the text half of the Q-Former's last layer: it gets no gradient
-        model = DistributedDataParallel(model, init_sync=False, find_unused_parameters=True)
+    if world > 1:
+        model = DistributedDataParallel(model, init_sync=False)
 
     # 2. The data.
     size = args.micro_batch or stage.batch // world
@@ -251,7 +251,7 @@ def plan(args: argparse.Namespace, ranks: Ranks) -> Iterator[Job]:
     recipes = {number: changed(stage, args) for number, stage in (TOY if toy else STAGES).items()}
     if args.stage:
         init = [TINY if path == Path("tiny") else path for path in args.init]
-        if len(init) not in ((1, 2) if args.stage == 3 else (1,)):
+        if len(init) != 1 and (not init or len(recipes[args.stage].tasks) == 1):
             raise ValueError(f"--init takes one folder, or for stage 3 those of stages 1 and 2, but found {len(init)}")
         yield Job(args.stage, recipes[args.stage], init, [], args.out)
         return
