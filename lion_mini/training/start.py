@@ -57,11 +57,11 @@ def begin(
 
     # 2. Keep what the model has, and initialise the rest.
     tensors = {name: tensor for name, tensor in found.items() if name in expected and part_of(name) not in new}
-    last = {"aggregator": init[0], "projector": init[0], "adapters": " + ".join(map(str, init))}
     origin = {}
     for name in tensors:
         part = part_of(name) or name.split(".")[0]
-        origin[part] = str(last.get(part, init[-1]))
+        where = (folder for folder, source in zip(init, sources, strict=True) if name in source)
+        origin[part] = " + ".join(map(str, init)) if part == "adapters" else str(next(where))
     torch.manual_seed(seed)
     for name, tensor in fresh(config, model):
         if name not in tensors:
