@@ -35,7 +35,7 @@ from ..model.lion import LionModel
 from ..pipeline import read_config
 from ..text.vocabularies import Vocabularies
 from .report import say
-from .stages import part_of
+from .stages import PARTS, Job, part_of
 
 MAX_BAD = 0.05  # the share of unusable records that ends a run
 MOMENTS = ("exp_avg", "exp_avg_sq", "step")  # AdamW's state of each parameter
@@ -145,8 +145,9 @@ def weight_files(init: Sequence[Path]) -> list[str]:
     return [f"{path.name}, {path.stat().st_size} bytes, {path.stat().st_mtime_ns}" for path in paths]
 
 
-def write_result(out: Path, init: Path, model: LionModel, stage: int, made_by: str) -> None:
+def write_result(job: Job, model: LionModel, made_by: str) -> None:
     """What `Lion.from_pretrained` opens, in the dtype of the frozen parts. Their file is hard-linked from `init`."""
+    out, init = job.out, job.init[0]
     frozen = {name for name in model.state_dict() if part_of(name) is None}
     stored = read_folder(init, "cpu", None)
     dtype = stored["t5.shared.weight"].dtype
@@ -167,7 +168,8 @@ def write_result(out: Path, init: Path, model: LionModel, stage: int, made_by: s
             shutil.copyfile(init / name, out / name)
     sync(out)
     with atomic_write(out / "config.json") as new:  # last: its presence says that the stage is finished
-        config = replace(model.config, stage=stage, made_by=made_by)
+        made_by = history(job.init, set(job.new) >= set(PARTS), made_by)
+        config = replace(model.config, stage=job.number, made_by=made_by)
         new.write_text(config.to_json(), encoding="utf-8")
 
 
