@@ -14,9 +14,9 @@
 The recipes are in lion_mini/training/stages.py, the fields of a record in lion_mini/data/records.py. The paper's
 ablations: --no-aggregator, --tags plain, --tags none, --no-router, --single-stage.
 
-A run's folder gets metrics.jsonl, loss.png, samples.png and checkpoints/. When it is done, it is also a folder for
+A run's folder gets metrics.jsonl, loss.png, samples.png and checkpoints/, and at the end the weights, for
 `Lion.from_pretrained`, infer.py and `weights.py export`. Ctrl-C and SIGTERM save a checkpoint first (not in stage 0).
-Data order, crops and dropout are functions of --seed and the step, so a resumed run equals an uninterrupted one.
+Data order, crops and dropout are functions of --seed and the step: a resumed run equals an uninterrupted one.
 """
 
 import argparse
@@ -193,9 +193,7 @@ def set_up(job: Job, args: argparse.Namespace, ranks: Ranks) -> Run:
     lion.model.to(device).recompute(args.recompute)
     trained = unfreeze(lion.model, stage)
     optimizer = AdamW(groups(trained, stage.constant), lr=0.0, betas=(0.9, 0.999), fused=True)
-    model: nn.Module = lion.model
-    if world > 1:
-        model = DistributedDataParallel(model, init_sync=False)
+    model = DistributedDataParallel(lion.model, init_sync=False) if world > 1 else lion.model
 
     # 2. The data.
     size = args.micro_batch or stage.batch // world
@@ -209,12 +207,11 @@ def set_up(job: Job, args: argparse.Namespace, ranks: Ranks) -> Run:
     settings = asdict(stage) | {"stage": job.number, "seed": args.seed, "clip": args.clip, "bf16": args.bf16}
     settings |= {"data": args.data, "ratios": args.ratios, "micro_batch": size, "weight files": weight_files(job.init)}
     settings = json.loads(json.dumps(settings))  # tuples become lists, as in the checkpoint
-    if rank == 0:
-        say(f"stage {job.number} -> {job.out}\n{overview(lion.model, origin, stage)}")
     state = restore(job.out / "checkpoints", trained, optimizer, settings, rank)
     if world > 1:
         dist.barrier()
     if rank == 0:
+        say(f"stage {job.number} -> {job.out}\n{overview(lion.model, origin, stage)}")
         job.out.mkdir(parents=True, exist_ok=True)
         trim(job.out / "metrics.jsonl", state.step)
     per_step = stage.batch // size
@@ -302,8 +299,7 @@ def train_stages(args: argparse.Namespace) -> int:
         if not train(run):
             return 128 + (SIGNALS or [signal.SIGTERM])[0]
         if run.rank == 0:
-            minutes = f"{run.state.seconds / 60:.1f} minutes"
-            facts = f"(seed {args.seed}, {job.stage.steps} steps, {minutes})"
+            facts = f"(seed {args.seed}, {job.stage.steps} steps, {run.state.seconds / 60:.1f} minutes)"
             write_result(job, run.lion.model, f"stage {job.number}: {shlex.join(['train.py', *args.command])} {facts}")
             say(f"stage {job.number} is done: {job.out}")
         if run.world > 1:
