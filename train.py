@@ -215,8 +215,7 @@ def set_up(job: Job, args: argparse.Namespace, ranks: Ranks) -> Run:
         job.out.mkdir(parents=True, exist_ok=True)
         trim(job.out / "metrics.jsonl", state.step)
     per_step = stage.batch // size
-    numbers = range(state.step * per_step + rank, stage.steps * per_step, world)
-    stream = micro_batches(batches, numbers, args.workers)
+    stream = micro_batches(batches, range(state.step * per_step + rank, stage.steps * per_step, world), args.workers)
     return Run(job, args, rank, world, lion, model, trained, optimizer, settings, state, per_step // world, stream)
 
 
