@@ -41,7 +41,15 @@ from .world import COLOURS, GRID, SHAPES, SIDES, TAGS, Scene, Split, scene
 
 POOL = 12000  # training scenes
 STEPS = {"vit": 600, "t5": 3900, "ram": 900}
-WARMUP = 50
+WARMUP = 50  # steps
+SHARES = {  # T5's questions by kind and sub-kind
+    "existence": 1.5, "counting": 2.0, "colour": 1.0, "shape": 0.5, "comparison": 1.5, "relation": 2.5,
+    "caption": 1.0, "vqg": 0.1, "dialogue": 0.5, "rec": 3.0, "reg": 1.5,
+}  # fmt: skip
+BARE = {
+    "caption": ["A short image description:"], "vqa": ["{question}"], "vqg": ["Question: {answer}"],
+    "dialogue": ["{question}"], "rec": ["Where is {expression}?"], "reg": ["What is at {box}?"],
+}  # fmt: skip
 Log = Callable[[str, dict[str, float]], None]
 
 
@@ -80,11 +88,8 @@ class Pool:
         pixels = torch.empty(len(self.scenes), 3, size, size, dtype=torch.bfloat16)
         for row, each in zip(pixels, self.scenes, strict=True):
             row.copy_(transform(each.image, size))
-            del each.__dict__["image"]  # drawn once more for the next model; all of them do not fit into memory
+            del each.__dict__["image"]  # redrawn for the next model: 12,000 images take 330 MB
         return pixels
-
-
-# --- ViT
 
 
 def train_vit(config: LionConfig, pool: Pool, test: Pool, steps: int, log: Log) -> Vit:
@@ -113,18 +118,6 @@ def train_vit(config: LionConfig, pool: Pool, test: Pool, steps: int, log: Log) 
     return vit
 
 
-# --- T5
-
-SHARES = {  # of the kinds and sub-kinds of questions
-    "existence": 1.5, "counting": 2.0, "colour": 1.0, "shape": 0.5, "comparison": 1.5, "relation": 2.5,
-    "caption": 1.0, "vqg": 0.1, "dialogue": 0.5, "rec": 3.0, "reg": 1.5,
-}  # fmt: skip
-BARE = {
-    "caption": ["A short image description:"], "vqa": ["{question}"], "vqg": ["Question: {answer}"],
-    "dialogue": ["{question}"], "rec": ["Where is {expression}?"], "reg": ["What is at {box}?"],
-}  # fmt: skip
-
-
 def grounded(scene: Scene) -> Record:
     """A caption with boxes, which only stage 0 asks for: one image teaches many coordinates."""
     answer = ", ".join(f"{t.size} {t.name} {t.box.to_text()}" for t in scene.things)
@@ -146,17 +139,27 @@ class Reader(nn.Module):
         self.relations = nn.Linear(width, MEASURES[1])
         self.early = torch.empty(0)
         self.t5.encoder[1].register_forward_hook(lambda module, args, out: setattr(self, "early", out))
-        self.pieces, self.meanings = pieces, Meanings(pieces)
+        self.pieces, self.meanings, self.queries = pieces, Meanings(pieces), config.qformer.queries
 
-    def forward(self, features: Tensor, prompts: Sequence[str], answers: Sequence[str]) -> tuple[Tensor, ...]:
-        """Logits (b, t, v) and labels (b, t) of the answers; the prompts' states (b, prompt, d) for both heads."""
-        encode, n = self.meanings.encode, features.shape[1]
-        ids, _ = pad([encode(prompt) for prompt in prompts], PAD)
-        labels, _ = pad([encode(answer) for answer in answers], IGNORE)
+    def forward(
+        self, pool: Pool, batch: Sequence[tuple[int, Record]], few: bool, tagged: bool, rng: random.Random
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # -> (b, t, v), (b, t), (k, classes and measures), (k, fields and ...)
+        """Logits and labels of the answers; meanings of the k words that have one, and their labels.
+
+        `batch` holds records with the index of their scene. `few` and `tagged` are for `glimpse` and `prompt`.
+        """
+        seen = torch.stack([pool.features[i][glimpse(pool.owner[i], few, self.queries)] for i, _ in batch]).float()
+        prompts = [prompt(record, tagged, rng) for _, record in batch]
+        encode, n = self.meanings.encode, seen.shape[1]
+        ids, _ = pad([encode(text) for text in prompts], PAD)
+        labels, _ = pad([encode(record["answer"]) for _, record in batch], IGNORE)
         mask, task = F.pad(ids != PAD, (n, 0), value=True), torch.zeros(len(ids), dtype=torch.long)
-        states = self.t5.encode(torch.cat((self.projector(features), self.t5.shared(ids)), dim=1), mask, task)
+        states = self.t5.encode(torch.cat((self.projector(seen), self.t5.shared(ids)), dim=1), mask, task)
         logits = self.t5.predict(labels, self.t5.start(states, mask, task, labels.shape[1]))
-        return logits, labels, self.early[:, n:], states[:, n:]
+        wanted = self.meanings.prompts(prompts, [record for _, record in batch], [pool.scenes[i] for i, _ in batch])
+        known = (wanted != IGNORE).any(-1)
+        meant = torch.cat((self.nouns(self.early[:, n:][known]), self.relations(states[:, n:][known])), dim=-1)
+        return logits, labels, meant, wanted[known]
 
 
 @torch.no_grad()
@@ -207,67 +210,57 @@ def prompt(record: Record, tagged: bool, rng: random.Random) -> str:
     return tag_sentence(shuffled) + record["question"]
 
 
-def train_t5(config: LionConfig, pool: Pool, test: Pool, reader: Reader, steps: int, seed: int, log: Log) -> T5:
-    rng, tokens = random.Random(seed), config.qformer.queries
+def train_t5(reader: Reader, pool: Pool, test: Pool, steps: int, seed: int, log: Log) -> T5:
+    rng = random.Random(seed)
     start_from_words(reader, pool.features[:2000], patch_labels(pool.scenes[:2000], pool.owner[:2000]))
     reader.t5.lm_head.weight.data.copy_(0.1 * reader.t5.shared.weight)  # words it can read are then easy to write
 
     def loss(step: int) -> Tensor:
-        # 1. The form of this step's prompts: mostly bare questions and few tokens at first.
+        # 1. The form of this step's prompts: mostly bare questions and few visual tokens at first.
         early = step < 0.6 * steps
         few, bare = rng.random() < (0.8 if early else 0.5), rng.random() < (0.9 if early else 0.3)
         instructions = BARE if bare else {kind: [rng.choice(texts)] for kind, texts in INSTRUCTIONS.items()}
         tagged = rng.random() < 0.4  # from the first step, or T5 mistakes tags for words of the question
 
-        # 2. Four questions about each of 32 scenes. Long answers have a batch of their own, to save padding.
+        # 2. Four questions about each of 32 scenes; every twentieth step 64 grounded captions: long answers together.
         each, count = (1, 64) if step % 20 == 19 else (4, 32)
         batch: list[tuple[int, Record]] = []
-        for row in rng.sample(range(len(pool.scenes)), min(count, len(pool.scenes))):
-            about = [grounded(pool.scenes[row])]
+        for i in rng.sample(range(len(pool.scenes)), min(count, len(pool.scenes))):
+            chosen = [grounded(pool.scenes[i])]
             if each > 1:
-                about = records(pool.scenes[row], rng, instructions=instructions)
-                about = rng.choices(about, [SHARES[r["subkind"] or r["kind"]] for r in about], k=each)
-            batch += [(row, record) for record in about]
+                about = records(pool.scenes[i], rng, instructions=instructions)
+                chosen = rng.choices(about, [SHARES[r["subkind"] or r["kind"]] for r in about], k=each)
+            batch += [(i, record) for record in chosen]
 
-        # 3. The losses of answers and of meanings.
-        seen = torch.stack([pool.features[row][glimpse(pool.owner[row], few, tokens)] for row, _ in batch])
-        prompts = [prompt(record, tagged, rng) for _, record in batch]
-        logits, labels, early_states, states = reader(seen.float(), prompts, [r["answer"] for _, r in batch])
-        wanted = reader.meanings.prompts(prompts, [r for _, r in batch], [pool.scenes[row] for row, _ in batch])
-        known = (wanted != IGNORE).any(-1)
-        meant = torch.cat((reader.nouns(early_states[known]), reader.relations(states[known])), dim=-1)
+        # 3. The losses of answers and meanings. Answers count equally, or a box would outweigh a yes.
+        logits, labels, meant, wanted = reader(pool, batch, few, tagged, rng)
         losses = F.cross_entropy(logits.float().transpose(1, 2), labels, ignore_index=IGNORE, reduction="none")
         if step % 1000 == 999:
-            log("t5, held out", score(reader, test, tokens))
+            log("t5, held out", score(reader, test))
             reader.train()
-        answer = (losses.sum(1) / (labels != IGNORE).sum(1)).mean()  # per sample: else a box outweighs a yes
-        return answer + meaning_loss(meant, wanted[known])
+        return (losses.sum(1) / (labels != IGNORE).sum(1)).mean() + meaning_loss(meant, wanted)
 
     optimise(reader, loss, steps, 1e-3, "t5", log)  # at 1.6e-3 it stays on its first plateau
-    log("t5, held out", score(reader, test, tokens))
-    log("t5, held out, few", score(reader, test, tokens, few=True))
-    log("t5, held out, tags", score(reader, test, tokens, tagged=True))
+    log("t5, held out", score(reader, test))
+    log("t5, held out, few", score(reader, test, few=True))
+    log("t5, held out, tags", score(reader, test, tagged=True))
     return reader.t5
 
 
 @torch.inference_mode()
-def score(reader: Reader, pool: Pool, tokens: int, few: bool = False, tagged: bool = False) -> dict[str, float]:
-    """The share of answers that greedy decoding would write word for word, per kind of question."""
+def score(reader: Reader, pool: Pool, few: bool = False, tagged: bool = False) -> dict[str, float]:
+    """The share of answers that greedy decoding would write word for word, by kind and sub-kind."""
     right: dict[str, list[float]] = {}
-    rng = random.Random(0)
-    for rows in torch.arange(len(pool.scenes)).split(25):
-        pairs = [(i, r) for i in rows for r in [*records(pool.scenes[i], rng), grounded(pool.scenes[i])]]
-        seen = torch.stack([pool.features[i][glimpse(pool.owner[i], few, tokens)] for i, _ in pairs]).float()
+    rng, count = random.Random(0), len(pool.scenes)
+    for start in range(0, count, 25):
+        rows = range(start, min(start + 25, count))
+        batch = [(i, r) for i in rows for r in [*records(pool.scenes[i], rng), grounded(pool.scenes[i])]]
         with torch.autocast("cpu", torch.bfloat16):
-            prompts = [prompt(r, tagged, rng) for _, r in pairs]
-            logits, labels, *_ = reader(seen, prompts, [r["answer"] for _, r in pairs])
+            logits, labels, *_ = reader(pool, batch, few, tagged, rng)
         same = ((logits.argmax(-1) == labels) | (labels == IGNORE)).all(1)
-        for (_, r), yes in zip(pairs, same.tolist(), strict=True):
+        for (_, r), yes in zip(batch, same.tolist(), strict=True):
             right.setdefault(r["subkind"] or r["kind"], []).append(yes)
     return {kind: sum(values) / len(values) for kind, values in sorted(right.items())}
-
-
-# --- RAM
 
 
 def asymmetric_loss(logits: Tensor, wanted: Tensor, focus: float = 2.0, margin: float = 0.05) -> Tensor:
@@ -319,9 +312,6 @@ def best_thresholds(scores: Tensor, wanted: Tensor) -> list[float]:  # (b, c), (
     return [round(floor, 2) for floor in floors[f1.argmax(0)].tolist()]
 
 
-# --- all three
-
-
 def run(out: str | Path, quick: bool = False, seed: int = 0, log: Log = lambda name, values: None) -> Path:
     """Train all three. Write weights under the names of `LionModel.state_dict()`, vocabularies, tags and thresholds.
 
@@ -338,7 +328,7 @@ def run(out: str | Path, quick: bool = False, seed: int = 0, log: Log = lambda n
     steps = {"vit": 3, "t5": 5, "ram": 3} if quick else STEPS
     vit = train_vit(config, pool, test, steps["vit"], log)
     reader = Reader(config, UnigramTokenizer.from_file(folder / "tokenizer.json"))
-    t5 = train_t5(config, pool, test, reader, steps["t5"], seed, log)
+    t5 = train_t5(reader, pool, test, steps["t5"], seed, log)
     ram, thresholds = train_ram(config, pool, test, steps["ram"], seed, log)
     torch.set_rng_state(random_state)
     parts = nn.ModuleDict({"vit": vit, "t5": t5, "ram": ram}).state_dict()

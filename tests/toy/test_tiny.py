@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+
 import infer
 from lion_mini import Lion, toy
 from lion_mini.pipeline import TINY
