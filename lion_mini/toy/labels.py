@@ -3,12 +3,12 @@
     patch      shape, colour, size and box of the thing that covers most of it        `owners`, `patch_labels`
     noun       the same of the thing it refers to, if it is one; how many it fits     `Meanings`
     box        the same of the thing in it, at its last coordinate
-    relation   the vector from the noun after it to the noun before it, and that vector's part in its own direction
+    relation   the vector from the noun after it to the noun before it, and its component in the relation's direction
 
-"Is the red cross right of the red triangle?", and the triangle lies right of the cross and a little higher:
+"Is the red cross right of the red triangle?" The triangle lies right of the cross and a little higher:
 
-    cross      cross, red, small, its box, 1 fits
-    right of   across -2/3, down 1/12, to the right -2/3: the answer is no
+    cross      cross, red, small, its box; it fits 1 thing
+    right of   across -2/3, down 1/12; to the right -2/3, so the answer is no
 """
 
 from collections.abc import Sequence
@@ -27,7 +27,7 @@ from .world import COLOURS, GRID, MOST, SHAPES, SIDES, TAGS, Scene, Thing
 FIELDS = (len(SHAPES) + 1, len(COLOURS), len(SIDES), *[GRID + 1] * 4)  # classes; the last shape is background
 BACKGROUND = [len(SHAPES), *[IGNORE] * 6]
 REFERENT = (*FIELDS, MOST + 1)  # classes of a noun: the thing, and how many things fit
-MEASURES = (2, 3)  # regressed, in halves of the image: a noun's centre; a relation's vector and its part
+MEASURES = (2, 3)  # regressed, in halves of the image: a noun's centre; a relation's vector and component
 UNKNOWN: list[float] = [IGNORE] * (len(REFERENT) + sum(MEASURES))
 
 

@@ -143,10 +143,10 @@ class Reader(nn.Module):
 
     def forward(
         self, pool: Pool, batch: Sequence[tuple[int, Record]], few: bool, tagged: bool, rng: random.Random
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # -> (b, t, v), (b, t), (k, classes and measures), (k, fields and ...)
-        """Logits and labels of the answers; meanings of the k words that have one, and their labels.
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Logits (b, t, v) and labels (b, t) of the answers; predictions (k, ·) and labels (k, ·) of k words' meanings.
 
-        `batch` holds records with the index of their scene. `few` and `tagged` are for `glimpse` and `prompt`.
+        `batch` pairs the index of a scene with a record about it. `few` and `tagged` go to `glimpse` and `prompt`.
         """
         seen = torch.stack([pool.features[i][glimpse(pool.owner[i], few, self.queries)] for i, _ in batch]).float()
         prompts = [prompt(record, tagged, rng) for _, record in batch]
@@ -236,19 +236,19 @@ def train_t5(reader: Reader, pool: Pool, test: Pool, steps: int, seed: int, log:
         logits, labels, meant, wanted = reader(pool, batch, few, tagged, rng)
         losses = F.cross_entropy(logits.float().transpose(1, 2), labels, ignore_index=IGNORE, reduction="none")
         if step % 1000 == 999:
-            log("t5, held out", score(reader, test))
+            log("t5, held out", exact_answers(reader, test))
             reader.train()
         return (losses.sum(1) / (labels != IGNORE).sum(1)).mean() + meaning_loss(meant, wanted)
 
     optimise(reader, loss, steps, 1e-3, "t5", log)  # at 1.6e-3 it stays on its first plateau
-    log("t5, held out", score(reader, test))
-    log("t5, held out, few", score(reader, test, few=True))
-    log("t5, held out, tags", score(reader, test, tagged=True))
+    log("t5, held out", exact_answers(reader, test))
+    log("t5, held out, few", exact_answers(reader, test, few=True))
+    log("t5, held out, tags", exact_answers(reader, test, tagged=True))
     return reader.t5
 
 
 @torch.inference_mode()
-def score(reader: Reader, pool: Pool, few: bool = False, tagged: bool = False) -> dict[str, float]:
+def exact_answers(reader: Reader, pool: Pool, few: bool = False, tagged: bool = False) -> dict[str, float]:
     """The share of answers that greedy decoding would write word for word, by kind and sub-kind."""
     right: dict[str, list[float]] = {}
     rng, count = random.Random(0), len(pool.scenes)

@@ -11,7 +11,6 @@ from safetensors.torch import load_file
 from lion_mini import toy
 from lion_mini.config import PRESETS, LionConfig
 from lion_mini.model.lion import LionModel
-from lion_mini.pipeline import TINY
 from lion_mini.text.tokenizers import UnigramTokenizer
 from lion_mini.text.vocabularies import Vocabularies
 from lion_mini.toy import labels, stage0
@@ -34,8 +33,7 @@ def test_it_writes_every_frozen_part(folder: Path) -> None:
 
 
 def test_its_vocabularies_fit(folder: Path) -> None:
-    config = PRESETS["tiny"]
-    text = Vocabularies.from_folder(folder, config)
+    text = Vocabularies.from_folder(folder, config := PRESETS["tiny"])
     assert len(text.words) == config.qformer.vocab_size
     assert len(text.pieces) <= config.t5.vocab_size
     assert text.tags == list(toy.TAGS)
@@ -113,10 +111,10 @@ def test_a_glimpse_of_few_has_one_token_per_thing() -> None:
     assert sorted(stage0.glimpse(owner, few=False, tokens=6).tolist()) == list(range(11))
 
 
-def test_what_words_mean() -> None:
+def test_what_words_mean(folder: Path) -> None:
     """By hand: scene(5) has a small red cross at the bottom left and a large red triangle right of it."""
     cross, triangle = toy.scene(5, "train").things
-    pieces = UnigramTokenizer.from_file(TINY / "tokenizer.json")
+    pieces = UnigramTokenizer.from_file(folder / "tokenizer.json")
     meanings = labels.Meanings(pieces)
 
     def known(question: str, answer: str = "") -> dict[str, list[float]]:
