@@ -1,4 +1,4 @@
-"""Labels for stage 0: what every patch of a scene shows, and what every word of a question refers to.
+"""Labels and losses of stage 0: what every patch of a scene shows, and what every word of a question refers to.
 
     patch      shape, colour, size and box of the thing that covers most of it        `owners`, `patch_labels`
     noun       the same of the thing it refers to, if it is one; how many it fits     `Meanings`
@@ -11,7 +11,7 @@
     right of   across -2/3, down 1/12; to the right -2/3, so the answer is no
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from functools import lru_cache
 
 import torch
@@ -28,6 +28,7 @@ FIELDS = (len(SHAPES) + 1, len(COLOURS), len(SIDES), *[GRID + 1] * 4)  # classes
 BACKGROUND = [len(SHAPES), *[IGNORE] * 6]
 REFERENT = (*FIELDS, MOST + 1)  # classes of a noun: the thing, and how many things fit
 MEASURES = (2, 3)  # regressed, in halves of the image: a noun's centre; a relation's vector and component
+HEADS = (sum(REFERENT) + MEASURES[0], MEASURES[1])  # outputs for a noun, for a relation
 UNKNOWN: list[float] = [IGNORE] * (len(REFERENT) + sum(MEASURES))
 
 
@@ -63,6 +64,19 @@ def field_loss(logits: Tensor, wanted: Tensor, fields: Sequence[int]) -> Tensor:
         total = F.cross_entropy(part.flatten(0, -2), labels.flatten(), ignore_index=IGNORE, reduction="sum")
         losses.append(total / (labels != IGNORE).sum().clamp_min(1))
     return torch.stack(losses).sum()
+
+
+def tag_labels(tags: Sequence[Collection[str]]) -> Tensor:  # -> (b, c)
+    return torch.tensor([[float(tag in each) for tag in TAGS] for each in tags])
+
+
+def asymmetric_loss(logits: Tensor, wanted: Tensor, focus: float = 2.0, margin: float = 0.05) -> Tensor:
+    """Cross-entropy that plays down negatives (arXiv 2009.14119): one below the margin costs nothing. Both (b, c)."""
+    p = logits.sigmoid()
+    q = (p - margin).clamp_min(0)
+    yes = -wanted * p.clamp_min(1e-6).log()
+    no = -(1 - wanted) * q**focus * (1 - q).clamp_min(1e-6).log()
+    return (yes + no).sum(-1).mean()
 
 
 class Meanings:

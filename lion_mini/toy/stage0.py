@@ -34,10 +34,10 @@ from ..pipeline import pad
 from ..text.prompts import tag_sentence
 from ..text.tokenizers import UnigramTokenizer
 from ..training.stages import groups
-from .labels import FIELDS, MEASURES, REFERENT, Meanings, field_loss, meaning_loss, owners, patch_labels
+from .labels import FIELDS, HEADS, Meanings, asymmetric_loss, field_loss, meaning_loss, owners, patch_labels, tag_labels
 from .questions import INSTRUCTIONS, Record, records, tags
 from .vocab import write_vocabularies
-from .world import COLOURS, GRID, SHAPES, SIDES, TAGS, Scene, Split, scene
+from .world import COLOURS, GRID, SHAPES, SIDES, Scene, Split, scene
 
 POOL = 12000  # training scenes
 STEPS = {"vit": 600, "t5": 3900, "ram": 900}
@@ -50,6 +50,7 @@ BARE = {
     "caption": ["A short image description:"], "vqa": ["{question}"], "vqg": ["Question: {answer}"],
     "dialogue": ["{question}"], "rec": ["Where is {expression}?"], "reg": ["What is at {box}?"],
 }  # fmt: skip
+Pairs = Sequence[tuple[int, Record]]  # the index of a scene in its pool, and a record about it
 Log = Callable[[str, dict[str, float]], None]
 
 
@@ -58,8 +59,7 @@ def optimise(model: nn.Module, loss: Callable[[int], Tensor], steps: int, peak: 
     optimizer = torch.optim.AdamW(groups(dict(model.named_parameters()), {}, 0.02), betas=(0.9, 0.98), fused=True)
     model.train()
     start, mean = time.perf_counter(), 0.0
-    bar = trange(steps, desc=name, unit="step", disable=None)
-    for step in bar:
+    for step in (bar := trange(steps, desc=name, unit="step", disable=None)):
         done = max(0, step - WARMUP) / max(1, steps - WARMUP)
         for group in optimizer.param_groups:
             group["lr"] = min(peak, peak * (step + 1) / WARMUP) * (0.02 + 0.49 * (1 + math.cos(math.pi * done)))
@@ -113,8 +113,7 @@ def train_vit(config: LionConfig, pool: Pool, test: Pool, steps: int, log: Log) 
     wanted = patch_labels(test.scenes, test.owner)
     known, right = wanted != IGNORE, torch.stack([part.argmax(-1) for part in logits], dim=-1) == wanted
     accuracy = (right & known).sum((0, 1)) / known.sum((0, 1))
-    names = ("shape", "colour", "size", "x1", "y1", "x2", "y2")
-    log("vit, held out", dict(zip(names, accuracy.tolist(), strict=True)))
+    log("vit, held out", dict(zip(("shape", "colour", "size", "x1", "y1", "x2", "y2"), accuracy.tolist(), strict=True)))
     return vit
 
 
@@ -135,28 +134,23 @@ class Reader(nn.Module):
         width = config.t5.width
         self.t5 = T5(config.t5)
         self.projector = nn.Sequential(nn.LayerNorm(config.vit.width), nn.Linear(config.vit.width, width))
-        self.nouns = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, sum(REFERENT) + MEASURES[0]))
-        self.relations = nn.Linear(width, MEASURES[1])
+        self.nouns = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, HEADS[0]))
+        self.relations = nn.Linear(width, HEADS[1])
         self.early = torch.empty(0)
         self.t5.encoder[1].register_forward_hook(lambda module, args, out: setattr(self, "early", out))
         self.pieces, self.meanings, self.queries = pieces, Meanings(pieces), config.qformer.queries
 
-    def forward(
-        self, pool: Pool, batch: Sequence[tuple[int, Record]], few: bool, tagged: bool, rng: random.Random
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Logits (b, t, v) and labels (b, t) of the answers; predictions (k, ·) and labels (k, ·) of k words' meanings.
-
-        `batch` pairs the index of a scene with a record about it. `few` and `tagged` go to `glimpse` and `prompt`.
-        """
-        seen = torch.stack([pool.features[i][glimpse(pool.owner[i], few, self.queries)] for i, _ in batch]).float()
-        prompts = [prompt(record, tagged, rng) for _, record in batch]
+    def forward(self, pool: Pool, pairs: Pairs, few: bool, tagged: bool, rng: random.Random) -> tuple[Tensor, ...]:
+        """Logits (b, t, v) and labels (b, t) of the answers; predictions (k, ·) and labels (k, ·) of k words' meanings."""
+        seen = torch.stack([pool.features[i][glimpse(pool.owner[i], few, self.queries)] for i, _ in pairs]).float()
+        prompts = [prompt(record, tagged, rng) for _, record in pairs]
         encode, n = self.meanings.encode, seen.shape[1]
         ids, _ = pad([encode(text) for text in prompts], PAD)
-        labels, _ = pad([encode(record["answer"]) for _, record in batch], IGNORE)
+        labels, _ = pad([encode(record["answer"]) for _, record in pairs], IGNORE)
         mask, task = F.pad(ids != PAD, (n, 0), value=True), torch.zeros(len(ids), dtype=torch.long)
         states = self.t5.encode(torch.cat((self.projector(seen), self.t5.shared(ids)), dim=1), mask, task)
         logits = self.t5.predict(labels, self.t5.start(states, mask, task, labels.shape[1]))
-        wanted = self.meanings.prompts(prompts, [record for _, record in batch], [pool.scenes[i] for i, _ in batch])
+        wanted = self.meanings.prompts(prompts, [record for _, record in pairs], [pool.scenes[i] for i, _ in pairs])
         known = (wanted != IGNORE).any(-1)
         meant = torch.cat((self.nouns(self.early[:, n:][known]), self.relations(states[:, n:][known])), dim=-1)
         return logits, labels, meant, wanted[known]
@@ -166,8 +160,8 @@ class Reader(nn.Module):
 def start_from_words(reader: Reader, features: Tensor, labels: Tensor) -> None:  # (b, 1 + n, d), (b, n, fields)
     """Initialise the projector as the least-squares map from the ViT's tokens to the embeddings of the words for them.
 
-    Coordinates are rotated, each place in a box differently. They make up three quarters of the tokens' variance, so
-    they count a quarter: else a question's "red" does not find its shape.
+    Coordinates are rotated, each of a box's four differently. They are three quarters of the tokens' variance, so they
+    count a quarter: else a question's "red" does not find its shape.
     """
     width, embedding = reader.t5.config.width, reader.t5.shared.weight
     numbers = embedding[[reader.pieces.pieces[f"{i / GRID:.3f}"][0] for i in range(GRID + 1)]]
@@ -178,19 +172,15 @@ def start_from_words(reader: Reader, features: Tensor, labels: Tensor) -> None: 
         known = (labels[..., i] != IGNORE) & (labels[..., i] < len(table))
         wanted[known] += (1.0 if i < 3 else 0.25) * table[labels[..., i][known]]
     norm, linear = reader.projector
-    assert isinstance(linear, nn.Linear)
     x = F.pad(norm(features[:, 1:].float()).flatten(0, 1), (0, 1), value=1.0).double()
     squares = x.T @ x + 1e-5 * len(x) * torch.eye(x.shape[1])  # ridge: LayerNorm leaves one direction empty
     solved = torch.linalg.solve(squares, x.T @ wanted.flatten(0, 1).double())  # lstsq is not reproducible on 2 threads
-    linear.weight.copy_(solved[:-1].T)
-    linear.bias.copy_(solved[-1])
+    linear.load_state_dict({"weight": solved[:-1].T, "bias": solved[-1]})
 
 
 def glimpse(owner: Tensor, few: bool, tokens: int) -> Tensor:  # (n,) -> (tokens,) or (1 + n,)
-    """The indices of the ViT's tokens that T5 sees, shuffled, so that it cannot rely on their order.
-
-    They are all tokens, as from the aggregator; or, as a Q-Former might choose, one per thing and some background.
-    """
+    """Which of the ViT's tokens T5 sees: all, as from the aggregator, or one per thing and some background, as a Q-Former
+    might choose. They are shuffled, so that T5 cannot rely on their order."""
     order = torch.randperm(len(owner) + 1)
     if not few:
         return order
@@ -221,19 +211,17 @@ def train_t5(reader: Reader, pool: Pool, test: Pool, steps: int, seed: int, log:
         few, bare = rng.random() < (0.8 if early else 0.5), rng.random() < (0.9 if early else 0.3)
         instructions = BARE if bare else {kind: [rng.choice(texts)] for kind, texts in INSTRUCTIONS.items()}
         tagged = rng.random() < 0.4  # from the first step, or T5 mistakes tags for words of the question
-
         # 2. Four questions about each of 32 scenes; every twentieth step 64 grounded captions: long answers together.
         each, count = (1, 64) if step % 20 == 19 else (4, 32)
-        batch: list[tuple[int, Record]] = []
+        pairs: list[tuple[int, Record]] = []
         for i in rng.sample(range(len(pool.scenes)), min(count, len(pool.scenes))):
             chosen = [grounded(pool.scenes[i])]
             if each > 1:
                 about = records(pool.scenes[i], rng, instructions=instructions)
                 chosen = rng.choices(about, [SHARES[r["subkind"] or r["kind"]] for r in about], k=each)
-            batch += [(i, record) for record in chosen]
-
+            pairs += [(i, record) for record in chosen]
         # 3. The losses of answers and meanings. Answers count equally, or a box would outweigh a yes.
-        logits, labels, meant, wanted = reader(pool, batch, few, tagged, rng)
+        logits, labels, meant, wanted = reader(pool, pairs, few, tagged, rng)
         losses = F.cross_entropy(logits.float().transpose(1, 2), labels, ignore_index=IGNORE, reduction="none")
         if step % 1000 == 999:
             log("t5, held out", exact_answers(reader, test))
@@ -251,33 +239,24 @@ def train_t5(reader: Reader, pool: Pool, test: Pool, steps: int, seed: int, log:
 def exact_answers(reader: Reader, pool: Pool, few: bool = False, tagged: bool = False) -> dict[str, float]:
     """The share of answers that greedy decoding would write word for word, by kind and sub-kind."""
     right: dict[str, list[float]] = {}
-    rng, count = random.Random(0), len(pool.scenes)
-    for start in range(0, count, 25):
-        rows = range(start, min(start + 25, count))
-        batch = [(i, r) for i in rows for r in [*records(pool.scenes[i], rng), grounded(pool.scenes[i])]]
+    rng, rows = random.Random(0), range(len(pool.scenes))
+    for start in rows[::25]:
+        part = [(i, pool.scenes[i]) for i in rows[start : start + 25]]
+        pairs = [(i, record) for i, each in part for record in (*records(each, rng), grounded(each))]
         with torch.autocast("cpu", torch.bfloat16):
-            logits, labels, *_ = reader(pool, batch, few, tagged, rng)
+            logits, labels, *_ = reader(pool, pairs, few, tagged, rng)
         same = ((logits.argmax(-1) == labels) | (labels == IGNORE)).all(1)
-        for (_, r), yes in zip(batch, same.tolist(), strict=True):
+        for (_, r), yes in zip(pairs, same.tolist(), strict=True):
             right.setdefault(r["subkind"] or r["kind"], []).append(yes)
     return {kind: sum(values) / len(values) for kind, values in sorted(right.items())}
 
 
-def asymmetric_loss(logits: Tensor, wanted: Tensor, focus: float = 2.0, margin: float = 0.05) -> Tensor:
-    """Cross-entropy that plays down negatives (arXiv 2009.14119): one below the margin costs nothing. Both (b, c)."""
-    p = logits.sigmoid()
-    q = (p - margin).clamp_min(0)
-    yes = -wanted * p.clamp_min(1e-6).log()
-    no = -(1 - wanted) * q**focus * (1 - q).clamp_min(1e-6).log()
-    return (yes + no).sum(-1).mean()
-
-
 def train_ram(config: LionConfig, pool: Pool, test: Pool, steps: int, seed: int, log: Log) -> tuple[Ram, list[float]]:
-    """RAM, trained on tags with a tagger's errors, and the threshold of each tag that maximises F1."""
+    """RAM, trained on tags with a tagger's errors, and each tag's threshold: the one with the greatest F1."""
     assert config.ram
     ram, rng = Ram(config.ram), random.Random(seed)
     pixels, held_out = (each.pixels(ram_transform, config.ram.image_size) for each in (pool, test))
-    wanted = tag_table([tags(each.things, rng) for each in pool.scenes])
+    wanted = tag_labels([tags(each.things, rng) for each in pool.scenes])
     side = config.ram.image_size // config.ram.patch_size // 2 ** (len(config.ram.depths) - 1)
     labels = patch_labels(pool.scenes, owners(pool.scenes, side))[..., :3]
     head = nn.Linear(config.ram.tag_width, sum(FIELDS[:3]))
@@ -294,14 +273,10 @@ def train_ram(config: LionConfig, pool: Pool, test: Pool, steps: int, seed: int,
         scores = torch.cat([ram(part.float()).sigmoid() for part in images.split(100)])
     thresholds = best_thresholds(scores[: -len(held_out)], wanted[:1000])
     chosen = (scores[-len(held_out) :] > torch.tensor(thresholds)).float()
-    truth = tag_table([set().union(*(t.words for t in each.things)) for each in test.scenes])
+    truth = tag_labels([set().union(*(t.words for t in each.things)) for each in test.scenes])
     hits = (chosen * truth).sum().item()
     log("ram, held out", {"precision": hits / max(1.0, chosen.sum().item()), "recall": hits / truth.sum().item()})
     return ram, thresholds
-
-
-def tag_table(chosen: Sequence[Sequence[str] | set[str]]) -> Tensor:  # -> (b, c)
-    return torch.tensor([[float(tag in each) for tag in TAGS] for each in chosen])
 
 
 def best_thresholds(scores: Tensor, wanted: Tensor) -> list[float]:  # (b, c), (b, c) -> c
@@ -312,16 +287,13 @@ def best_thresholds(scores: Tensor, wanted: Tensor) -> list[float]:  # (b, c), (
     return [round(floor, 2) for floor in floors[f1.argmax(0)].tolist()]
 
 
+@torch.random.fork_rng(devices=[])
 def run(out: str | Path, quick: bool = False, seed: int = 0, log: Log = lambda name, values: None) -> Path:
-    """Train all three. Write weights under the names of `LionModel.state_dict()`, vocabularies, tags and thresholds.
-
-    T5 has no adapters yet. The state of torch's random number generator is restored.
-    """
+    """Train all three. Write weights under the names of `LionModel.state_dict()`, vocabularies, tags and thresholds."""
     # oneDNN caches its kernels for the last 1,024 shapes. Here every step has new shapes: half a gigabyte and more.
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256")
     folder, config, start = Path(out), PRESETS["tiny"], time.perf_counter()
     write_vocabularies(folder)
-    random_state = torch.get_rng_state()
     torch.manual_seed(seed)
     side = config.vit.image_size // config.vit.patch_size
     pool, test = Pool(200 if quick else POOL, "train", side), Pool(20 if quick else 300, "test", side)
@@ -330,7 +302,6 @@ def run(out: str | Path, quick: bool = False, seed: int = 0, log: Log = lambda n
     reader = Reader(config, UnigramTokenizer.from_file(folder / "tokenizer.json"))
     t5 = train_t5(reader, pool, test, steps["t5"], seed, log)
     ram, thresholds = train_ram(config, pool, test, steps["ram"], seed, log)
-    torch.set_rng_state(random_state)
     parts = nn.ModuleDict({"vit": vit, "t5": t5, "ram": ram}).state_dict()
     save_file({name: tensor.bfloat16().contiguous() for name, tensor in parts.items()}, folder / "model.safetensors")
     made_by = f"stage 0: lion_mini/toy/stage0.py (seed {seed}, {(time.perf_counter() - start) / 60:.1f} minutes)"

@@ -86,7 +86,7 @@ def test_the_tag_loss_is_asymmetric() -> None:
     logits = torch.tensor([[-5.0], [1.0], [-1.0], [100.0]])
     wanted = torch.tensor([[0.0], [0.0], [1.0], [0.0]])
     sure, wrong, missed, extreme = (
-        stage0.asymmetric_loss(a[None], b[None]).item() for a, b in zip(logits, wanted, strict=True)
+        labels.asymmetric_loss(a[None], b[None]).item() for a, b in zip(logits, wanted, strict=True)
     )
     assert sure == 0 < wrong < missed
     assert extreme < 20
