@@ -1,4 +1,4 @@
-"""Labels and losses of stage 0: what every patch of a scene shows, and what every word of a question refers to.
+"""Labels and losses of stage 0: what every patch shows, which tags apply, what every word of a question refers to.
 
     patch      shape, colour, size and box of the thing that covers most of it        `owners`, `patch_labels`
     noun       the same of the thing it refers to, if it is one; how many it fits     `Meanings`

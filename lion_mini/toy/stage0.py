@@ -141,7 +141,7 @@ class Reader(nn.Module):
         self.pieces, self.meanings, self.queries = pieces, Meanings(pieces), config.qformer.queries
 
     def forward(self, pool: Pool, pairs: Pairs, few: bool, tagged: bool, rng: random.Random) -> tuple[Tensor, ...]:
-        """Logits (b, t, v) and labels (b, t) of the answers; predictions (k, ·) and labels (k, ·) of k words' meanings."""
+        """Logits (b, t, v) and labels (b, t) of the answers; predictions and labels (k, ·) of k words' meanings."""
         seen = torch.stack([pool.features[i][glimpse(pool.owner[i], few, self.queries)] for i, _ in pairs]).float()
         prompts = [prompt(record, tagged, rng) for _, record in pairs]
         encode, n = self.meanings.encode, seen.shape[1]
@@ -179,8 +179,8 @@ def start_from_words(reader: Reader, features: Tensor, labels: Tensor) -> None: 
 
 
 def glimpse(owner: Tensor, few: bool, tokens: int) -> Tensor:  # (n,) -> (tokens,) or (1 + n,)
-    """Which of the ViT's tokens T5 sees: all, as from the aggregator, or one per thing and some background, as a Q-Former
-    might choose. They are shuffled, so that T5 cannot rely on their order."""
+    """Which of the ViT's tokens T5 sees, shuffled so that it cannot rely on their order: all, as from the aggregator, or
+    as a Q-Former might choose: one per thing and some background."""
     order = torch.randperm(len(owner) + 1)
     if not few:
         return order
