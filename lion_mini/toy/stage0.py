@@ -179,8 +179,8 @@ def start_from_words(reader: Reader, features: Tensor, labels: Tensor) -> None: 
 
 
 def glimpse(owner: Tensor, few: bool, tokens: int) -> Tensor:  # (n,) -> (tokens,) or (1 + n,)
-    """Which of the ViT's tokens T5 sees, shuffled so that it cannot rely on their order: all, as from the aggregator, or
-    as a Q-Former might choose: one per thing and some background."""
+    """Which of the ViT's tokens T5 sees: all, as from the aggregator, or few, as a Q-Former might choose: one per thing
+    and some background. They are shuffled, so that T5 cannot rely on their order."""
     order = torch.randperm(len(owner) + 1)
     if not few:
         return order
