@@ -54,7 +54,6 @@ class UnigramTokenizer:
         self.normalizers = read_steps("normalizer", data.get("normalizer"))
         self.pre_tokenizers = read_steps("pre_tokenizer", data.get("pre_tokenizer"))
         (self.decoder,) = read_steps("decoder", need(data.get("decoder"), dict, "decoder"))
-
         added = {spec["content"]: spec for spec in need(data.get("added_tokens"), list, "added_tokens")}
         for token, spec in added.items():
             if spec["id"] != (expected := self.pieces.get(token, (len(self.tokens),))[0]):
@@ -77,7 +76,7 @@ class UnigramTokenizer:
         return len(self.tokens)
 
     def encode(self, text: str, limit: int | None = None) -> list[int]:
-        """The ids of a text and `</s>`; more than `limit` are cut at the front."""
+        """The ids of a text and `</s>`; beyond `limit` the front is cut off."""
         ids: list[int] = []
         for start, raw in self.split_raw(text):
             for offset, part in [(0, raw)] if isinstance(raw, int) else self.split_normal(self.normalise(raw)):
@@ -96,8 +95,7 @@ class UnigramTokenizer:
             text = step(text)
         return text
 
-    def words(self, text: str, first: bool) -> list[str]:
-        """The words of a part of a text; `first` says that the text begins with it."""
+    def words(self, text: str, first: bool) -> list[str]:  # first: the whole text begins with this part
         parts = [(text, first)]
         for step in self.pre_tokenizers:
             parts = [inner for part in parts for inner in step(*part)]
@@ -133,7 +131,10 @@ class WordPieceTokenizer:
             if self.vocab.setdefault(token, id) != id:
                 raise ValueError(f"line {id + 1} repeats line {self.vocab[token] + 1}, {token!r}")
         self.vocab.setdefault("[DEC]", len(vocab))  # the release adds it as a start token and never uses it
-        self.special = {name: self.vocab[name] for name in ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "[DEC]")}
+        names = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "[DEC]")
+        if missing := [name for name in names if name not in self.vocab]:
+            raise ValueError(f"a line must be {missing[0]}")
+        self.special = {name: self.vocab[name] for name in names}
         self.pad_id, self.unk_id, self.cls_id, self.sep_id, *_ = self.special.values()
         self.tokens = {id: token for token, id in self.vocab.items()}
         self.split_raw = _Splitter({name: {"id": id} for name, id in self.special.items()})
@@ -148,7 +149,7 @@ class WordPieceTokenizer:
         return len(self.vocab)
 
     def encode(self, text: str, limit: int | None = None) -> list[int]:
-        """`[CLS]`, the ids of a text and `[SEP]`; more than `limit` are cut at the front of the text."""
+        """`[CLS]`, the ids of a text and `[SEP]`; beyond `limit` the front of the text is cut off."""
         ids: list[int] = []
         for _, part in self.split_raw(text):
             ids += [part] if isinstance(part, int) else [id for word in _bert_words(part) for id in self.cut(word)]
