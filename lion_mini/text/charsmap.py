@@ -66,7 +66,7 @@ def clusters(text: str) -> list[str]:
 
 
 def split(pattern: str, text: str, first: bool) -> list[tuple[str, bool]]:
-    """The words of a part of a text. The flags say which part, and which word of it, begins the whole text."""
+    """(word, flag) for each word: does the whole text begin with it? `first`: the whole text begins with `text`."""
     return [(word[0], first and word.start() == 0) for word in re.finditer(pattern, text)]
 
 
@@ -77,7 +77,7 @@ class Metaspace:
         older = "always" if need(spec.get("add_prefix_space", True), bool, "add_prefix_space") else "never"
         self.mark, self.prepend = need(spec.get("replacement"), str, "replacement"), spec.get("prepend_scheme", older)
         if len(self.mark) != 1 or self.prepend not in ("always", "first", "never"):
-            raise ValueError(f"replacement must be one character, prepend_scheme always, first or never: {spec!r:.99}")
+            raise ValueError("replacement must be one character, prepend_scheme always, first or never")
         mark = re.escape(self.mark)
         self.pattern = f"^[^{mark}]+|{mark}[^{mark}]*" if need(spec.get("split", True), bool, "split") else "(?s:.+)"
 
@@ -94,12 +94,13 @@ def read_steps(key: str, spec: Any) -> list[Any]:
         return []
     if need(spec, dict, key).get("type") == "Sequence":
         return [step for part in spec[key.replace("_", "") + "s"] for step in read_steps(key, part)]
-    with reading(f"the {key} {spec!r:.60}"):
+    with reading(f"the {key} {spec!r:.99}"):
         match key, spec:
             case "normalizer", {"type": "Precompiled", "precompiled_charsmap": str(encoded)}:
                 return [Precompiled(encoded)]
             case "normalizer", {"type": "Replace", "pattern": dict(old), "content": str(new)}:
-                return [partial(re.compile(old.get("Regex") or re.escape(old["String"])).sub, new.replace("\\", r"\\"))]
+                pattern = old["Regex"] if "Regex" in old else re.escape(old["String"])
+                return [partial(re.compile(pattern).sub, new.replace("\\", r"\\"))]
             case "normalizer", {"type": "Strip", "strip_left": bool(left), "strip_right": bool(right)}:
                 return [methodcaller("lstrip", SPACE)] * left + [methodcaller("rstrip", SPACE)] * right
             case "pre_tokenizer", {"type": "WhitespaceSplit"}:
