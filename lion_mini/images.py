@@ -93,7 +93,7 @@ def _eight_bits(image: Image.Image) -> Image.Image:
 
 
 def open_image(source: str | Path | IO[bytes]) -> Image.Image:
-    """A path's or binary file's picture, upright, 8-bit RGB, the first frame. A ValueError names the path and fault."""
+    """The first frame of a path or binary file, upright, as 8-bit RGB. A ValueError names the path and the fault."""
     name = getattr(source, "name", "the image") if hasattr(source, "read") else source
     with reading(name), Image.open(source) as image:
         image.load()

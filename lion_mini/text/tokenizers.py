@@ -7,7 +7,7 @@ They differ in how a word becomes pieces:
     WordPiece   the longest piece that begins the word, then the longest that continues it, ...
 
 Sources: Kudo, "Subword Regularization", 2018 (T5's sentencepiece); Devlin et al., "BERT", 2019. The ids equal those of
-Hugging Face's `tokenizers`. Only characters younger than Unicode 8 may differ, since Python classes them.
+Hugging Face's `tokenizers`. Only characters newer than Unicode 8 may differ: Python's own tables class them.
 """
 
 import math
