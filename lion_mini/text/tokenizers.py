@@ -13,6 +13,7 @@ Hugging Face's `tokenizers`. Only characters newer than Unicode 8 may differ: Py
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 from unicodedata import category, normalize
@@ -21,7 +22,9 @@ from ..files import need, read_json, read_text, reading
 from .charsmap import SPACE, read_steps
 
 # The blocks of Chinese characters that BERT's authors chose.
-_HAN = "[㐀-䶿一-鿿\uf900-\ufaff\U00020000-\U0002a6df\U0002a700-\U0002b81f\U0002b920-\U0002ceaf\U0002f800-\U0002fa1f]"
+_HAN = re.compile(
+    "[㐀-䶿一-鿿\uf900-\ufaff\U00020000-\U0002a6df\U0002a700-\U0002b81f\U0002b920-\U0002ceaf\U0002f800-\U0002fa1f]"
+)
 
 
 class UnigramTokenizer:
@@ -166,9 +169,10 @@ class WordPieceTokenizer:
             return [self.unk_id]
         ids, start = list[int](), 0
         while start < len(word):
-            prefix = "##" if start else ""
-            ends = (end for end in range(len(word), start, -1) if prefix + word[start:end] in self.vocab)
-            if (end := next(ends, 0)) == 0:
+            prefix, end = "##" if start else "", len(word)
+            while end > start and prefix + word[start:end] not in self.vocab:
+                end -= 1
+            if end == start:
                 return [self.unk_id]
             ids.append(self.vocab[prefix + word[start:end]])
             start = end
@@ -177,10 +181,22 @@ class WordPieceTokenizer:
 
 def _bert_words(text: str) -> list[str]:
     """Lower case without accents; Chinese characters and punctuation are words of their own."""
-    text = "".join(c for c in text if c in "\t\n\r" or not (c == "\ufffd" or category(c) in ("Cc", "Cf", "Co", "Cs")))
-    text = normalize("NFD", re.sub(_HAN, r" \g<0> ", text))
-    apart = (f" {c} " if category(c)[0] == "P" or c in "$+<=>^`|~" else c.lower() for c in text if category(c) != "Mn")
-    return "".join(apart).split()  # lower() per character: in a whole word the last sigma would differ
+    text = normalize("NFD", _HAN.sub(r" \g<0> ", "".join(map(_clean, text))))
+    return "".join(map(_fold, text)).split()
+
+
+@cache
+def _clean(char: str) -> str:
+    control = char == "\ufffd" or category(char) in ("Cc", "Cf", "Co", "Cs")
+    return "" if control and char not in "\t\n\r" else char
+
+
+@cache
+def _fold(char: str) -> str:
+    """Per character: in a whole word, lower() would change the last sigma."""
+    if category(char)[0] == "P" or char in "$+<=>^`|~":
+        return f" {char} "
+    return "" if category(char) == "Mn" else char.lower()
 
 
 class _Splitter:
