@@ -185,14 +185,14 @@ def score(name: str, examples: Sequence[Example], predictions: Sequence[Mapping[
     return BENCHMARKS[name].scorer(examples, answers)
 
 
-def few_annotators(name: str, examples: Sequence[Example]) -> list[str]:
-    """A note on the questions that the VQA accuracy, made for ten annotators, counts low."""
-    few = sum(len(example.references) < 10 for example in examples)
-    single = sum(len(example.references) == 1 for example in examples)
-    if BENCHMARKS[name].scorer is not vqa_scores or not few:
-        return []
-    formula = "the official min(1, equal answers of the others / 3), averaged over the annotators"
-    return [f"{few:,} questions with fewer than ten annotators, scored by {formula}: 0 for the {single:,} with one"]
+def few_annotators(name: str, examples: Sequence[Example]) -> str:
+    """A note on the questions that VQA accuracy, made for ten annotators, counts low; empty if there are none."""
+    counts = [len(example.references) for example in examples if len(example.references) < 10]
+    if BENCHMARKS[name].scorer is not vqa_scores or not counts:
+        return ""
+    formula = "the evaluator's mean over the annotators of min(1, equal answers of the others / 3)"
+    single = f"; {counts.count(1):,} have one annotator and count 0" if 1 in counts else ""
+    return f"{len(counts):,} questions have fewer than ten annotators: they count {formula}{single}"
 
 
 def report(result: Mapping[str, Any]) -> str:
@@ -207,7 +207,7 @@ def report(result: Mapping[str, Any]) -> str:
 
 def table(folder: Path) -> str:
     """A folder's results as Markdown, and the paper's averages if all their benchmarks are there."""
-    results = {}
+    results = dict[str, Any]()
     for path in folder.glob("*.json"):
         result = read_json(path, object)
         if isinstance(result, dict) and result.get("task") in BENCHMARKS and result.get("scores"):
@@ -215,16 +215,16 @@ def table(folder: Path) -> str:
     if not results:
         raise ValueError(f"{folder} holds no result: eval.py TASK writes TASK.json there")
     lines = ["| benchmark | metric | ours | LION-4B | LION-12B | examples | differs |", "|---|---|---|---|---|---|---|"]
-    for name in filter(results.__contains__, BENCHMARKS):
+    for name in (name for name in BENCHMARKS if name in results):
         scores, paper = results[name]["scores"], BENCHMARKS[name].paper
         for metric in [metric for metric in scores if metric in paper] or [*scores][:1]:
-            theirs = {model: f"{number:.2f}" for model, number in paper.get(metric, {}).items()}
-            small = f"{theirs['LION']}, size not said" if "LION" in theirs else theirs.get("LION-4B", "")
-            row = (name, metric, f"{scores[metric]:.2f}", small, theirs.get("LION-12B", ""))
+            cells = {model: f"{number:.2f}" for model, number in paper.get(metric, {}).items()}
+            small = f"{cells['LION']}, size not said" if "LION" in cells else cells.get("LION-4B", "")
+            row = (name, metric, f"{scores[metric]:.2f}", small, cells.get("LION-12B", ""))
             lines.append(f"| {' | '.join(row)} | {results[name]['count']:,} | {'; '.join(results[name]['differs'])} |")
-    ours = metrics.averages({name: next(iter(result["scores"].values())) for name, result in results.items()})
-    small, large = (paper_averages(model) for model in ("LION-4B", "LION-12B"))
-    lines += [f"| {name} | mean | {ours[name]:.2f} | {small[name]:.2f} | {large[name]:.2f} | | |" for name in ours]
+    ours = metrics.averages({name: next(iter(row["scores"].values())) for name, row in results.items()})
+    four, twelve = (paper_averages(model) for model in ("LION-4B", "LION-12B"))
+    lines += [f"| {key} | mean | {ours[key]:.2f} | {four[key]:.2f} | {twelve[key]:.2f} | | |" for key in ours]
     return "\n".join(lines)
 
 
