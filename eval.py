@@ -15,13 +15,13 @@ Predictions go to OUT/TASK.jsonl as they come, below a header with all settings.
 and ends with the same file, because batches are fixed. Exit code 0: measured; 2: an error, in one sentence.
 """
 
-import argparse
 import csv
 import io
 import json
 import random
 import sys
-from collections.abc import Mapping, Sequence
+from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -45,14 +45,16 @@ from lion_mini.text.prompts import EVAL_TEMPLATES, TASK_OF, load_templates, rend
 from lion_mini.text.vocabularies import Vocabularies
 from lion_mini.toy.scores import toy_scores
 
-PRESET_OF = {"caption": "caption", "rec": "locate", "reg": "describe"}  # for all other kinds: answer
+Examples = Sequence[Example]
+Line = dict[str, Any]
+DECODING = {"caption": "caption", "rec": "locate", "reg": "describe"}  # GENERATION's entry; other kinds: answer
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     return run(measure_or_table, parse(argv))
 
 
-def measure_or_table(args: argparse.Namespace) -> None:
+def measure_or_table(args: Namespace) -> None:
     try:
         if args.task == "table":
             print(table(Path(args.folder or args.out)))
@@ -65,8 +67,8 @@ def measure_or_table(args: argparse.Namespace) -> None:
             dist.destroy_process_group()
 
 
-def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parse(argv: Sequence[str] | None = None) -> Namespace:
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("task", nargs="?", help="a benchmark, or table; without one, the shapes world")
     parser.add_argument("folder", nargs="?", help="of table: where the results are")
     parser.add_argument("--weights", type=Path, help="a folder of weights.py convert or train.py")
@@ -91,7 +93,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def check(args: argparse.Namespace) -> None:
+def check(args: Namespace) -> None:
     for name, least in (("batch_size", 1), ("segment", 1), ("limit", 1), ("scenes", 1), ("sheet", 0)):
         if getattr(args, name) is not None and getattr(args, name) < least:
             raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, not {getattr(args, name)}")
@@ -116,7 +118,7 @@ def check(args: argparse.Namespace) -> None:
 # --- predictions
 
 
-def instructions(args: argparse.Namespace, examples: Sequence[Example]) -> list[str]:
+def instructions(args: Namespace, examples: Examples) -> list[str]:
     """The prompt of each example, from --templates drawn by seed and id."""
     choices = (args.template,) if args.templates is None else load_templates(args.templates)["rec"]
     prompts = []
@@ -129,7 +131,7 @@ def instructions(args: argparse.Namespace, examples: Sequence[Example]) -> list[
     return prompts
 
 
-def header(args: argparse.Namespace, ranked: bool) -> dict[str, Any]:
+def header(args: Namespace, ranked: bool) -> dict[str, Any]:
     """Every setting that changes predictions, and size and time of the files that make the model."""
     kind, folder = BENCHMARKS[args.task].kind, TINY if args.weights == Path("tiny") else args.weights
     read_config(folder)
@@ -148,37 +150,33 @@ def header(args: argparse.Namespace, ranked: bool) -> dict[str, Any]:
     return settings | {name: f"{stat.st_size} bytes, mtime {stat.st_mtime_ns}" for name, stat in stats.items()}
 
 
-def answers(
-    lion: Lion, args: argparse.Namespace, batch: Sequence[Example], prompts: Sequence[str], images: ImageFolder
-) -> list[dict[str, Any]]:
+def answers(lion: Lion, args: Namespace, batch: Examples, prompts: list[str], images: ImageFolder) -> Iterator[Line]:
     """A prediction per example: its text, or its candidates' log-likelihoods. A picture is tagged once per batch."""
-    pictures = {example.image: open_picture(example, images) for example in batch}
+    pictures = {image: open_picture(image, images) for image in dict.fromkeys(example.image for example in batch)}
     tags: list[list[str]] | None = None
     if lion.config.tags != "none":
         tagged = dict(zip(pictures, lion.scored_tags([*pictures.values()]), strict=True))
         tags = [[tag for tag, _ in tagged[example.image]] for example in batch]
     kind, size = BENCHMARKS[args.task].kind, lion.config.vit.image_size
     pixels = torch.stack([lion_transform(pictures[example.image], size) for example in batch])
-    tasks, found = [TASK_OF[kind]] * len(batch), list[dict[str, Any]]()
+    tasks = [TASK_OF[kind]] * len(batch)
     if batch[0].candidates:
         rows = lion.rank(pixels, prompts, tags, tasks, [example.candidates for example in batch], args.segment)
-        found = [{"scores": [round(value, 6) for value in row]} for row in rows]
+        found: list[Line] = [{"scores": [round(value, 6) for value in row]} for row in rows]
     else:
-        settings = GENERATION["official" if args.official else PRESET_OF.get(kind, "answer")]
+        settings = GENERATION["official" if args.official else DECODING.get(kind, "answer")]
         found = [{"text": text} for text in lion.generate(pixels, prompts, tags, tasks, settings)]
-    return [{"id": e.id, "prompt": p, **answer} for e, p, answer in zip(batch, prompts, found, strict=True)]
+    return ({"id": e.id, "prompt": p, **answer} for e, p, answer in zip(batch, prompts, found, strict=True))
 
 
-def open_picture(example: Example, images: ImageFolder) -> Image.Image:
-    if isinstance(example.image, bytes):
-        return open_image(io.BytesIO(example.image))
-    return open_image(images.path(example.image) or example.image)
+def open_picture(image: str | bytes, images: ImageFolder) -> Image.Image:
+    return open_image(io.BytesIO(image) if isinstance(image, bytes) else images.path(image) or image)
 
 
-def predict(
-    args: argparse.Namespace, examples: Sequence[Example], ids: Sequence[str], path: Path, images: ImageFolder
-) -> dict[str, Any] | None:
-    """Answer the remaining examples; `ids` are all of the benchmark's. None on all ranks but the first."""
+def predict(args: Namespace, examples: Examples, ids: list[str], path: Path, images: ImageFolder) -> tuple[Line, Line]:
+    """Answer the remaining examples; `ids` are the whole file's. Header and predictions by id, empty if rank > 0."""
+    prompts = instructions(args, examples)
+
     # 1. Rank 0 joins what an earlier run left.
     rank, world, device = distributed(args.device, timedelta(days=7))
     args.dtype = str(best_dtype(device)).removeprefix("torch.") if args.dtype == "auto" else args.dtype
@@ -193,14 +191,13 @@ def predict(
     starts = range(0, len(examples), args.batch_size)
     todo = [s for s in starts if any(e.id not in known for e in examples[s : s + args.batch_size])]
     if todo:
-        prompts = instructions(args, examples)
         lion = open_lion(args, device)
         with open(part(path, rank) if rank else path, "a", encoding="utf-8") as file:
             if rank:
                 file.write(json.dumps(made, ensure_ascii=False) + "\n")
             for s in tqdm(todo[rank::world], unit="batch", disable=None if rank == 0 else True):
-                end = s + args.batch_size
-                lines = answers(lion, args, examples[s:end], prompts[s:end], images)
+                these = slice(s, s + args.batch_size)
+                lines = answers(lion, args, examples[these], prompts[these], images)
                 new = (line for line in lines if line["id"] not in known)
                 file.write("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in new))
                 file.flush()
@@ -209,12 +206,12 @@ def predict(
     if world > 1:
         dist.barrier()
     if rank > 0:
-        return None
+        return {}, {}
     join(path, ids, made)
-    return load(path, ids, made)[1]
+    return load(path, ids, made)
 
 
-def open_lion(args: argparse.Namespace, device: str | torch.device) -> Lion:
+def open_lion(args: Namespace, device: str | torch.device) -> Lion:
     lion = Lion.from_pretrained(args.weights or "tiny", device, DTYPES[args.dtype])
     if args.no_tags:
         lion.config = replace(lion.config, tags="none")
@@ -224,7 +221,7 @@ def open_lion(args: argparse.Namespace, device: str | torch.device) -> Lion:
 # --- scores
 
 
-def measure(args: argparse.Namespace) -> None:
+def measure(args: Namespace) -> None:
     check(args)
     benchmark, images, path = BENCHMARKS[args.task], ImageFolder(args.images), args.out / f"{args.task}.jsonl"
     examples = read(args.task, args.ann)
@@ -236,26 +233,24 @@ def measure(args: argparse.Namespace) -> None:
         examples = [example for example, is_there in zip(asked, there, strict=True) if is_there]
         if not examples:
             raise ValueError(f"not one picture of {args.task} is below {args.images}")
-        predictions = predict(args, examples, ids, path, images)
-        if predictions is None:
+        made, predictions = predict(args, examples, ids, path, images)
+        if not predictions:  # rank 0 scores
             return
     else:
         path = args.score
-        _, predictions = load(path, ids, {"task": args.task})
+        made, predictions = load(path, ids, {"task": args.task})
         examples = [example for example in asked if example.id in predictions]
         if not examples:
             raise ValueError(f"{path} holds no prediction for the {len(asked):,} examples of {args.task}")
-    lost = f"{len(asked) - len(examples):,} examples without a {'picture' if args.score is None else 'prediction'}"
+    lost = "picture" if args.score is None else "prediction"
     notes = {
-        f"{len(ids):,} examples in the file, {benchmark.count:,} in the paper's benchmark": (
-            len(ids) != benchmark.count and args.rounds == "all"
-        ),
-        f"{lost} left out": len(examples) < len(asked),
-        **settings(args, load(path, ids, {})[0]),
+        f"{len(ids):,} examples in the file, {benchmark.count:,} in the paper's benchmark": len(ids) != benchmark.count,
+        f"{len(asked) - len(examples):,} examples without a {lost} left out": len(examples) < len(asked),
         f"only the first {args.limit}": args.limit is not None,
         few_annotators(args.task, examples): True,
+        benchmark.differs: True,
     }
-    differs = [note for note, holds in notes.items() if note and holds]
+    differs = [note for note, holds in (notes | settings(benchmark.kind, made)).items() if note and holds]
     scores = score(args.task, examples, [predictions[example.id] for example in examples])
     result = {"task": args.task, "count": len(examples), "scores": scores, "differs": differs}
     with atomic_write(args.out / f"{args.task}.json") as new:
@@ -271,32 +266,27 @@ def measure(args: argparse.Namespace) -> None:
         print(f"the worst are drawn in {sheet}: the truth green, the prediction red")
 
 
-def settings(args: argparse.Namespace, made: Mapping[str, Any]) -> dict[str, bool]:
-    """What may differ from the paper's setting, and whether it does by the predictions' header."""
-    benchmark = BENCHMARKS[args.task]
-    usual = EVAL_TEMPLATES[benchmark.kind]
-    template = made.get("template", usual)
+def settings(kind: str, made: Mapping[str, Any]) -> dict[str, bool]:
+    """Every setting that may differ from the paper's, and whether it does in the header of the predictions."""
+    template = made.get("template", EVAL_TEMPLATES[kind])
     return {
         "the file does not say how its predictions were made": not made,
         "5 beams and repetition penalty 1.5, where the paper writes greedily": made.get("decoding") == "official",
         "one instruction for all, where the paper draws one of 54": made.get("template") == EVAL_TEMPLATES["rec"],
-        f"the instruction {template!r}": template != usual and benchmark.kind != "rec",
+        f"the instruction {template!r}": template != EVAL_TEMPLATES[kind] and kind != "rec",
         "no image tags": made.get("tags") is False,
         "only the last rounds": made.get("rounds") == "last",
-        benchmark.differs: True,
     }
 
 
-def submit(path: Path, examples: Sequence[Example], predictions: dict[str, Any]) -> None:
+def submit(path: Path, examples: Examples, predictions: Line) -> None:
     """The letters that MMBench's server scores, for the test set without answers."""
     rows = [(e.id, e.fields["question"], e.references[best(predictions[e.id]["scores"])]) for e in examples]
     with atomic_write(path) as new, open(new, "w", encoding="utf-8", newline="") as file:
         csv.writer(file, delimiter="\t").writerows([("index", "question", "prediction"), *rows])
 
 
-def draw_worst(
-    examples: Sequence[Example], predictions: dict[str, Any], images: ImageFolder, count: int
-) -> Image.Image:
+def draw_worst(examples: Examples, predictions: Line, images: ImageFolder, count: int) -> Image.Image:
     """A sheet of the answers that overlap the truth least, four in a row."""
     boxes = [Box.parse(predictions[example.id]["text"]) for example in examples]
     rows = [(box.iou(e.box) if box and e.box else -1.0, box, e) for box, e in zip(boxes, examples, strict=True)]
@@ -307,7 +297,7 @@ def draw_worst(
         if images.path(str(example.image)) is not None and example.box:
             label = f"{example.fields['expression']} ({f'IoU {iou:.2f}' if box else 'no box'})"
             drawn = [(example.box, label, "green"), *([(box, "", "red")] if box else [])]
-            picture = draw_boxes(open_picture(example, images), drawn)
+            picture = draw_boxes(open_picture(example.image, images), drawn)
             picture.thumbnail((width - 8, height - 8))
             sheet.paste(picture, (i % 4 * width + 4, i // 4 * height + 4))
     return sheet
@@ -316,7 +306,7 @@ def draw_worst(
 # --- the shapes world
 
 
-def measure_toy(args: argparse.Namespace) -> None:
+def measure_toy(args: Namespace) -> None:
     check(args)
     lion = open_lion(args, args.device)
     rows = toy_scores(lion, [toy.scene(i, "test") for i in range(args.scenes)])

@@ -8,13 +8,13 @@ Under torchrun each rank writes a part with the same header, and rank 0 joins th
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from ..files import atomic_write, need, reading
 
-Header = Mapping[str, Any]
+Header = dict[str, Any]
 
 
 def part(path: Path, rank: int | str) -> Path:
