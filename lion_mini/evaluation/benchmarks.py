@@ -190,9 +190,9 @@ def few_annotators(name: str, examples: Sequence[Example]) -> str:
     counts = [len(example.references) for example in examples if len(example.references) < 10]
     if BENCHMARKS[name].scorer is not vqa_scores or not counts:
         return ""
-    formula = "the evaluator's mean over the annotators of min(1, equal answers of the others / 3)"
-    single = f"; {counts.count(1):,} have one annotator and count 0" if 1 in counts else ""
-    return f"{len(counts):,} questions have fewer than ten annotators: they count {formula}{single}"
+    formula = "the official mean over annotators of min(1, equal answers of the others / 3)"
+    single = f", 0 for the {counts.count(1):,} with one annotator" if 1 in counts else ""
+    return f"{len(counts):,} questions have fewer than ten annotators: they score {formula}{single}"
 
 
 def report(result: Mapping[str, Any]) -> str:

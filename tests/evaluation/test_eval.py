@@ -7,7 +7,7 @@ import shutil
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -200,6 +200,27 @@ def test_vsr_iconqa_gqa_aokvqa_from_predictions(tmp_path: Path) -> None:
     assert found == {"direct answer": 50, "without difficult": 100}
     icons = [readers.Example("1", "x", candidates=("3", "2"), target=1)]
     assert benchmarks.score("iconqa", icons, [{"scores": [-1.0, -0.5]}]) == {"top-1": 100}
+
+
+def test_a_new_benchmark_is_one_entry_and_one_reader(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def reader(paths: Sequence[Path]) -> Iterator[readers.Example]:
+        for where, row in readers.records(*readers.load(paths)):
+            yield readers.Example(row["id"], "0.png", {"question": where[-1]}, tuple(row["answers"]))
+
+    entry = benchmarks.Benchmark("my_vqa", reader, "vqa", benchmarks.vqa_scores, 3)
+    monkeypatch.setitem(BENCHMARKS, entry.name, entry)
+    draw(tmp_path, "0.png")
+    path = write(tmp_path, "my.json", [{"id": str(count), "answers": ["yes"] * count} for count in (1, 9, 10)])
+    assert run("my_vqa", "--ann", path)[0] == 0
+    prompts = [line["prompt"] for line in lines(tmp_path / "results" / "my_vqa.jsonl")[1:]]
+    assert prompts == [f"Question: {number} Short answer:" for number in (1, 2, 3)]
+    mine = write(tmp_path, "m.jsonl", [{"id": id, "text": "yes"} for id in ("1", "9", "10")], lines=True)
+    _, out, _ = run("my_vqa", "--ann", path, "--score", mine, weights=False)
+    assert f"VQA accuracy {200 / 3:19.2f}\n" in out
+    assert "2 questions have fewer than ten annotators" in out
+    assert "0 for the 1 with one annotator" in out
+    assert f"| my_vqa | VQA accuracy | {200 / 3:.2f} |  |  | 3 |" in run("table", tmp_path / "results")[1]
+    assert "the task 'my_gqa' is unknown" in run("my_gqa", "--ann", path)[2]
 
 
 # --- the paper's numbers
