@@ -57,7 +57,7 @@ def only(paths: Sequence[Path], count: int = 1) -> Path:
     return paths[0]
 
 
-def load(paths: Sequence[Path], count: int = 1) -> tuple[str, Any]:
+def read_files(paths: Sequence[Path], count: int = 1) -> tuple[str, Any]:
     """Name and content of a JSON file, or of `count` files whose objects belong together."""
     data = read_json(only(paths, count), object)
     with reading(where := " and ".join(map(str, paths))):
@@ -66,19 +66,19 @@ def load(paths: Sequence[Path], count: int = 1) -> tuple[str, Any]:
     return where, data
 
 
-def records(path: object, data: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+def rows(path: object, data: Any, name: str = "") -> Iterator[tuple[str, Any]]:
     """The objects in a list, or in the list under this name, each with its place."""
     with reading(path):
-        rows = need(need(data, dict)[name] if name else data, list, name)
-    for number, row in enumerate(rows, 1):
+        listed = need(need(data, dict)[name] if name else data, list, name)
+    for number, row in enumerate(listed, 1):
         with reading(place := f"{path}, {name or 'record'} {number}"):
             yield place, need(row, dict)
 
 
-def in_split(path: object, rows: Iterator[tuple[str, Any]], split: str) -> Iterator[tuple[str, Any]]:
-    """The records of one split."""
+def in_split(path: object, data: Any, name: str, split: str) -> Iterator[tuple[str, Any]]:
+    """`rows` of one split."""
     splits = set()
-    for where, row in rows:
+    for where, row in rows(path, data, name):
         with reading(where):
             splits.add(need(row["split"], str, "split"))
         if row["split"] == split:
@@ -105,38 +105,38 @@ def choose(value: Any, choices: Sequence[Any], name: str) -> Any:
     return value
 
 
-def pick(texts: Sequence[Any], number: Any) -> str:
+def text_at(texts: Sequence[Any], number: Any) -> str:
     return need(texts[choose(number, range(len(texts)), "the number of a text")], str, "text")
 
 
 def captions(paths: Sequence[Path], split: str = "test") -> Iterator[Example]:
-    path, data = load(paths)
+    path, data = read_files(paths)
     if isinstance(data, dict) and "annotations" in data:  # COCO
-        said = by_image(records(path, data, "annotations"), "caption")
-        for where, row in records(path, data, "images"):
+        said = by_image(path, data, "annotations", "caption")
+        for where, row in rows(path, data, "images"):
             with reading(where):
                 id = int(key(row, "id"))
                 name = row.get("file_name", f"val2014/COCO_val2014_{id:012}.jpg")  # LAVIS' ground truth has no names
                 if str(id) not in said:
                     raise ValueError(f"the image {id} has no caption")
-                yield Example(str(id), name, references=said[str(id)])
+                yield Example(str(id), name, references=tuple(said[str(id)]))
     elif isinstance(data, dict):  # Karpathy
-        for where, row in in_split(path, records(path, data, "images"), split):
+        for where, row in in_split(path, data, "images", split):
             with reading(where):
                 name = (row.get("filepath", "") + "/" + row["filename"]).lstrip("/")
                 yield Example(image_id(name), name, references=tuple(s["raw"] for s in row["sentences"]))
     else:
-        for where, row in records(path, data):
+        for where, row in rows(path, data):
             with reading(where):
                 yield Example(image_id(row["image"]), row["image"], references=texts(row, "caption"))
 
 
-def by_image(rows: Iterator[tuple[str, Any]], name: str) -> dict[str, tuple[str, ...]]:
-    """Each picture's captions."""
-    said: dict[str, tuple[str, ...]] = {}
-    for where, row in rows:
+def by_image(path: object, data: Any, name: str, field: str) -> dict[str, list[str]]:
+    """The captions of each picture, from the list `name` of single ones."""
+    said: dict[str, list[str]] = {}
+    for where, row in rows(path, data, name):
         with reading(where):
-            said[key(row, "image_id")] = (*said.get(key(row, "image_id"), ()), need(row[name], str, name))
+            said.setdefault(key(row, "image_id"), []).append(need(row[field], str, field))
     return said
 
 
@@ -147,38 +147,38 @@ def image_id(name: str) -> str:
 
 
 def textcaps(paths: Sequence[Path]) -> Iterator[Example]:
-    for id, said in by_image(records(*load(paths), "data"), "caption_str").items():
-        yield Example(id, f"train_images/{id}.jpg", references=said)
+    for id, said in by_image(*read_files(paths), "data", "caption_str").items():
+        yield Example(id, f"train_images/{id}.jpg", references=tuple(said))
 
 
 def vqa(paths: Sequence[Path]) -> Iterator[Example]:
     """OKVQA and VQAv2. The annotators' `answer` counts, which OKVQA has stemmed, and not `raw_answer`."""
-    path, data = load(paths, count=2)
+    path, data = read_files(paths, count=2)
     if isinstance(data, list):
         yield from lavis(path, data)
         return
     answers = {}
-    for where, row in records(path, data, "annotations"):
+    for where, row in rows(path, data, "annotations"):
         with reading(where):
             answers[row["question_id"]] = tuple(answer["answer"] for answer in row["answers"])
-    subtype = data.get("data_subtype", "val2014")
-    for where, row in records(path, data, "questions"):
+    for where, row in rows(path, data, "questions"):
         with reading(where):
             if row["question_id"] not in answers:
                 raise ValueError(f"question {row['question_id']} has no annotation")
+            subtype = data.get("data_subtype", "val2014")
             name = f"{subtype}/COCO_{subtype}_{row['image_id']:012d}.jpg"
             yield Example(key(row), name, {"question": row["question"]}, answers[row["question_id"]])
 
 
 def lavis(path: object, data: Any) -> Iterator[Example]:
     """LAVIS' list of questions for OKVQA, VQAv2 or GQA."""
-    for where, row in records(path, data):
+    for where, row in rows(path, data):
         with reading(where):
             yield Example(key(row), row["image"], {"question": row["question"]}, texts(row, "answer"))
 
 
 def aokvqa(paths: Sequence[Path]) -> Iterator[Example]:
-    for where, row in records(*load(paths)):
+    for where, row in rows(*read_files(paths)):
         with reading(where):
             year = "train2017" if row.get("split") == "train" else "val2017"
             name = row["image"] if "image" in row else f"{year}/{row['image_id']:012d}.jpg"
@@ -188,13 +188,13 @@ def aokvqa(paths: Sequence[Path]) -> Iterator[Example]:
 
 
 def gqa(paths: Sequence[Path]) -> Iterator[Example]:
-    path, data = load(paths)
-    if isinstance(data, dict):
-        for id, row in data.items():
-            with reading(f"{path}, {id}"):
-                yield Example(id, row["imageId"] + ".jpg", {"question": row["question"]}, texts(row, "answer"))
-    else:
+    path, data = read_files(paths)
+    if not isinstance(data, dict):
         yield from lavis(path, data)
+        return
+    for id, row in data.items():
+        with reading(f"{path}, {id}"):
+            yield Example(id, row["imageId"] + ".jpg", {"question": row["question"]}, texts(row, "answer"))
 
 
 def iconqa(paths: Sequence[Path]) -> Iterator[Example]:
@@ -205,7 +205,7 @@ def iconqa(paths: Sequence[Path]) -> Iterator[Example]:
         files.sort(key=lambda file: (len(file.parent.name), file.parent.name))
         problems = [(str(file), file.parent.name, read_json(file)) for file in files]
     else:
-        path, data = load(paths, count=2)
+        path, data = read_files(paths, count=2)
         with reading(path):
             problems = [(f"{path}, {id}", str(id), data[str(id)]) for id in data["choose_txt_test"]]
     for where, id, row in problems:
@@ -225,21 +225,21 @@ def vsr(paths: Sequence[Path]) -> Iterator[Example]:
 
 def visdial(paths: Sequence[Path]) -> Iterator[Example]:
     """Each round is a question of its own, and the rounds before it are its history."""
-    path, data = load(paths)
+    path, data = read_files(paths)
     with reading(path):
         questions, answers = (need(data["data"][name], list, name) for name in ("questions", "answers"))
-    for where, row in records(path, data["data"], "dialogs"):
+    for where, row in rows(path, data["data"], "dialogs"):
         with reading(where):
             id, history = int(key(row, "image_id")), ""
             for number, turn in enumerate(row["dialog"], 1):
-                question = pick(questions, turn["question"])
-                options = tuple(pick(answers, option) for option in turn["answer_options"])
+                question = text_at(questions, turn["question"])
+                options = tuple(text_at(answers, option) for option in turn["answer_options"])
                 target = choose(turn["gt_index"], range(len(options)), "gt_index")
                 image = f"VisualDialog_val2018/VisualDialog_val2018_{id:012}.jpg"
                 fields, group = {"question": question, "history": history}, "last" * (number == len(row["dialog"]))
                 yield Example(f"{id}-{number}", image, fields, (), options, target, group=group)
                 if not group:
-                    history = f"{history} q: {question} a: {pick(answers, turn['answer'])}".strip()
+                    history = f"{history} q: {question} a: {text_at(answers, turn['answer'])}".strip()
 
 
 def refcoco(paths: Sequence[Path], split: str) -> Iterator[Example]:
@@ -253,7 +253,7 @@ def refcoco(paths: Sequence[Path], split: str) -> Iterator[Example]:
         return
     path = only(paths)
     shikra = path.suffix == ".jsonl"
-    for number, (where, row) in enumerate(json_lines(path) if shikra else records(*load(paths))):
+    for number, (where, row) in enumerate(json_lines(path) if shikra else rows(*read_files(paths))):
         with reading(where):
             # MiniGPT-4 appends the object's number to COCO_train2014_ and 12 digits.
             name = row["img_path"] if shikra else row["img_id"][:27] + ".jpg"
@@ -263,11 +263,11 @@ def refcoco(paths: Sequence[Path], split: str) -> Iterator[Example]:
 
 def refer(path: Path, instances: Path, split: str) -> Iterator[Example]:
     data, known = read_json(instances), dict[str, dict[int, Any]](images={}, annotations={})
-    for name, rows in known.items():
-        for where, row in records(instances, data, name):
+    for name, by_id in known.items():
+        for where, row in rows(instances, data, name):
             with reading(where):
-                rows[row["id"]] = row
-    for where, ref in in_split(path, records(path, read_pickle(path)), split):
+                by_id[row["id"]] = row
+    for where, ref in in_split(path, read_pickle(path), "", split):
         with reading(where):
             image, annotation = known["images"].get(ref["image_id"]), known["annotations"].get(ref["ann_id"])
             if image is None or annotation is None:
@@ -299,7 +299,7 @@ def read_pickle(path: Path) -> Any:
         try:
             return PlainUnpickler(io.BytesIO(path.read_bytes()), encoding="latin1").load()  # written by Python 2
         except (pickle.UnpicklingError, EOFError) as error:
-            raise ValueError(f"it is not a whole pickle: {error}") from None
+            raise ValueError(f"it is not a whole pickle: {error}") from error
 
 
 def pope(paths: Sequence[Path]) -> Iterator[Example]:
@@ -317,15 +317,16 @@ def mmbench(paths: Sequence[Path]) -> Iterator[Example]:
         table = list(csv.DictReader(file, delimiter="\t"))
     pictures = {row.get("index"): row.get("image") or "" for row in table}
     for number, row in enumerate(table, 1):
-        with reading(f"{path}, record {number}"):
+        with reading(where := f"{path}, record {number}"):
             home = row["image"] if need(row["image"], str, "image") in pictures else row["index"]
-            with reading(f"{path}, record {number}, image"):
+            with reading(f"{where}, image"):
                 picture = base64.b64decode(pictures[home], validate=True)
-            text = {name: "" if row.get(name) in (None, "nan") else row[name] for name in (*LETTERS, "hint", "answer")}
-            options = {letter: text[letter] for letter in LETTERS if text[letter]}
-            letters, answer = tuple(options), text["answer"]
-            target = letters.index(choose(answer, letters, "answer")) if answer else None
-            lines = "\n".join(f"{letter}. {option}" for letter, option in options.items())
-            fields = {"question": row["question"], "hint": text["hint"], "options": lines}
-            candidates, group = tuple(options.values()), row["l2-category"]
-            yield Example(row["index"], picture, fields, letters, candidates, target, group=group)
+            given = {name: text for name, text in row.items() if text not in (None, "", "nan")}
+            options = {letter: given[letter] for letter in LETTERS if letter in given}
+            if not options:
+                raise ValueError(f"there is no option {', '.join(LETTERS)}")
+            letters, candidates = tuple(options), tuple(options.values())
+            target = letters.index(choose(given["answer"], letters, "answer")) if "answer" in given else None
+            lines = "\n".join(map(". ".join, options.items()))
+            fields = {"question": row["question"], "hint": given.get("hint", ""), "options": lines}
+            yield Example(row["index"], picture, fields, letters, candidates, target, group=row["l2-category"])

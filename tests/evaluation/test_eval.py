@@ -204,7 +204,7 @@ def test_vsr_iconqa_gqa_aokvqa_from_predictions(tmp_path: Path) -> None:
 
 def test_a_new_benchmark_is_one_entry_and_one_reader(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def reader(paths: Sequence[Path]) -> Iterator[readers.Example]:
-        for where, row in readers.records(*readers.load(paths)):
+        for where, row in readers.rows(*readers.read_files(paths)):
             yield readers.Example(row["id"], "0.png", {"question": where[-1]}, tuple(row["answers"]))
 
     entry = benchmarks.Benchmark("my_vqa", reader, "vqa", benchmarks.vqa_scores, 3)
