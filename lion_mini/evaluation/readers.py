@@ -13,7 +13,6 @@ Content and suffix tell the forms of a data set apart. A fault is a ValueError t
 
 import base64
 import csv
-import io
 import pickle
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -24,7 +23,6 @@ from ..box import Box
 from ..files import json_lines, need, read_json, reading
 
 VSR_CANDIDATES = ("yes", "true", "no", "false")  # the first two say that the statement holds
-LETTERS = "ABCD"
 
 
 @dataclass(frozen=True)
@@ -212,7 +210,7 @@ def iconqa(paths: Sequence[Path]) -> Iterator[Example]:
         with reading(where):
             choices, fields = texts(row, "choices"), {"question": row["question"]}
             target = choose(row["answer"], range(len(choices)), "answer")
-            yield Example(id, f"test/choose_txt/{id}/image.png", fields, candidates=choices, target=target)
+            yield Example(id, f"test/choose_txt/{id}/image.png", fields, (), choices, target)
 
 
 def vsr(paths: Sequence[Path]) -> Iterator[Example]:
@@ -295,9 +293,9 @@ class PlainUnpickler(pickle.Unpickler):
 
 
 def read_pickle(path: Path) -> Any:
-    with reading(path):
+    with reading(path), open(path, "rb") as file:
         try:
-            return PlainUnpickler(io.BytesIO(path.read_bytes()), encoding="latin1").load()  # written by Python 2
+            return PlainUnpickler(file, encoding="latin1").load()  # written by Python 2
         except (pickle.UnpicklingError, EOFError) as error:
             raise ValueError(f"it is not a whole pickle: {error}") from error
 
@@ -322,9 +320,9 @@ def mmbench(paths: Sequence[Path]) -> Iterator[Example]:
             with reading(f"{where}, image"):
                 picture = base64.b64decode(pictures[home], validate=True)
             given = {name: text for name, text in row.items() if text not in (None, "", "nan")}
-            options = {letter: given[letter] for letter in LETTERS if letter in given}
+            options = {letter: given[letter] for letter in "ABCD" if letter in given}
             if not options:
-                raise ValueError(f"there is no option {', '.join(LETTERS)}")
+                raise ValueError("there is no option A, B, C or D")
             letters, candidates = tuple(options), tuple(options.values())
             target = letters.index(choose(given["answer"], letters, "answer")) if "answer" in given else None
             lines = "\n".join(map(". ".join, options.items()))
