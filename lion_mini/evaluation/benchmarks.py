@@ -22,6 +22,8 @@ Scores = dict[str, float]  # by metric, as the tables print it; the paper's metr
 
 @dataclass(frozen=True)
 class Benchmark:
+    """One row of the paper's tables: how it is read, asked and scored, and what LION got."""
+
     name: str
     reader: Callable[[Sequence[Path]], Iterable[Example]]
     kind: str  # how it is asked: the key of its instruction in EVAL_TEMPLATES
@@ -210,7 +212,7 @@ def table(folder: Path) -> str:
     results = dict[str, Any]()
     for path in folder.glob("*.json"):
         result = read_json(path, object)
-        if isinstance(result, dict) and result.get("task") in BENCHMARKS and result.get("scores"):
+        if isinstance(result, dict) and str(result.get("task")) in BENCHMARKS and result.get("scores"):
             results[result["task"]] = result
     if not results:
         raise ValueError(f"{folder} holds no result: eval.py TASK writes TASK.json there")

@@ -266,20 +266,7 @@ def mmbench_file(folder: Path, answer: str = "B") -> Path:
     names = ("index", "question", "hint", "A", "B", "C", "D", "answer", "category", "image", "l2-category", "split")
     rows = [
         ("241", 'Which "one"?\nLook', "", "red", "blue", "nan", "", answer, "x", text, "coarse_perception", "dev"),
-        (
-            "1000241",
-            "Which?",
-            "a hint",
-            "blue",
-            "red",
-            "",
-            "",
-            "A" * bool(answer),
-            "x",
-            "241",
-            "coarse_perception",
-            "dev",
-        ),
+        ("1000241", "Which?", "a hint", "blue", "red", "", "", "A" * bool(answer), "x", "241", "coarse_perception", ""),
     ]
     path = folder / "mmbench_dev.tsv"
     with open(path, "w", newline="", encoding="utf-8") as file:
