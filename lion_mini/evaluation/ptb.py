@@ -1,11 +1,9 @@
 """Penn Treebank tokens of captions without Java: what CIDEr counts.
 
-The evaluators of COCO captions pipe every caption through Stanford CoreNLP 3.4.1 (-preserveLines -lowerCase) and then
-drop punctuation. This file reaches the same tokens from one regular expression, whose alternatives are tried in order:
+COCO's evaluators pipe captions through Stanford CoreNLP 3.4.1 (-preserveLines -lowerCase) and then drop punctuation.
+One regular expression gives the same tokens, exactly on captions, approximately on prose:
 
     A man can't ride his friend's bike; it's 3.5 miles!  ->  a man ca n't ride his friend 's bike it 's 3.5 miles
-
-Written from the observed behaviour, not from the lexer. Exact on captions, approximate on prose.
 """
 
 import re
@@ -64,8 +62,7 @@ _TOKEN = re.compile(
 def ptb_tokenize(captions: list[str]) -> list[list[str]]:
     """Each caption's tokens as CIDEr counts them: lower-cased, clitics apart, without punctuation.
 
-    The captions of one call are one text, as in the evaluator. Whether "plan B." keeps its period also depends on the
-    first word of the next caption.
+    As in the evaluator they are one text: the next caption's first word decides whether "plan B." keeps its period.
     """
     text = "\n".join(" ".join(caption.split()) for caption in captions)  # one line per caption
     text = _ENTITY.sub(lambda found: _ENTITIES[found[0].lower()], text.translate(_CHARACTERS))
