@@ -33,7 +33,7 @@ from ..box import Box
 from ..evaluation.readers import any_box_of, aokvqa, captions, refcoco, vqa
 from ..images import ImageFolder, draw_boxes, open_image
 from ..text.prompts import TASK_OF, TEMPLATES, load_templates, render
-from .records import NUMBERS, Records, check
+from .records import BRACKETED, Records, check
 
 Raw = tuple[str, dict[str, str | Box], str]  # picture, what fills the template, answer
 TABLE_7 = {  # sizes that add up to Table 7's: VQG 470K without OCR-VQA, VQA 1.3M with it, captions 524K
@@ -245,7 +245,7 @@ def inspect(args: argparse.Namespace) -> str:
     if drawable:
         sheet = Image.new("RGB", (1080, 360), "white")
         for i, (number, path, fields) in enumerate(drawable):
-            found = [Box.parse(text) for text in NUMBERS.findall(f"{fields['question']} {fields['answer']}")]
+            found = [Box.parse(text) for text in BRACKETED.findall(f"{fields['question']} {fields['answer']}")]
             try:
                 picture = draw_boxes(open_image(path), [(box, "") for box in found if box])
                 picture.thumbnail((352, 290))
