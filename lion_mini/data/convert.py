@@ -33,24 +33,21 @@ from ..images import ImageFolder, draw_boxes, open_image
 from ..text.prompts import TASK_OF, TEMPLATES, load_templates, render
 from .records import BRACKETED, TASKS, Records, check
 
-Sample = tuple[str, str, str | Box]  # picture, question or expression (captions: ""), answer or box
+Sample = tuple[str, str, Any]  # picture; question, expression or (for captions) nothing; answer or Box
 
 
 def records(name: str, kind: str, paths: Sequence[Path], templates: dict[str, tuple[str, ...]], seed: int) -> Iterator:
     """The records of a data set in its order. `question` is empty if the text that its template needs is empty."""
     if name == "release":
-        yield from released(paths)
+        yield from READERS[name](paths)
         return
     for i, (image, given, answer) in enumerate(READERS[name](paths)):
         if kind in ("vqg", "reg"):
             given, answer = answer, given
-        if isinstance(answer, Box):
-            answer = f"Answer: {answer.to_text()}"
         template = random.Random(seed * 1_000_003 + i).choice(templates[kind])
-        empty = kind != "caption" and isinstance(given, str) and not given.strip()
-        question = (
-            "" if empty else render(template, **dict.fromkeys(("question", "answer", "expression", "box"), given))
-        )
+        empty = isinstance(given, str) and not given.strip() and kind != "caption"
+        question = "" if empty else render(template, question=given, answer=given, expression=given, box=given)
+        answer = f"Answer: {answer.to_text()}" if isinstance(answer, Box) else answer
         yield {"image": image, "question": question, "answer": answer, "category": f"{TASK_OF[kind]}_level"}
 
 
@@ -98,8 +95,9 @@ def llava(paths: Sequence[Path]) -> Iterator[Sample]:
 
 def coco(paths: Sequence[Path]) -> Iterator[Sample]:
     for example in captions(paths, "train"):
-        image = str(example.image) if "/" in str(example.image) else f"train2014/{example.image}"
-        yield from ((image, "", caption.strip()) for caption in example.references)
+        image = str(example.image)
+        for caption in example.references:
+            yield image if "/" in image else f"train2014/{image}", "", caption.strip()
 
 
 def textcaps(paths: Sequence[Path]) -> Iterator[Sample]:
@@ -109,20 +107,30 @@ def textcaps(paths: Sequence[Path]) -> Iterator[Sample]:
 
 
 def regions(paths: Sequence[Path]) -> Iterator[Sample]:
-    """Visual Genome's regions, clamped to the picture, or Shikra's lines of them."""
-    pictures, described = dict[int, tuple[str, dict[str, int]]](), list[tuple[str, Any]]()
+    """Visual Genome's regions with a phrase, clamped to the picture, or Shikra's lines of them."""
     shikra = len(paths) == 1 and paths[0].suffix == ".jsonl"
-    for where, row in json_lines(paths[0]) if shikra else rows(paths):
+    for where, row in json_lines(paths[0]) if shikra else official_regions(paths):
         with reading(where):
-            if shikra:
-                image = row["img_path"].removeprefix("images/").removeprefix("images2/")
-                yield from kept(image, row["expression"], any_box_of(row, where, corners=True))
-            elif "regions" in row:
+            box = any_box_of(row, where, corners=shikra)
+            image, phrase = row["img_path"].removeprefix("images/").removeprefix("images2/"), row["expression"].strip()
+            if phrase and writable(box):
+                yield image, phrase, box
+
+
+def official_regions(paths: Sequence[Path]) -> Iterator[tuple[str, Any]]:
+    """Each region under Shikra's names, with its place; `bbox` is a corner with width and height."""
+    pictures, described = dict[int, dict[str, Any]](), list[tuple[str, Any]]()
+    for where, row in rows(paths):
+        with reading(where):
+            if "regions" in row:
                 described.append((where, row))
             else:  # only the URL tells VG_100K from VG_100K_2
-                size = {side: int(row[side]) for side in ("width", "height")}
-                pictures[int(row["image_id"])] = "/".join(row["url"].split("/")[-2:]), size
-    if not shikra and not (pictures and described):
+                name, size = (
+                    "/".join(row["url"].split("/")[-2:]),
+                    {side: int(row[side]) for side in ("width", "height")},
+                )
+                pictures[int(row["image_id"])] = {"img_path": name, **size}
+    if not pictures or not described:
         raise ValueError(f"{' and '.join(map(str, paths))}: expected region_descriptions.json and image_data.json")
     for where, row in described:
         with reading(where):
@@ -131,22 +139,20 @@ def regions(paths: Sequence[Path]) -> Iterator[Sample]:
                     id = int(region["image_id"] if "image_id" in region else row["id"])  # the first version has no such
                     if id not in pictures:
                         raise ValueError(f"image_data.json has no image {id}")
-                    image, size = pictures[id]
                     bbox = [region[key] for key in ("x", "y", "width", "height")]
-                    yield from kept(image, region["phrase"], any_box_of({"bbox": bbox}, place, False, size))
-
-
-def kept(image: str, phrase: str, box: Box) -> Iterator[Sample]:
-    """The sample, if it has a phrase, and its box an area when it is written with three decimals."""
-    rounded = Box.parse(box.to_text())
-    if phrase.strip() and rounded and rounded.area:
-        yield image, phrase.strip(), box
+                    yield place, pictures[id] | {"bbox": bbox, "expression": region["phrase"]}
 
 
 def expressions(paths: Sequence[Path]) -> Iterator[Sample]:
     for example in refcoco(paths, "train"):
-        assert example.box is not None
-        yield from kept(str(example.image), example.fields["expression"], example.box)
+        if example.box and writable(example.box):
+            yield str(example.image), example.fields["expression"], example.box
+
+
+def writable(box: Box) -> bool:
+    """Whether the box still has an area when it is written with three decimals."""
+    rounded = Box.parse(box.to_text())
+    return rounded is not None and rounded.area > 0
 
 
 def released(paths: Sequence[Path]) -> Iterator[dict[str, Any]]:
@@ -158,12 +164,12 @@ def released(paths: Sequence[Path]) -> Iterator[dict[str, Any]]:
                 yield fields | {"category": f"{task}_level"} | ({} if tags is None else {"tags": tags})
 
 
-READERS: dict[str, Callable[[Sequence[Path]], Iterator[Sample]]] = {
+READERS: dict[str, Callable[[Sequence[Path]], Iterator]] = {
     "llava": llava, "vqav2": lambda paths: questions(vqa(paths)), "okvqa": lambda paths: questions(vqa(paths)),
     "aokvqa": lambda paths: questions(aokvqa(paths)), "ocrvqa": ocrvqa, "coco": coco, "textcaps": textcaps,
-    "vg": regions, "refcoco": expressions,
+    "vg": regions, "refcoco": expressions, "release": released,
 }  # fmt: skip
-TABLE_7 = {  # how many records of each kind a data set gives (0: not in the table); VQG 470K, VQA 1.3M, captions 524K
+TABLE_7 = {  # records of each kind, 0 if the table has none of them; VQG is 470K, VQA 1.3M, captions 524K
     "llava": {"dialogue": 361_000}, "vqav2": {"vqa": 443_757, "vqg": 443_757}, "okvqa": {"vqa": 9_009, "vqg": 9_009},
     "aokvqa": {"vqa": 17_056, "vqg": 17_056}, "ocrvqa": {"vqa": 801_579, "vqg": 0}, "coco": {"caption": 414_113},
     "textcaps": {"caption": 109_765}, "vg": {"rec": 3_600_000, "reg": 3_600_000}, "refcoco": {"rec": 0, "reg": 0},
