@@ -39,9 +39,10 @@ Sample = tuple[str, str, Any]  # picture; question, expression or (for captions)
 def records(name: str, kind: str, paths: Sequence[Path], templates: dict[str, tuple[str, ...]], seed: int) -> Iterator:
     """The records of a data set in its order. `question` is empty if the text that its template needs is empty."""
     if name == "release":
-        yield from READERS[name](paths)
+        for path in paths:
+            yield from released(path)
         return
-    for i, (image, given, answer) in enumerate(READERS[name](paths)):
+    for i, (image, given, answer) in enumerate(filter(is_writable, DATA_SETS[name][0](paths))):
         if kind in ("vqg", "reg"):
             given, answer = answer, given
         template = random.Random(seed * 1_000_003 + i).choice(templates[kind])
@@ -49,6 +50,12 @@ def records(name: str, kind: str, paths: Sequence[Path], templates: dict[str, tu
         question = "" if empty else render(template, question=given, answer=given, expression=given, box=given)
         answer = f"Answer: {answer.to_text()}" if isinstance(answer, Box) else answer
         yield {"image": image, "question": question, "answer": answer, "category": f"{TASK_OF[kind]}_level"}
+
+
+def is_writable(sample: Sample) -> bool:
+    """Whether its box, if the sample has one, still has an area when it is written with three decimals."""
+    box = Box.parse(sample[2].to_text()) if isinstance(sample[2], Box) else None
+    return not isinstance(sample[2], Box) or (box is not None and box.area > 0)
 
 
 def rows(paths: Sequence[Path], name: str = "") -> Iterator[tuple[str, Any]]:
@@ -111,10 +118,9 @@ def regions(paths: Sequence[Path]) -> Iterator[Sample]:
     shikra = len(paths) == 1 and paths[0].suffix == ".jsonl"
     for where, row in json_lines(paths[0]) if shikra else official_regions(paths):
         with reading(where):
-            box = any_box_of(row, where, corners=shikra)
-            image, phrase = row["img_path"].removeprefix("images/").removeprefix("images2/"), row["expression"].strip()
-            if phrase and writable(box):
-                yield image, phrase, box
+            if phrase := row["expression"].strip():
+                image = row["img_path"].removeprefix("images/").removeprefix("images2/")
+                yield image, phrase, any_box_of(row, where, corners=shikra)
 
 
 def official_regions(paths: Sequence[Path]) -> Iterator[tuple[str, Any]]:
@@ -144,38 +150,31 @@ def official_regions(paths: Sequence[Path]) -> Iterator[tuple[str, Any]]:
 
 
 def expressions(paths: Sequence[Path]) -> Iterator[Sample]:
-    for example in refcoco(paths, "train"):
-        if example.box and writable(example.box):
-            yield str(example.image), example.fields["expression"], example.box
+    yield from ((str(each.image), each.fields["expression"], each.box) for each in refcoco(paths, "train"))
 
 
-def writable(box: Box) -> bool:
-    """Whether the box still has an area when it is written with three decimals."""
-    rounded = Box.parse(box.to_text())
-    return rounded is not None and rounded.area > 0
+def released(path: Path) -> Iterator[dict[str, Any]]:
+    source = Records(path, Path(), TASKS)
+    for i in range(len(source)):
+        with reading(source.name(i)):
+            fields = check(source.raw(i))
+            task, tags = fields.pop("task"), fields.pop("tags")
+            yield fields | {"category": f"{task}_level"} | ({} if tags is None else {"tags": tags})
 
 
-def released(paths: Sequence[Path]) -> Iterator[dict[str, Any]]:
-    for source in (Records(path, Path(), TASKS) for path in paths):
-        for i in range(len(source)):
-            with reading(source.name(i)):
-                fields = check(source.raw(i))
-                task, tags = fields.pop("task"), fields.pop("tags")
-                yield fields | {"category": f"{task}_level"} | ({} if tags is None else {"tags": tags})
-
-
-READERS: dict[str, Callable[[Sequence[Path]], Iterator]] = {
-    "llava": llava, "vqav2": lambda paths: questions(vqa(paths)), "okvqa": lambda paths: questions(vqa(paths)),
-    "aokvqa": lambda paths: questions(aokvqa(paths)), "ocrvqa": ocrvqa, "coco": coco, "textcaps": textcaps,
-    "vg": regions, "refcoco": expressions, "release": released,
-}  # fmt: skip
-TABLE_7 = {  # records of each kind, 0 if the table has none of them; VQG is 470K, VQA 1.3M, captions 524K
-    "llava": {"dialogue": 361_000}, "vqav2": {"vqa": 443_757, "vqg": 443_757}, "okvqa": {"vqa": 9_009, "vqg": 9_009},
-    "aokvqa": {"vqa": 17_056, "vqg": 17_056}, "ocrvqa": {"vqa": 801_579, "vqg": 0}, "coco": {"caption": 414_113},
-    "textcaps": {"caption": 109_765}, "vg": {"rec": 3_600_000, "reg": 3_600_000}, "refcoco": {"rec": 0, "reg": 0},
-    "release": {"as it is": 0},
-}  # fmt: skip
-KINDS = {name: tuple(counts) for name, counts in TABLE_7.items()}
+DATA_SETS: dict[str, tuple[Callable, dict[str, int]]] = {  # the reader; kinds of record, and their number in Table 7
+    "llava": (llava, {"dialogue": 361_000}),
+    "vqav2": (lambda paths: questions(vqa(paths)), {"vqa": 443_757, "vqg": 443_757}),
+    "okvqa": (lambda paths: questions(vqa(paths)), {"vqa": 9_009, "vqg": 9_009}),
+    "aokvqa": (lambda paths: questions(aokvqa(paths)), {"vqa": 17_056, "vqg": 17_056}),
+    "ocrvqa": (ocrvqa, {"vqa": 801_579, "vqg": 0}),  # the table's 470K of VQG are without it, its 1.3M of VQA with it
+    "coco": (coco, {"caption": 414_113}),
+    "textcaps": (textcaps, {"caption": 109_765}),
+    "vg": (regions, {"rec": 3_600_000, "reg": 3_600_000}),
+    "refcoco": (expressions, {"rec": 0, "reg": 0}),
+    "release": (released, {"as it is": 0}),
+}
+KINDS = {name: tuple(counts) for name, (_, counts) in DATA_SETS.items()}
 
 
 def convert(args: argparse.Namespace) -> None:
@@ -200,8 +199,8 @@ def convert(args: argparse.Namespace) -> None:
     for count, lack in ((skipped, "a picture"), (partial, "a question or without an answer")):
         if count:
             print(f"{count:,} records without {lack} left out")
-    if expected := TABLE_7[args.name][kind]:
-        about = "about " * (expected % 1000 == 0)  # three digits are printed
+    if expected := DATA_SETS[args.name][1][kind]:
+        about = "about " * (expected % 1000 == 0)  # the table rounds to thousands
         print(f"Table 7 counts {about}{expected:,}: {kept + skipped + partial - expected:+,}")
 
 
