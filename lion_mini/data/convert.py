@@ -79,7 +79,7 @@ def ocrvqa(paths: Sequence[Path]) -> Iterator[Sample]:
     for path in paths:
         for id, book in read_json(path).items():
             with reading(f"{path}, {id}"):
-                if book["split"] == 1:  # 2 and 3 are for validation and test
+                if need(book["split"], int, "split") == 1:  # 2 and 3 are for validation and test
                     asked, answers = (need(book[field], list, field) for field in ("questions", "answers"))
                     if len(asked) != len(answers):
                         raise ValueError(f"{len(asked)} questions and {len(answers)} answers")
@@ -110,7 +110,7 @@ def coco(paths: Sequence[Path]) -> Iterator[Sample]:
 def textcaps(paths: Sequence[Path]) -> Iterator[Sample]:
     for where, row in rows(paths, "data"):
         with reading(where):
-            yield f"train_images/{row['image_id']}.jpg", "", row["caption_str"].strip()
+            yield f"train_images/{need(row['image_id'], str, 'image_id')}.jpg", "", row["caption_str"].strip()
 
 
 def regions(paths: Sequence[Path]) -> Iterator[Sample]:
@@ -131,11 +131,8 @@ def official_regions(paths: Sequence[Path]) -> Iterator[tuple[str, Any]]:
             if "regions" in row:
                 described.append((where, row))
             else:  # only the URL tells VG_100K from VG_100K_2
-                name, size = (
-                    "/".join(row["url"].split("/")[-2:]),
-                    {side: int(row[side]) for side in ("width", "height")},
-                )
-                pictures[int(row["image_id"])] = {"img_path": name, **size}
+                size = {side: int(need(row[side], (int, str), side)) for side in ("width", "height")}
+                pictures[int(row["image_id"])] = {"img_path": "/".join(row["url"].split("/")[-2:]), **size}
     if not pictures or not described:
         raise ValueError(f"{' and '.join(map(str, paths))}: expected region_descriptions.json and image_data.json")
     for where, row in described:
