@@ -46,18 +46,20 @@ class Job(NamedTuple):
     text: str = ""  # the question, the expression, or the corners of the box
     pixels: bool = False  # whether the corners are pixels
 
-    def box(self, size: tuple[int, int]) -> Box | None:
+    def box(self, size: tuple[int, int] | None = None) -> Box | None:
         """The box to describe, in fractions of a picture of this size. A ValueError if it is not inside."""
         if self.mode != "describe":
             return None
         with reading(f"--describe {self.text}: expected four numbers, x1,y1,x2,y2"):
             x1, y1, x2, y2 = map(float, self.text.split(","))
-        width, height = size if self.pixels else (1, 1)
+        if self.pixels and size is None:
+            return None
+        width, height = size if self.pixels and size else (1, 1)
         return Box.checked(x1 / width, y1 / height, x2 / width, y2 / height)
 
 
 def check(args: argparse.Namespace) -> None:
-    """A ValueError if flags contradict each other or cannot mean anything."""
+    """A ValueError if flags contradict each other, or if a value cannot be used."""
     mode, text = args.job[:2] if args.job else ("", "")
     prompt = args.no_tags or args.use_tags or args.official
     for wrong, sentence in (
@@ -69,12 +71,12 @@ def check(args: argparse.Namespace) -> None:
         (args.use_tags == [], "--use-tags is empty: for no tags at all say --no-tags"),
         (args.pixels and mode != "describe", "--pixels is for --describe: its four numbers are pixels then"),
         (mode and not args.images and not args.data, f"--{mode} needs a picture: name one, or a folder of them"),
-        (mode == "tags" and prompt, "--tags has no prompt: --use-tags, --no-tags and --official do not go with it"),
+        (mode == "tags" and prompt, "--tags uses no prompt: --use-tags, --no-tags and --official do not go with it"),
     ):
         if wrong:
             raise ValueError(sentence)
     if args.job:
-        args.job.box((10**9, 10**9))  # pixels are compared with each picture later
+        args.job.box()
 
 
 def find_images(patterns: list[str]) -> list[Path]:

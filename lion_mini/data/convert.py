@@ -53,9 +53,9 @@ def records(name: str, kind: str, paths: Sequence[Path], templates: dict[str, tu
 
 
 def is_writable(sample: Sample) -> bool:
-    """Whether its box, if the sample has one, still has an area when it is written with three decimals."""
-    box = Box.parse(sample[2].to_text()) if isinstance(sample[2], Box) else None
-    return not isinstance(sample[2], Box) or (box is not None and box.area > 0)
+    """Whether the sample has no box, or one that keeps an area when it is written with three decimals."""
+    rounded = Box.parse(sample[2].to_text()) if isinstance(sample[2], Box) else None
+    return not isinstance(sample[2], Box) or (rounded is not None and rounded.area > 0)
 
 
 def rows(paths: Sequence[Path], name: str = "") -> Iterator[tuple[str, Any]]:
@@ -124,7 +124,7 @@ def regions(paths: Sequence[Path]) -> Iterator[Sample]:
 
 
 def official_regions(paths: Sequence[Path]) -> Iterator[tuple[str, Any]]:
-    """Each region under Shikra's names, with its place; `bbox` is a corner with width and height."""
+    """Each region with its place, its fields named as in Shikra's lines; `bbox` is x, y, width and height."""
     pictures, described = dict[int, dict[str, Any]](), list[tuple[str, Any]]()
     for where, row in rows(paths):
         with reading(where):
@@ -139,7 +139,7 @@ def official_regions(paths: Sequence[Path]) -> Iterator[tuple[str, Any]]:
         with reading(where):
             for number, region in enumerate(need(row["regions"], list), 1):
                 with reading(place := f"{where}, region {number}"):
-                    id = int(region["image_id"] if "image_id" in region else row["id"])  # the first version has no such
+                    id = int(region["image_id"] if "image_id" in region else row["id"])  # version 1.0
                     if id not in pictures:
                         raise ValueError(f"image_data.json has no image {id}")
                     bbox = [region[key] for key in ("x", "y", "width", "height")]
