@@ -13,35 +13,34 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ..files import need, read_json
+from ..files import need, read_json, reading
 from . import metrics, readers
 from .readers import Example
 
 Scores = dict[str, float]  # by metric, as the tables print it; the paper's metric comes first
+Numbers = Mapping[str, Mapping[str, float]]  # the paper's, by metric and model
 
 
 @dataclass(frozen=True)
 class Benchmark:
-    """One row of the paper's tables: how it is read, asked and scored, and what LION got."""
+    """One row of the paper's tables."""
 
     name: str
     reader: Callable[[Sequence[Path]], Iterable[Example]]
     kind: str  # how it is asked: the key of its instruction in EVAL_TEMPLATES
     scorer: Callable[[Sequence[Example], Any], Scores]  # takes texts, or the log-likelihoods of all candidates
     count: int  # of examples in the paper's benchmark
-    paper: Mapping[str, Mapping[str, float]] = field(default_factory=dict)  # the paper's numbers by metric and model
+    paper: Numbers = field(default_factory=dict)
     differs: str = ""  # what the paper leaves open, or where its setting is known to differ
 
 
 # --- scorers
 
 
-def percent(values: Iterable[float]) -> float:
-    return 100 * sum(listed := [*values]) / len(listed)
-
-
-def caption_scores(examples: Sequence[Example], texts: Sequence[str]) -> Scores:
-    return {"CIDEr": 100 * metrics.cider([e.references for e in examples], texts)[0]}
+best = lambda row: max(range(len(row)), key=row.__getitem__)
+percent = lambda values: 100 * sum(listed := [*values]) / len(listed)
+caption_scores = lambda examples, texts: {"CIDEr": 100 * metrics.cider([e.references for e in examples], texts)[0]}
+choice_scores = lambda examples, rows: {"top-1": rank_scores(examples, rows)["R@1"]}
 
 
 def vqa_scores(examples: Sequence[Example], texts: Sequence[str]) -> Scores:
@@ -82,10 +81,6 @@ def rank_scores(examples: Sequence[Example], rows: Sequence[Sequence[float]]) ->
     return {"MRR": 100 * found.mrr, **recall, "mean rank": found.mean_rank}
 
 
-def choice_scores(examples: Sequence[Example], rows: Sequence[Sequence[float]]) -> Scores:
-    return {"top-1": rank_scores(examples, rows)["R@1"]}
-
-
 def truth_scores(examples: Sequence[Example], rows: Sequence[Sequence[float]]) -> Scores:
     """VSR: its candidates are yes and true, no and false."""
     pairs = [*zip(rows, examples, strict=True)]
@@ -98,10 +93,6 @@ def mmbench_scores(examples: Sequence[Example], rows: Sequence[Sequence[float]])
         return {}
     answers = ((int(e.id), e.group, best(row) == e.target) for row, e in zip(rows, examples, strict=True))
     return {name: 100 * value for name, value in metrics.mmbench(answers).items()}
-
-
-def best(row: Sequence[float]) -> int:
-    return max(range(len(row)), key=row.__getitem__)
 
 
 # --- the table
@@ -126,7 +117,7 @@ def pope(name: str, count: int, *numbers: float) -> Benchmark:
 
 
 MMBENCH = {"Overall": 73.4, "LR": 51.7, "AR": 84.1, "RR": 78.4, "FP-S": 74.0, "FP-C": 60.8, "CP": 78.9}
-ENTRIES = (
+BENCHMARKS = {entry.name: entry for entry in (
     Benchmark("flickr30k", readers.captions, "caption", caption_scores, 1000, sizes("CIDEr", 85.57, 87.12)),
     Benchmark("coco", readers.captions, "caption", caption_scores, 5000, sizes("CIDEr", 138.20, 139.25)),
     Benchmark("textcaps", readers.textcaps, "caption", caption_scores, 3166, sizes("CIDEr", 104.87, 108.76)),
@@ -134,7 +125,7 @@ ENTRIES = (
               "predictions are never lemmatised, worth some five points; the paper does not say whether its were"),
     Benchmark("aokvqa", readers.aokvqa, "vqa", direct_scores, 1145, sizes("direct answer", 59.98, 60.87),
               "all questions count, difficult ones too, as in LAVIS; predictions are lower-cased"),
-    Benchmark("gqa", readers.gqa, "vqa", gqa_scores, 12578, sizes("accuracy", 49.50, 51.56)),
+    Benchmark("gqa", readers.vqa, "vqa", gqa_scores, 12578, sizes("accuracy", 49.50, 51.56)),
     Benchmark("iconqa", readers.iconqa, "iconqa", choice_scores, 6316, sizes("top-1", 54.91, 54.89)),
     Benchmark("vsr", readers.vsr, "vsr", truth_scores, 1222, sizes("top-1", 72.96, 73.77),
               "the paper's percentages are those of 1,224 statements: the file's 1,222, padded"),
@@ -154,8 +145,7 @@ ENTRIES = (
     Benchmark("mmbench", readers.mmbench, "mmbench", mmbench_scores, 6666,
               {metric: {"LION-12B": number} for metric, number in MMBENCH.items()},
               "option texts are ranked; the paper does not say how it chose, its numbers are the test server's"),
-)  # fmt: skip
-BENCHMARKS = {entry.name: entry for entry in ENTRIES}
+)}  # fmt: skip
 
 
 # --- from files to scores to Markdown
@@ -163,11 +153,9 @@ BENCHMARKS = {entry.name: entry for entry in ENTRIES}
 
 def read(name: str, paths: Sequence[Path]) -> list[Example]:
     """The benchmark's examples in the file's order. Ids must be unique."""
-    if name not in BENCHMARKS:
-        raise ValueError(f"the task {name!r} is unknown; there are {', '.join(BENCHMARKS)}, and table")
     examples, where = list(BENCHMARKS[name].reader(paths)), " and ".join(map(str, paths))
     if not examples:
-        raise ValueError(f"{where}: there is no example in it")
+        raise ValueError(f"{where}: there is no example of {name} in it")
     ((id, count),) = Counter(example.id for example in examples).most_common(1)
     if count > 1:
         raise ValueError(f"{where}: the id {id} stands there twice")
@@ -177,24 +165,12 @@ def read(name: str, paths: Sequence[Path]) -> list[Example]:
 def score(name: str, examples: Sequence[Example], predictions: Sequence[Mapping[str, Any]]) -> Scores:
     answers: list[Any] = []
     for example, line in zip(examples, predictions, strict=True):
-        if not example.candidates:
-            answers.append(need(line.get("text"), str, f"the prediction of {example.id}: text"))
-            continue
-        row = need(line.get("scores"), list, f"the prediction of {example.id}: scores")
-        if len(row) != len(example.candidates) or not all(math.isfinite(need(value, float)) for value in row):
-            raise ValueError(f"the prediction of {example.id} needs {len(example.candidates)} finite scores")
-        answers.append(row)
+        with reading(f"the prediction of {example.id}"):
+            ranked = len(example.candidates)
+            answers.append(need(line["scores"], list) if ranked else need(line["text"], str))
+            if ranked and [*map(math.isfinite, answers[-1])] != [True] * ranked:
+                raise ValueError(f"it needs {ranked} finite scores")
     return BENCHMARKS[name].scorer(examples, answers)
-
-
-def few_annotators(name: str, examples: Sequence[Example]) -> str:
-    """A note on the questions that VQA accuracy, made for ten annotators, counts low; empty if there are none."""
-    counts = [len(example.references) for example in examples if len(example.references) < 10]
-    if BENCHMARKS[name].scorer is not vqa_scores or not counts:
-        return ""
-    formula = "the official mean over annotators of min(1, equal answers of the others / 3)"
-    single = f", 0 for the {counts.count(1):,} with one annotator" if 1 in counts else ""
-    return f"{len(counts):,} questions have fewer than ten annotators: they score {formula}{single}"
 
 
 def report(result: Mapping[str, Any]) -> str:
@@ -209,27 +185,25 @@ def report(result: Mapping[str, Any]) -> str:
 
 def table(folder: Path) -> str:
     """A folder's results as Markdown, and the paper's averages if all their benchmarks are there."""
-    results = dict[str, Any]()
-    for path in folder.glob("*.json"):
-        result = read_json(path, object)
-        if isinstance(result, dict) and str(result.get("task")) in BENCHMARKS and result.get("scores"):
-            results[result["task"]] = result
+    files = {name: folder / f"{name}.json" for name in BENCHMARKS}
+    results = {name: read_json(path) for name, path in files.items() if path.is_file()}
+    results = {name: result for name, result in results.items() if result["scores"]}
     if not results:
         raise ValueError(f"{folder} holds no result: eval.py TASK writes TASK.json there")
     lines = ["| benchmark | metric | ours | LION-4B | LION-12B | examples | differs |", "|---|---|---|---|---|---|---|"]
-    for name in (name for name in BENCHMARKS if name in results):
-        scores, paper = results[name]["scores"], BENCHMARKS[name].paper
+    for name, result in results.items():
+        scores, paper = result["scores"], BENCHMARKS[name].paper
         for metric in [metric for metric in scores if metric in paper] or [*scores][:1]:
             cells = {model: f"{number:.2f}" for model, number in paper.get(metric, {}).items()}
             small = f"{cells['LION']}, size not said" if "LION" in cells else cells.get("LION-4B", "")
-            row = (name, metric, f"{scores[metric]:.2f}", small, cells.get("LION-12B", ""))
-            lines.append(f"| {' | '.join(row)} | {results[name]['count']:,} | {'; '.join(results[name]['differs'])} |")
-    ours = metrics.averages({name: next(iter(row["scores"].values())) for name, row in results.items()})
+            row = (name, metric, f"{scores[metric]:.2f}", small, cells.get("LION-12B", ""), f"{result['count']:,}")
+            lines.append(f"| {' | '.join(row)} | {'; '.join(result['differs'])} |")
+    ours = metrics.averages({name: next(iter(result["scores"].values())) for name, result in results.items()})
     four, twelve = (paper_averages(model) for model in ("LION-4B", "LION-12B"))
     lines += [f"| {key} | mean | {ours[key]:.2f} | {four[key]:.2f} | {twelve[key]:.2f} | | |" for key in ours]
     return "\n".join(lines)
 
 
 def paper_averages(model: str) -> Scores:
-    rows = [(entry.name, numbers) for entry in ENTRIES for numbers in entry.paper.values() if model in numbers]
-    return metrics.averages({name: numbers[model] for name, numbers in rows})
+    papers = {entry.name: row for entry in BENCHMARKS.values() for row in entry.paper.values() if model in row}
+    return metrics.averages({name: row[model] for name, row in papers.items()})

@@ -1,11 +1,5 @@
 """Every metric of the paper's tables from the model's texts and scores (section 4), without Java.
 
-    cider                         captions: Flickr30K, COCO, TextCaps
-    vqa_accuracy                  short answers: OKVQA; also direct_answer_accuracy (A-OKVQA) and gqa_match (GQA)
-    rank, ranking                 ranked candidates: VisDial (MRR), IconQA and VSR (recall at 1)
-    grounding, pope, mmbench      boxes: RefCOCO, RefCOCO+, RefCOCOg; yes and no; letters
-    averages                      the tables' own means
-
 Scores are fractions; the tables print 100 times as much (CIDEr too: 1.382 is printed as 138.2). LION published no
 evaluation code: each docstring names the definition that it follows.
 """
@@ -15,13 +9,15 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from statistics import fmean
+from typing import Any, Literal, NamedTuple, get_args
 
 from ..box import Box
 from .ptb import ptb_tokenize as ptb_tokenize
 
 Grams = Mapping[tuple[str, ...], float]
-VARIANTS: tuple[Literal["lavis", "official"], ...] = ("lavis", "official")
+Variant = Literal["lavis", "official"]  # of short answers' evaluators
+VARIANTS: tuple[Variant, ...] = get_args(Variant)
 
 
 def cider(
@@ -38,8 +34,8 @@ def cider(
     Vedantam et al. 2015, as in coco-caption's Cider.
     """
     if isinstance(references, Mapping) and isinstance(hypotheses, Mapping):
-        if odd := sorted(map(str, references.keys() ^ hypotheses.keys())):
-            raise ValueError(f"{len(odd)} images have references or a hypothesis but not both: {', '.join(odd[:5])}")
+        if odd := references.keys() ^ hypotheses.keys():
+            raise ValueError(f"image {min(map(str, odd))} has references or a hypothesis but not both")
         corpus, scores = cider([*references.values()], [hypotheses[name] for name in references])
         return corpus, dict(zip(references, scores, strict=True))
     if isinstance(references, Mapping) or isinstance(hypotheses, Mapping):
@@ -50,8 +46,11 @@ def cider(
         if isinstance(captions, str) or not captions:
             raise ValueError(f"image {i} needs a list of one or more references, not {captions!r}")
 
+    def grams(tokens: list[str]) -> list[Grams]:  # for n = 1 to 4: how often each n-gram occurs
+        return [Counter(zip(*(tokens[i:] for i in range(n)), strict=False)) for n in range(1, 5)]
+
     words = iter(ptb_tokenize([caption for captions in references for caption in captions]))
-    counted = [[_grams(next(words)) for _ in captions] for captions in references]
+    counted = [[grams(next(words)) for _ in captions] for captions in references]
     df = Counter(k for image in counted for k in {k for orders in image for grams in orders for k in grams})
     unseen = math.log(len(counted))
     idf = {k: unseen - math.log(images) for k, images in df.items()}
@@ -62,7 +61,7 @@ def cider(
 
     scores = []
     for tokens, image in zip(ptb_tokenize(list(hypotheses)), counted, strict=True):
-        hypothesis, total = weigh(_grams(tokens)), 0.0
+        hypothesis, total = weigh(grams(tokens)), 0.0
         for reference in image:
             gap = len(tokens) - sum(reference[0].values())
             closeness = math.exp(-(gap**2) / (2 * 6**2))
@@ -71,12 +70,7 @@ def cider(
                     shared = sum(min(w, r[k]) * r[k] for k, w in c.items() if k in r)
                     total += closeness * shared / (c_norm * r_norm)
         scores.append(10 * total / (4 * len(image)))
-    return _mean(scores), scores
-
-
-def _grams(tokens: list[str]) -> list[Grams]:
-    """The n-grams of a caption and how often each occurs, for n = 1 to 4."""
-    return [Counter(zip(*(tokens[i:] for i in range(n)), strict=False)) for n in range(1, 5)]
+    return fmean(scores), scores
 
 
 _SPACES = str.maketrans("\n\t", "  ")
@@ -99,7 +93,7 @@ _CONTRACTIONS = {
 _CONTRACTIONS["somebody'd"] = "somebodyd"  # the evaluators' table has this one the wrong way round
 
 
-def vqa_accuracy(prediction: str, answers: Sequence[str], variant: Literal["official", "lavis"] = "official") -> float:
+def vqa_accuracy(prediction: str, answers: Sequence[str], variant: Variant = "official") -> float:
     """VQA accuracy of one prediction: agreement with three of the other annotators is full marks.
 
     The mean over annotators i of min(1, how many of the others gave this answer / 3). Of ten answers 0, 1, 2, 3 or
@@ -109,7 +103,7 @@ def vqa_accuracy(prediction: str, answers: Sequence[str], variant: Literal["offi
         lavis     the code before, which InstructBLIP and hence LION report: always the prediction, and of the
                   annotators' answers only the punctuation, so no prediction can match "two" or "a cat"
     """
-    if variant not in ("official", "lavis"):
+    if variant not in VARIANTS:
         raise ValueError(f"variant is 'official' or 'lavis', not {variant!r}")
     if not answers:
         raise ValueError("VQA accuracy needs the annotators' answers, found none")
@@ -122,7 +116,7 @@ def vqa_accuracy(prediction: str, answers: Sequence[str], variant: Literal["offi
     if disagree:
         answers = [normalise_answer(a) if variant == "official" else _strip_punctuation(a) for a in answers]
     matches = sum(answer == prediction for answer in answers)
-    return _mean([min(1.0, (matches - (answer == prediction)) / 3) for answer in answers])
+    return fmean([min(1.0, (matches - (answer == prediction)) / 3) for answer in answers])
 
 
 def normalise_answer(text: str) -> str:
@@ -146,17 +140,17 @@ def _strip_punctuation(text: str) -> str:
 
 
 def direct_answer_accuracy(prediction: str, answers: Sequence[str]) -> float:
-    """A-OKVQA's direct answer: min(1, how many of the ten gave exactly this string / 3).
+    """A-OKVQA's direct answer: min(1, how many of the ten gave exactly this string / 3). Source: allenai/aokvqa.
 
     Nothing is normalised: give a stripped, lower-cased prediction. The official evaluator leaves out questions marked
-    `difficult_direct_answer`. LAVIS, and so the paper, keeps them. Source: allenai/aokvqa.
+    `difficult_direct_answer`. LAVIS, and so the paper, keeps them.
     """
     return min(1.0, sum(answer == prediction for answer in answers) / 3)
 
 
-def gqa_match(prediction: str, answer: str, variant: Literal["official", "lavis"] = "lavis") -> bool:
+def gqa_match(prediction: str, answer: str, variant: Variant = "lavis") -> bool:
     """GQA: equal strings (official), or equal after `normalise_answer` on both sides (LAVIS, and so the paper)."""
-    if variant not in ("official", "lavis"):
+    if variant not in VARIANTS:
         raise ValueError(f"variant is 'official' or 'lavis', not {variant!r}")
     return prediction == answer if variant == "official" else normalise_answer(prediction) == normalise_answer(answer)
 
@@ -170,23 +164,19 @@ def rank(scores: Sequence[float], target: int) -> int:
     return 1 + sum(score > scores[target] for score in scores) + sum(s == scores[target] for s in scores[:target])
 
 
-@dataclass(frozen=True)
-class Ranking:
-    """VisDial's metrics over all rounds; top-1 accuracy (IconQA, VSR) is `recall[1]`."""
-
+class Ranking(NamedTuple):
     mrr: float  # mean of 1 / rank
     recall: Mapping[int, float]  # at k = 1, 5, 10: the share of ranks <= k
     mean_rank: float
 
 
 def ranking(ranks: Sequence[int]) -> Ranking:
-    """Mean reciprocal rank, recall at 1, 5, 10 and mean rank: the VisDial challenge's, without its NDCG."""
-    recall = {k: _mean([r <= k for r in ranks]) for k in (1, 5, 10)}
-    return Ranking(_mean([1 / r for r in ranks]), recall, _mean(ranks))
+    """The VisDial challenge's metrics without its NDCG. Top-1 accuracy (IconQA, VSR) is `recall[1]`."""
+    recall = {k: fmean([r <= k for r in ranks]) for k in (1, 5, 10)}
+    return Ranking(fmean([1 / r for r in ranks]), recall, fmean(ranks))
 
 
-@dataclass(frozen=True)
-class Grounding:
+class Grounding(NamedTuple):
     accuracy: float
     unparsed: float  # the share of answers that hold no box; they count as wrong
 
@@ -197,12 +187,10 @@ def grounding(answers: Sequence[str], truth: Sequence[Box], threshold: float = 0
     `strict` asks for more than the threshold, as Shikra and MiniGPT-4 do. There is one answer per expression. A missing
     or inverted box counts as wrong. The truth should not be rounded.
     """
-    if len(answers) != len(truth):
-        raise ValueError(f"{len(answers)} answers for {len(truth)} expressions")
     boxes = [Box.parse(answer) for answer in answers]
     overlaps = [box.iou(true) if box else 0.0 for box, true in zip(boxes, truth, strict=True)]
     right = [iou > threshold or (iou == threshold and not strict) for iou in overlaps]
-    return Grounding(_mean(right), _mean([box is None for box in boxes]))
+    return Grounding(fmean(right), fmean([box is None for box in boxes]))
 
 
 @dataclass(frozen=True)
@@ -214,17 +202,17 @@ class Pope:
     tn: int
     fn: int
 
-    accuracy = property(lambda self: _share(self.tp + self.tn, self.tp + self.fp + self.tn + self.fn))
-    precision = property(lambda self: _share(self.tp, self.tp + self.fp))
-    recall = property(lambda self: _share(self.tp, self.tp + self.fn))
-    f1 = property(lambda self: _share(2 * self.tp, 2 * self.tp + self.fp + self.fn))
-    yes_ratio = property(lambda self: _share(self.tp + self.fp, self.tp + self.fp + self.tn + self.fn))
+    accuracy = property(lambda self: (self.tp + self.tn) / (self.tp + self.fp + self.tn + self.fn or 1))
+    precision = property(lambda self: self.tp / (self.tp + self.fp or 1))
+    recall = property(lambda self: self.tp / (self.tp + self.fn or 1))
+    f1 = property(lambda self: 2 * self.tp / (2 * self.tp + self.fp + self.fn or 1))
+    yes_ratio = property(lambda self: (self.tp + self.fp) / (self.tp + self.fp + self.tn + self.fn or 1))
 
 
 def pope(answers: Sequence[str], labels: Sequence[str]) -> Pope:
     """POPE of the model's texts and the file's labels, in the same order. Source: AoiDragon/POPE."""
-    if odd := sorted(set(labels) - {"yes", "no"}):
-        raise ValueError(f"a POPE label is 'yes' or 'no', not {odd[0]!r}")
+    if odd := set(labels) - {"yes", "no"}:
+        raise ValueError(f"a POPE label is 'yes' or 'no', not {min(odd)!r}")
     if len(answers) != len(labels) or not labels:
         raise ValueError(f"{len(answers)} answers for {len(labels)} questions")
     counts = Counter(zip(map(pope_answer, answers), labels, strict=True))
@@ -261,16 +249,15 @@ def mmbench(rows: Iterable[tuple[int, str, bool]]) -> dict[str, float]:
         questions[number] = ability, right and questions.get(number, (ability, True))[1]
     if orphans := questions.keys() - seen:
         raise ValueError(f"question {min(orphans)} has rotations but not its own row")
-    hits = {ability: [right for name, right in questions.values() if name == ability] for ability in MMBENCH_ABILITIES}
-    overall = _mean([right for _, right in questions.values()])
-    return {"Overall": overall} | {MMBENCH_ABILITIES[name]: _mean(rights) for name, rights in hits.items() if rights}
+    hits = {"Overall": [right for _, right in questions.values()]}
+    for name, column in MMBENCH_ABILITIES.items():
+        hits[column] = [right for ability, right in questions.values() if ability == name]
+    return {column: fmean(rights) for column, rights in hits.items() if rights}
 
 
 AVERAGES = {
-    "REC Avg": (
-        "refcoco_val", "refcoco_testA", "refcoco_testB", "refcoco+_val", "refcoco+_testA", "refcoco+_testB",
-        "refcocog_val", "refcocog_test",
-    ),
+    "REC Avg": ("refcoco_val", "refcoco_testA", "refcoco_testB", "refcoco+_val", "refcoco+_testA", "refcoco+_testB",
+                "refcocog_val", "refcocog_test"),
     "Held-in": ("coco", "textcaps", "okvqa", "aokvqa"),
     "Held-out": ("flickr30k", "gqa", "iconqa", "vsr", "visdial"),
 }  # fmt: skip
@@ -278,15 +265,5 @@ AVERAGES = {
 
 def averages(scores: Mapping[str, float]) -> dict[str, float]:
     """The unweighted averages of Tables 2 to 4, without those that lack a benchmark."""
-    whole = {name: members for name, members in AVERAGES.items() if all(member in scores for member in members)}
-    return {name: _mean([scores[member] for member in members]) for name, members in whole.items()}
-
-
-def _mean(values: Sequence[float]) -> float:
-    if not values:
-        raise ValueError("a mean over no samples")
-    return math.fsum(values) / len(values)
-
-
-def _share(part: int, whole: int) -> float:
-    return part / whole if whole else 0.0
+    whole = {name: members for name, members in AVERAGES.items() if scores.keys() >= set(members)}
+    return {name: fmean(scores[member] for member in members) for name, members in whole.items()}

@@ -9,10 +9,10 @@ One regular expression gives the same tokens, exactly on captions, approximately
 import re
 
 # The evaluators drop -LRB- and its kin in upper case only, so in lower case they count as words.
-_RENAMED = {
+_RENAMED = str.maketrans({
     "(": "-lrb-", ")": "-rrb-", "[": "-lsb-", "]": "-rsb-", "{": "-lcb-", "}": "-rcb-",
     "£": "#", "€": "$", "¢": "cents",
-}  # fmt: skip
+})  # fmt: skip
 _CHARACTERS = str.maketrans(
     {"’": "'", "‘": "`", "“": '"', "”": '"', "«": '"', "»": '"', "—": "--", "–": "--", "…": "..."}
     | {"½": " 1/2 ", "¼": " 1/4 ", "¾": " 3/4 ", "⅓": " 1/3 ", "⅔": " 2/3 "}
@@ -20,7 +20,6 @@ _CHARACTERS = str.maketrans(
 _ENTITIES = {"&amp;": "&", "&lt;": "<", "&gt;": ">", "&quot;": '"', "&apos;": "'", "&nbsp;": " "}
 _ENTITY = re.compile("|".join(_ENTITIES), re.IGNORECASE)
 _DROPPED = re.compile(r"""['`"]+|[.?!,:;]|-+|\.(?: ?\.)+""")
-_RENAMABLE = re.compile("|".join(map(re.escape, _RENAMED)))
 
 # Parts of _TOKEN: white space in them means nothing.
 _ABBREVIATIONS = r"""
@@ -71,5 +70,5 @@ def ptb_tokenize(captions: list[str]) -> list[list[str]]:
         if token == "\n":
             lines.append([])
         elif not _DROPPED.fullmatch(token):
-            lines[-1].append(_RENAMABLE.sub(lambda found: _RENAMED[found[0]], token.lower()))
+            lines[-1].append(token.lower().translate(_RENAMED))
     return lines if captions else []

@@ -14,6 +14,7 @@ Content and suffix tell the forms of a data set apart. A fault is a ValueError t
 import base64
 import csv
 import pickle
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -39,12 +40,11 @@ class Example:
     group: str = ""  # MMBench: ability; A-OKVQA: "difficult"; VisDial: "last" in a dialog's last round
 
     def __post_init__(self) -> None:
+        need(self.image, (str, bytes), "image")
         for name, text in {"id": self.id, "group": self.group, **self.fields}.items():
             need(text, str, name)
         for text in self.references + self.candidates:
             need(text, str, "answer")
-        need(self.image, (str, bytes), "image")
-        need(self.target or 0, int, "answer")
         if self.box and not self.box.area:
             raise ValueError("the box covers nothing of the image")
 
@@ -64,47 +64,30 @@ def read_files(paths: Sequence[Path], count: int = 1) -> tuple[str, Any]:
     return where, data
 
 
-def rows(path: object, data: Any, name: str = "") -> Iterator[tuple[str, Any]]:
-    """The objects in a list, or in the list under this name, each with its place."""
+def rows(path: object, data: Any, name: str = "", split: str = "") -> Iterator[tuple[str, Any]]:
+    """The objects of a list, of the list under this name, or of a dict by `question_id`, each with its place."""
     with reading(path):
-        listed = need(need(data, dict)[name] if name else data, list, name)
+        listed = need(data, dict)[name] if name else data
+        if isinstance(listed, dict):
+            listed = [need(row, dict, id) | {"question_id": id} for id, row in listed.items()]
+        need(listed, list, name)
     for number, row in enumerate(listed, 1):
         with reading(place := f"{path}, {name or 'record'} {number}"):
-            yield place, need(row, dict)
-
-
-def in_split(path: object, data: Any, name: str, split: str) -> Iterator[tuple[str, Any]]:
-    """`rows` of one split."""
-    splits = set()
-    for where, row in rows(path, data, name):
-        with reading(where):
-            splits.add(need(row["split"], str, "split"))
-        if row["split"] == split:
-            yield where, row
-    if split not in splits:
-        raise ValueError(f"{path} has no split {split!r}, only {', '.join(sorted(splits)) or 'none'}")
+            if not split or need(row, dict).get("split") == split:
+                yield place, need(row, dict)
 
 
 def texts(row: Any, name: str) -> tuple[str, ...]:
     """The field as texts, at least one."""
-    value = need(row[name], (str, list), name)
-    if value == []:
+    if not (value := need(row[name], (str, list), name)):
         raise ValueError(f"{name} is empty")
     return (value,) if isinstance(value, str) else tuple(value)
-
-
-def key(row: Any, name: str = "question_id") -> str:
-    return str(need(row[name], (int, str), name))
 
 
 def choose(value: Any, choices: Sequence[Any], name: str) -> Any:
     if value not in choices:
         raise ValueError(f"{name} must be in {choices}, found {value!r:.40}")
-    return value
-
-
-def text_at(texts: Sequence[Any], number: Any) -> str:
-    return need(texts[choose(number, range(len(texts)), "the number of a text")], str, "text")
+    return choices[choices.index(value)]  # 1, where the file has 1.0 or true
 
 
 def captions(paths: Sequence[Path], split: str = "test") -> Iterator[Example]:
@@ -113,13 +96,11 @@ def captions(paths: Sequence[Path], split: str = "test") -> Iterator[Example]:
         said = by_image(path, data, "annotations", "caption")
         for where, row in rows(path, data, "images"):
             with reading(where):
-                id = int(key(row, "id"))
+                id = int(row["id"])
                 name = row.get("file_name", f"val2014/COCO_val2014_{id:012}.jpg")  # LAVIS' ground truth has no names
-                if str(id) not in said:
-                    raise ValueError(f"the image {id} has no caption")
-                yield Example(str(id), name, references=tuple(said[str(id)]))
+                yield Example(str(id), name, references=texts({"caption": said[str(id)]}, "caption"))
     elif isinstance(data, dict):  # Karpathy
-        for where, row in in_split(path, data, "images", split):
+        for where, row in rows(path, data, "images", split):
             with reading(where):
                 name = (row.get("filepath", "") + "/" + row["filename"]).lstrip("/")
                 yield Example(image_id(name), name, references=tuple(s["raw"] for s in row["sentences"]))
@@ -129,12 +110,17 @@ def captions(paths: Sequence[Path], split: str = "test") -> Iterator[Example]:
                 yield Example(image_id(row["image"]), row["image"], references=texts(row, "caption"))
 
 
+def textcaps(paths: Sequence[Path]) -> Iterator[Example]:
+    for id, said in by_image(*read_files(paths), "data", "caption_str").items():
+        yield Example(id, f"train_images/{id}.jpg", references=tuple(said))
+
+
 def by_image(path: object, data: Any, name: str, field: str) -> dict[str, list[str]]:
     """The captions of each picture, from the list `name` of single ones."""
-    said: dict[str, list[str]] = {}
+    said = defaultdict[str, list[str]](list)
     for where, row in rows(path, data, name):
         with reading(where):
-            said.setdefault(key(row, "image_id"), []).append(need(row[field], str, field))
+            said[str(row["image_id"])].append(need(row[field], str, field))
     return said
 
 
@@ -144,35 +130,25 @@ def image_id(name: str) -> str:
     return str(int(stem[-12:])) if stem.startswith("COCO_") and stem[-12:].isdigit() else stem
 
 
-def textcaps(paths: Sequence[Path]) -> Iterator[Example]:
-    for id, said in by_image(*read_files(paths), "data", "caption_str").items():
-        yield Example(id, f"train_images/{id}.jpg", references=tuple(said))
-
-
 def vqa(paths: Sequence[Path]) -> Iterator[Example]:
-    """OKVQA and VQAv2. The annotators' `answer` counts, which OKVQA has stemmed, and not `raw_answer`."""
+    """OKVQA, VQAv2 and GQA. The annotators' `answer` counts, which OKVQA has stemmed, and not `raw_answer`."""
     path, data = read_files(paths, count=2)
-    if isinstance(data, list):
-        yield from lavis(path, data)
-        return
-    answers = {}
-    for where, row in rows(path, data, "annotations"):
+    pair, answers = isinstance(data, dict) and ("questions" in data or "annotations" in data), {}
+    for where, row in rows(path, data, "annotations") if pair else ():
         with reading(where):
             answers[row["question_id"]] = tuple(answer["answer"] for answer in row["answers"])
-    for where, row in rows(path, data, "questions"):
+    for where, row in rows(path, data, "questions" if pair else ""):
         with reading(where):
-            if row["question_id"] not in answers:
-                raise ValueError(f"question {row['question_id']} has no annotation")
-            subtype = data.get("data_subtype", "val2014")
-            name = f"{subtype}/COCO_{subtype}_{row['image_id']:012d}.jpg"
-            yield Example(key(row), name, {"question": row["question"]}, answers[row["question_id"]])
-
-
-def lavis(path: object, data: Any) -> Iterator[Example]:
-    """LAVIS' list of questions for OKVQA, VQAv2 or GQA."""
-    for where, row in rows(path, data):
-        with reading(where):
-            yield Example(key(row), row["image"], {"question": row["question"]}, texts(row, "answer"))
+            id = row["question_id"]
+            if pair and id not in answers:
+                raise ValueError(f"question {id} has no annotation")
+            if pair:
+                subtype = data.get("data_subtype", "val2014")
+                name = f"{subtype}/COCO_{subtype}_{row['image_id']:012d}.jpg"
+            else:  # LAVIS' list, or GQA's questions by id
+                name = row["image"] if "image" in row else row["imageId"] + ".jpg"
+            said = answers[id] if pair else texts(row, "answer")
+            yield Example(str(id), name, {"question": row["question"]}, said)
 
 
 def aokvqa(paths: Sequence[Path]) -> Iterator[Example]:
@@ -185,32 +161,23 @@ def aokvqa(paths: Sequence[Path]) -> Iterator[Example]:
             yield Example(row["question_id"], name, {"question": row["question"]}, answers, group=group)
 
 
-def gqa(paths: Sequence[Path]) -> Iterator[Example]:
-    path, data = read_files(paths)
-    if not isinstance(data, dict):
-        yield from lavis(path, data)
-        return
-    for id, row in data.items():
-        with reading(f"{path}, {id}"):
-            yield Example(id, row["imageId"] + ".jpg", {"question": row["question"]}, texts(row, "answer"))
-
-
 def iconqa(paths: Sequence[Path]) -> Iterator[Example]:
     """Only the questions with choices in text (choose_txt). The number of choices varies."""
-    if len(paths) == 1 and paths[0].is_dir():  # from the root of the data set or from inside
+    if paths[0].is_dir():  # the root of the data set, or a folder inside
         patterns = ("**/test/choose_txt/*/data.json", "choose_txt/*/data.json", "*/data.json")
         files = next(filter(None, ([*paths[0].glob(pattern)] for pattern in patterns)), [])
-        files.sort(key=lambda file: (len(file.parent.name), file.parent.name))
-        problems = [(str(file), file.parent.name, read_json(file)) for file in files]
+        path, data = str(only(paths)), {file.parent.name: read_json(file) for file in files}
+        ids = sorted(data, key=lambda id: (len(id), id))
     else:
         path, data = read_files(paths, count=2)
         with reading(path):
-            problems = [(f"{path}, {id}", str(id), data[str(id)]) for id in data["choose_txt_test"]]
-    for where, id, row in problems:
-        with reading(where):
-            choices, fields = texts(row, "choices"), {"question": row["question"]}
+            ids = need(data["choose_txt_test"], list, "choose_txt_test")
+    for id in map(str, ids):
+        with reading(f"{path}, {id}"):
+            row, image = data[id], f"test/choose_txt/{id}/image.png"
+            choices = texts(row, "choices")
             target = choose(row["answer"], range(len(choices)), "answer")
-            yield Example(id, f"test/choose_txt/{id}/image.png", fields, (), choices, target)
+            yield Example(id, image, {"question": row["question"]}, (), choices, target)
 
 
 def vsr(paths: Sequence[Path]) -> Iterator[Example]:
@@ -228,30 +195,28 @@ def visdial(paths: Sequence[Path]) -> Iterator[Example]:
         questions, answers = (need(data["data"][name], list, name) for name in ("questions", "answers"))
     for where, row in rows(path, data["data"], "dialogs"):
         with reading(where):
-            id, history = int(key(row, "image_id")), ""
+            id, history = int(row["image_id"]), ""
+            image = f"VisualDialog_val2018/VisualDialog_val2018_{id:012}.jpg"
             for number, turn in enumerate(row["dialog"], 1):
-                question = text_at(questions, turn["question"])
-                options = tuple(text_at(answers, option) for option in turn["answer_options"])
+                question = questions[turn["question"]]
+                options = tuple(answers[option] for option in turn["answer_options"])
                 target = choose(turn["gt_index"], range(len(options)), "gt_index")
-                image = f"VisualDialog_val2018/VisualDialog_val2018_{id:012}.jpg"
                 fields, group = {"question": question, "history": history}, "last" * (number == len(row["dialog"]))
                 yield Example(f"{id}-{number}", image, fields, (), options, target, group=group)
                 if not group:
-                    history = f"{history} q: {question} a: {text_at(answers, turn['answer'])}".strip()
+                    history = f"{history} q: {question} a: {answers[turn['answer']]}".strip()
 
 
 def refcoco(paths: Sequence[Path], split: str) -> Iterator[Example]:
     """One example per expression, its box unrounded. A file of Shikra or MiniGPT-4 holds one split."""
-    pickles = [path for path in paths if path.suffix in (".p", ".pkl", ".pickle")]
-    if pickles:
-        others = [path for path in paths if path not in pickles]
-        if (len(pickles), len(others)) != (1, 1):
+    refs, *instances = sorted(paths, key=lambda path: path.suffix not in (".p", ".pkl", ".pickle"))
+    if refs.suffix in (".p", ".pkl", ".pickle"):
+        if len(instances) != 1:
             raise ValueError(f"expected refs(...).p and its instances.json, found {', '.join(map(str, paths))}")
-        yield from refer(pickles[0], others[0], split)
+        yield from refer(refs, instances[0], split)
         return
-    path = only(paths)
-    shikra = path.suffix == ".jsonl"
-    for number, (where, row) in enumerate(json_lines(path) if shikra else rows(*read_files(paths))):
+    shikra = only(paths).suffix == ".jsonl"
+    for number, (where, row) in enumerate(json_lines(refs) if shikra else rows(*read_files(paths))):
         with reading(where):
             # MiniGPT-4 appends the object's number to COCO_train2014_ and 12 digits.
             name = row["img_path"] if shikra else row["img_id"][:27] + ".jpg"
@@ -260,21 +225,30 @@ def refcoco(paths: Sequence[Path], split: str) -> Iterator[Example]:
 
 
 def refer(path: Path, instances: Path, split: str) -> Iterator[Example]:
-    data, known = read_json(instances), dict[str, dict[int, Any]](images={}, annotations={})
-    for name, by_id in known.items():
-        for where, row in rows(instances, data, name):
-            with reading(where):
-                by_id[row["id"]] = row
-    for where, ref in in_split(path, read_pickle(path), "", split):
+    data = read_json(instances)
+    with reading(instances):
+        images, objects = ({row["id"]: row for _, row in rows(instances, data, n)} for n in ("images", "annotations"))
+    with reading(path), open(path, "rb") as file:
+        try:
+            refs = PlainUnpickler(file, encoding="latin1").load()  # written by Python 2
+        except (pickle.UnpicklingError, EOFError) as error:
+            raise ValueError(f"it is not a whole pickle: {error}") from error
+    for where, ref in rows(path, refs, split=split):
         with reading(where):
-            image, annotation = known["images"].get(ref["image_id"]), known["annotations"].get(ref["ann_id"])
+            image, annotation = images.get(ref["image_id"]), objects.get(ref["ann_id"])
             if image is None or annotation is None:
-                lost = f"image_id {ref['image_id']}" if image is None else f"ann_id {ref['ann_id']}"
-                raise ValueError(f"{lost} is not in {instances}")
+                raise ValueError(f"image {ref['image_id']} or annotation {ref['ann_id']} is not in {instances}")
             box = any_box_of(annotation, where, corners=False, size=image)
             name = "train2014/" + image["file_name"]  # the ref's own file_name ends in the object's number
             for sentence in ref["sentences"]:
-                yield Example(key(sentence, "sent_id"), name, {"expression": sentence["sent"].strip()}, box=box)
+                yield Example(str(sentence["sent_id"]), name, {"expression": sentence["sent"].strip()}, box=box)
+
+
+class PlainUnpickler(pickle.Unpickler):
+    """refer's files hold dicts, lists, texts and numbers. Nothing is imported, so no code runs."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        raise ValueError(f"it asks for {module}.{name}, and only plain data is read")
 
 
 def any_box_of(row: Any, where: str, corners: bool, size: Any = None) -> Box:
@@ -285,26 +259,11 @@ def any_box_of(row: Any, where: str, corners: bool, size: Any = None) -> Box:
         return Box.from_pixels(x, y, a if corners else x + a, b if corners else y + b, width, height)
 
 
-class PlainUnpickler(pickle.Unpickler):
-    """refer's files hold dicts, lists, texts and numbers. Nothing is imported, so no code runs."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        raise ValueError(f"it asks for {module}.{name}, and only plain data is read")
-
-
-def read_pickle(path: Path) -> Any:
-    with reading(path), open(path, "rb") as file:
-        try:
-            return PlainUnpickler(file, encoding="latin1").load()  # written by Python 2
-        except (pickle.UnpicklingError, EOFError) as error:
-            raise ValueError(f"it is not a whole pickle: {error}") from error
-
-
 def pope(paths: Sequence[Path]) -> Iterator[Example]:
     for where, row in json_lines(only(paths)):
         with reading(where):
             label = choose(row["label"], ("yes", "no"), "label")
-            yield Example(key(row), row["image"], {"question": row["text"]}, (label,))
+            yield Example(str(row["question_id"]), row["image"], {"question": row["text"]}, (label,))
 
 
 def mmbench(paths: Sequence[Path]) -> Iterator[Example]:
@@ -314,15 +273,12 @@ def mmbench(paths: Sequence[Path]) -> Iterator[Example]:
     with reading(path), open(path, encoding="utf-8-sig", newline="") as file:
         table = list(csv.DictReader(file, delimiter="\t"))
     pictures = {row.get("index"): row.get("image") or "" for row in table}
-    for number, row in enumerate(table, 1):
-        with reading(where := f"{path}, record {number}"):
+    for where, row in rows(path, table):
+        with reading(where):
             home = row["image"] if need(row["image"], str, "image") in pictures else row["index"]
-            with reading(f"{where}, image"):
-                picture = base64.b64decode(pictures[home], validate=True)
+            picture = base64.b64decode(pictures[home], validate=True)
             given = {name: text for name, text in row.items() if text not in (None, "", "nan")}
             options = {letter: given[letter] for letter in "ABCD" if letter in given}
-            if not options:
-                raise ValueError("there is no option A, B, C or D")
             letters, candidates = tuple(options), tuple(options.values())
             target = letters.index(choose(given["answer"], letters, "answer")) if "answer" in given else None
             lines = "\n".join(map(". ".join, options.items()))

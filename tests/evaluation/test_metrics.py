@@ -92,7 +92,7 @@ def test_ptb_tokens_beyond_the_fixture() -> None:
 def test_cider_refuses_what_it_cannot_score() -> None:
     with pytest.raises(ValueError, match="1 images have references and 2 have a hypothesis"):
         metrics.cider([["a"]], ["a", "b"])
-    with pytest.raises(ValueError, match="2 images have references or a hypothesis but not both: x, y"):
+    with pytest.raises(ValueError, match="image x has references or a hypothesis but not both"):
         metrics.cider({"x": ["a"]}, {"y": "a"})
     with pytest.raises(ValueError, match="image 1 needs a list"):
         metrics.cider([["a"], []], ["a", "b"])
@@ -189,7 +189,7 @@ def test_rank_refuses_what_has_no_place() -> None:
         metrics.rank([math.nan, 1.0], 1)
     with pytest.raises(ValueError, match="target 2 is not one of 2"):
         metrics.rank([0.0, 1.0], 2)
-    with pytest.raises(ValueError, match="no samples"):
+    with pytest.raises(ValueError, match="at least one data point"):
         metrics.ranking([])
 
 
@@ -217,7 +217,7 @@ def test_grounding_counts_what_it_cannot_read_as_wrong() -> None:
     found = metrics.grounding(["[0,0,1,1]", "a dog", "", "[0.9,0.9,0.1,0.1]", "[0,0,1,1] and [0,0,0,0]"], [whole] * 5)
     assert found == metrics.Grounding(accuracy=2 / 5, unparsed=2 / 5)
     assert metrics.grounding(["[0,0,0.5,1]"], [whole], threshold=0.6).accuracy == 0
-    with pytest.raises(ValueError, match="1 answers for 2 expressions"):
+    with pytest.raises(ValueError, match="argument 2 is longer than argument 1"):
         metrics.grounding(["[0,0,1,1]"], [whole, whole])
 
 

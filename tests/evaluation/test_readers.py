@@ -198,18 +198,15 @@ def test_refer(tmp_path: Path) -> None:
     assert found[0].image == "train2014/COCO_train2014_000000581857.jpg"  # not the ref's own file_name
     assert [e.fields["expression"] for e in found] == ["lady ' s head", "her"]
     assert found[0].box == Box(285.04 / 640, 23.29 / 427, (285.04 + 139.74) / 640, (23.29 + 123.11) / 427)
-    with pytest.raises(ValueError, match=r"has no split 'testB', only testA, val"):
+    with pytest.raises(ValueError, match=r"instances\.json: there is no example of refcoco_testB in it"):
         read("refcoco_testB", [*paths])
 
 
 def test_a_pickle_of_python_2(tmp_path: Path) -> None:
     """Byte strings beyond ASCII, which Python 2 wrote as the opcode U or T."""
-    _, instances = refer_files(tmp_path)
-    raw = pickle.dumps([{"split": "SPLIT"}], protocol=2).replace(b"X\x05\x00\x00\x00SPLIT", b"U\x05caf\xe9!")
-    path = tmp_path / "refs.p"
-    path.write_bytes(raw)
-    with pytest.raises(ValueError, match="has no split 'val', only café!"):
-        read("refcoco_val", [path, instances])
+    path, instances = refer_files(tmp_path)
+    path.write_bytes(path.read_bytes().replace(b"X\x04\x00\x00\x00her ", b"U\x05caf\xe9!"))
+    assert read("refcoco_val", [path, instances])[1].fields["expression"] == "café!"
 
 
 def test_a_pickle_that_would_run_code(tmp_path: Path) -> None:
@@ -296,7 +293,7 @@ def test_broken_files_are_one_sentence(tmp_path: Path) -> None:
         (json.dumps([row, row]), "the id 1 stands there twice"),
         (json.dumps([row, 7]), "record 2: must be an object, found 7"),
         (json.dumps([row])[:-5], "is not whole JSON"),
-        ("[]", "there is no example in it"),
+        ("[]", "there is no example of gqa in it"),
         ("", "is not whole JSON"),
         ("7", "must be a list, found 7"),
     ):
@@ -306,10 +303,6 @@ def test_broken_files_are_one_sentence(tmp_path: Path) -> None:
         assert "\n" not in str(error.value)
     with pytest.raises(ValueError, match=r"nowhere\.json: No such file"):
         read("gqa", [tmp_path / "nowhere.json"])
-    with pytest.raises(ValueError, match="the task 'gqqa' is unknown; there are flickr30k"):
-        read("gqqa", [path])
-    with pytest.raises(ValueError, match="the task 'refcocog_testA' is unknown"):
-        read("refcocog_testA", [path])
     path.write_text('{"image": "a.jpg", "caption": "b", "label": 1}\n{"image": "a.j', encoding="utf-8")
     with pytest.raises(ValueError, match=r"x\.json, line 2: it is not whole JSON"):
         read("vsr", [path])
@@ -585,7 +578,7 @@ def test_inspect(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     damaged = tmp_path / "images" / found[0]["image"]
     damaged.write_bytes(damaged.read_bytes()[:60])
     assert convert.main(command) == 0
-    assert f"  record 1: {damaged} cannot be read" in capsys.readouterr().out
+    assert f"record 1: {damaged}: " in capsys.readouterr().out
     (tmp_path / "empty.jsonl").touch()
     assert convert.main(["inspect", str(tmp_path / "empty.jsonl")]) == 2
     assert "holds no record" in capsys.readouterr().err
