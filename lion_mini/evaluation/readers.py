@@ -146,7 +146,7 @@ def vqa(paths: Sequence[Path]) -> Iterator[Example]:
                 subtype = data.get("data_subtype", "val2014")
                 name = f"{subtype}/COCO_{subtype}_{row['image_id']:012d}.jpg"
             else:  # LAVIS' list, or GQA's questions by id
-                name = row["image"] if "image" in row else row["imageId"] + ".jpg"
+                name = row["imageId"] + ".jpg" if "imageId" in row else row["image"]
             said = answers[id] if pair else texts(row, "answer")
             yield Example(str(id), name, {"question": row["question"]}, said)
 
