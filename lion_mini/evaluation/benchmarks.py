@@ -110,8 +110,8 @@ def rec(name: str, count: int, *numbers: float) -> Benchmark:
 
 
 def pope(name: str, count: int, *numbers: float) -> Benchmark:
-    rates = dict(zip(("accuracy", "precision", "recall", "F1"), numbers, strict=True))
-    paper = {rate: {"LION": number} for rate, number in rates.items()}
+    rates = ("accuracy", "precision", "recall", "F1")
+    paper = {rate: {"LION": number} for rate, number in zip(rates, numbers, strict=True)}
     note = "the question is asked as it is; the paper does not print its prompt, nor the size of its LION"
     return Benchmark(name, readers.pope, "pope", pope_scores, count, paper, note)
 

@@ -140,14 +140,14 @@ def vqa(paths: Sequence[Path]) -> Iterator[Example]:
     for where, row in rows(path, data, "questions" if pair else ""):
         with reading(where):
             id = row["question_id"]
-            if pair and id not in answers:
-                raise ValueError(f"question {id} has no annotation")
-            if pair:
-                subtype = data.get("data_subtype", "val2014")
-                name = f"{subtype}/COCO_{subtype}_{row['image_id']:012d}.jpg"
-            else:  # LAVIS' list, or GQA's questions by id
+            if not pair:  # LAVIS' list, or GQA's questions by id
                 name = row["imageId"] + ".jpg" if "imageId" in row else row["image"]
-            said = answers[id] if pair else texts(row, "answer")
+                said = texts(row, "answer")
+            elif id in answers:
+                subtype = data.get("data_subtype", "val2014")
+                name, said = f"{subtype}/COCO_{subtype}_{row['image_id']:012d}.jpg", answers[id]
+            else:
+                raise ValueError(f"question {id} has no annotation")
             yield Example(str(id), name, {"question": row["question"]}, said)
 
 
@@ -209,8 +209,9 @@ def visdial(paths: Sequence[Path]) -> Iterator[Example]:
 
 def refcoco(paths: Sequence[Path], split: str) -> Iterator[Example]:
     """One example per expression, its box unrounded. A file of Shikra or MiniGPT-4 holds one split."""
-    refs, *instances = sorted(paths, key=lambda path: path.suffix not in (".p", ".pkl", ".pickle"))
-    if refs.suffix in (".p", ".pkl", ".pickle"):
+    pickled = lambda path: path.suffix in (".p", ".pkl", ".pickle")
+    refs, *instances = sorted(paths, key=pickled, reverse=True)
+    if pickled(refs):
         if len(instances) != 1:
             raise ValueError(f"expected refs(...).p and its instances.json, found {', '.join(map(str, paths))}")
         yield from refer(refs, instances[0], split)
