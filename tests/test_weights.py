@@ -17,7 +17,7 @@ from torch.nn.functional import cross_entropy
 import weights
 from lion_mini import Lion, LionConfig
 from lion_mini.config import IGNORE, PRESETS
-from lion_mini.files import read_shards, write_shards
+from lion_mini.files import read_folder, write_shards
 
 FILES = {
     size: {
@@ -39,21 +39,7 @@ def manifest(file: str) -> dict[str, tuple[int, ...]]:
 
 
 def on_meta(config: LionConfig) -> dict[str, Tensor]:
-    return Lion.plan(config).state_dict()
-
-
-def test_a_plan_is_the_model_without_its_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = Lion(PRESETS["tiny"])
-
-    def draw(*_: object, **__: object) -> Tensor:
-        raise AssertionError("a number was drawn")
-
-    for name in ("normal_", "uniform_"):
-        monkeypatch.setattr(Tensor, name, draw)
-    plan = Lion.plan(PRESETS["tiny"])
-    assert all(tensor.is_meta for tensor in plan.state_dict().values())
-    shapes = [[(k, v.shape, v.dtype) for k, v in model.state_dict().items()] for model in (plan, whole)]
-    assert shapes[0] == shapes[1]
+    return weights.planned(config).state_dict()
 
 
 # --- the real sizes, without the files
@@ -97,12 +83,12 @@ def test_no_name_fits_two_rows() -> None:
 # --- every row matters
 
 
-def outputs(model: Lion, numbers: dict[str, Tensor], part: str) -> list[Tensor]:
-    """What the golden numbers know of one part of the model, both batches."""
-    found = []
+def outputs(lion: Lion, numbers: dict[str, Tensor], part: str) -> list[Tensor]:
+    """How far one part of the model is from the golden numbers, both batches."""
+    model, found = lion.model, []
     for i in (0, 1):
         g = {name.removeprefix(f"s{i}."): value for name, value in numbers.items() if name.startswith(f"s{i}.")}
-        taps = [g[f"vit_block{block}"] for block in model.config.taps]
+        taps = [g[f"vit_block{block}"] for block in lion.config.taps]
         if part == "EVA":
             found.append(relative_to(model.vit(g["image"])[0], g["vit_out"]))
             continue
@@ -112,7 +98,7 @@ def outputs(model: Lion, numbers: dict[str, Tensor], part: str) -> list[Tensor]:
         hidden = model.qformer.attend(g["vit_out"], ids, ids != 0)
         tokens = torch.cat((model.qformer(g["vit_out"], ids, ids != 0), model.aggregator(taps)), dim=1)
         words, mask = model.t5.shared(g["t5_input_ids"]), g["t5_attention_mask"].bool()
-        place = g["t5_input_ids"] == model.text.pieces.special["<extra_id_0>"]
+        place = g["t5_input_ids"] == lion.text.pieces.special["<extra_id_0>"]
         words = torch.where(place[..., None], model.soft_prompt, words) if model.soft_prompt is not None else words
         mask = torch.nn.functional.pad(mask, (tokens.shape[1], 0), value=True)
         task = torch.full((len(ids),), 1 - i)
@@ -135,7 +121,7 @@ def test_swapping_two_rows_is_seen(table: str, golden_model: Lion, numbers: dict
     rows = list(getattr(weights, table).values())
     official = weights.inverted(getattr(weights, table))
     shapes = [{k: v.shape for k, v in on_meta(PRESETS[size]).items()} for size in ("xl", "xxl")]
-    state = golden_model.state_dict()
+    state = golden_model.model.state_dict()
 
     def names(row: str, of: dict) -> list[str]:
         return [name for name in of if weights.pattern(row).fullmatch(name)]
@@ -146,10 +132,10 @@ def test_swapping_two_rows_is_seen(table: str, golden_model: Lion, numbers: dict
 
     def forward() -> list[Tensor]:
         if table == "RAM":
-            assert golden_model.ram is not None
+            assert golden_model.model.ram is not None
             return [
-                relative_to(golden_model.ram.swin(numbers["ram.image"]), numbers["ram.swin"]),
-                relative_to(golden_model.ram(numbers["ram.image"]), numbers["ram.logits"]),
+                relative_to(golden_model.model.ram.swin(numbers["ram.image"]), numbers["ram.swin"]),
+                relative_to(golden_model.model.ram(numbers["ram.image"]), numbers["ram.logits"]),
             ]
         return outputs(golden_model, numbers, table)
 
@@ -213,16 +199,17 @@ def test_shards(tmp_path: Path) -> None:
 
 def test_bfloat16(tmp_path: Path, golden_folder: Path) -> None:
     assert convert(tmp_path / "half", dtype="bfloat16") == 0
-    model, full = Lion.from_pretrained(tmp_path / "half", dtype=None), Lion.from_pretrained(golden_folder)
-    for (name, half), whole in zip(model.state_dict().items(), full.state_dict().values(), strict=True):
+    folders = (tmp_path / "half", None), (golden_folder, torch.float32)
+    states = [Lion.from_pretrained(folder, dtype=dtype).model.state_dict() for folder, dtype in folders]
+    for (name, half), whole in zip(states[0].items(), states[1].values(), strict=True):
         assert half.dtype == torch.bfloat16
         assert torch.equal(half, whole.bfloat16()), name
-    assert Lion.from_pretrained(tmp_path / "half").t5.shared.weight.dtype == torch.float32
+    assert Lion.from_pretrained(tmp_path / "half").model.t5.shared.weight.dtype == torch.float32
 
 
 def test_other_layouts_of_the_same_files(tmp_path: Path, golden_folder: Path) -> None:
     """A bare dictionary, the old torch format, one T5 file or sharded .bin, aliases present, frozen parts included."""
-    expected = Lion.from_pretrained(golden_folder).state_dict()
+    expected = Lion.from_pretrained(golden_folder).model.state_dict()
     t5 = load_file(OFFICIAL / "flan-t5" / "model-00001-of-00002.safetensors")
     t5 |= load_file(OFFICIAL / "flan-t5" / "model-00002-of-00002.safetensors")
     lion = torch.load(OFFICIAL / "LION-FlanT5-XL.pth", weights_only=True)["model"]
@@ -245,7 +232,7 @@ def test_other_layouts_of_the_same_files(tmp_path: Path, golden_folder: Path) ->
     for name in ("one", "bins"):
         out = tmp_path / f"out-{name}"
         assert convert(out, t5=tmp_path / name, lion=tmp_path / "lion.pth", vit=tmp_path / "eva.pth") == 0
-        found = Lion.from_pretrained(out).state_dict()
+        found = Lion.from_pretrained(out).model.state_dict()
         assert all(torch.equal(found[key], expected[key]) for key in expected)
 
 
@@ -282,7 +269,7 @@ def test_stage_1_starts_from_bert(tmp_path: Path, older: bool, capsys: pytest.Ca
     assert "freshly initialised" in capsys.readouterr().out
     assert convert(tmp_path / "again", lion=None, bert=folder, ram=None, ram_tags=None, ram_thresholds=None) == 0
     assert (tmp_path / "again" / SHARD).read_bytes() == (tmp_path / "out" / SHARD).read_bytes()
-    model = Lion.from_pretrained(tmp_path / "out")
+    model = Lion.from_pretrained(tmp_path / "out").model
     assert model.ram is None
     found = model.state_dict()
     words = bert["bert.embeddings.word_embeddings.weight"]
@@ -301,7 +288,7 @@ def test_stage_1_starts_from_blip2(tmp_path: Path, capsys: pytest.CaptureFixture
     blip2 = {k: v for k, v in lion.items() if k.startswith(("Qformer", "query_tokens", "ln_vision", "t5_proj"))}
     torch.save({"model": blip2 | {"Qformer.cls.predictions.bias": torch.zeros(3)}}, tmp_path / "blip2.pth")
     assert convert(tmp_path / "out", lion=None, blip2=tmp_path / "blip2.pth") == 0
-    found = Lion.from_pretrained(tmp_path / "out").state_dict()
+    found = Lion.from_pretrained(tmp_path / "out").model.state_dict()
     for name, tensor in blip2.items():
         if (ours := weights.translate(name, weights.BLIP2)) is not None:
             assert torch.equal(found[ours], tensor.float()), name
@@ -427,9 +414,9 @@ def lion_with(change: Callable[[dict], object]) -> Callable[[Path], dict]:
 BAD = {
     "missing file": (lambda _: {"vit": "nowhere.pth"}, "nowhere.pth: no such file"),
     "missing folder": (lambda _: {"t5": "nowhere"}, "nowhere"),
-    "truncated pth": (truncated("LION-FlanT5-XL.pth"), "LION-FlanT5-XL.pth is not a whole torch checkpoint"),
-    "truncated vit": (truncated("eva_vit_g.pth"), "eva_vit_g.pth is not a whole torch checkpoint"),
-    "truncated shard": (truncated_shard, "model-00002-of-00002.safetensors is not a whole safetensors file"),
+    "truncated pth": (truncated("LION-FlanT5-XL.pth"), "LION-FlanT5-XL.pth is not a whole checkpoint"),
+    "truncated vit": (truncated("eva_vit_g.pth"), "eva_vit_g.pth is not a whole checkpoint"),
+    "truncated shard": (truncated_shard, "model-00002-of-00002.safetensors is not a whole checkpoint"),
     "missing shard": (missing_shard, "which is not there"),
     "code in a pickle": (evil, "could run code, and is refused"),
     "old pickle": (lambda p: evil(p) and {"lion": p / "evil.pth"}, "evil.pth"),
@@ -494,7 +481,7 @@ def resaved(change: Callable[[dict], object]) -> Callable[[Path], object]:
 DAMAGES: dict[str, Callable[[Path], object]] = {
     "has no config.json": lambda f: (f / "config.json").unlink(),
     "holds no .safetensors file": lambda f: (f / SHARD).unlink(),
-    "not a whole safetensors file": lambda f: (f / SHARD).write_bytes((f / SHARD).read_bytes()[:-50]),
+    "is not a whole checkpoint": lambda f: (f / SHARD).write_bytes((f / SHARD).read_bytes()[:-50]),
     "soft_prompt is missing": resaved(lambda t: t.pop("soft_prompt")),
     "x belongs to no part": resaved(lambda t: t.update(x=torch.zeros(1))),
     r"soft_prompt has shape \(1,\)": resaved(lambda t: t.update(soft_prompt=torch.zeros(1))),
@@ -525,7 +512,7 @@ def test_mapped_tensors_are_those_of_the_file(tmp_path: Path) -> None:
     values = {name: (torch.randn(like.shape) * 9).to(like.dtype) for name, like in plan.items()}
     write_shards(tmp_path, plan, values.__getitem__)
     (tmp_path / "model-00001-of-00001.safetensors").rename(path)
-    found = read_shards(tmp_path, "cpu", None)
+    found = read_folder(tmp_path, "cpu", None)
     expected = load_file(path)
     assert list(found) == list(plan)
     for name, tensor in expected.items():
@@ -533,7 +520,7 @@ def test_mapped_tensors_are_those_of_the_file(tmp_path: Path) -> None:
         assert torch.equal(found[name], tensor)
         assert torch.equal(found[name], values[name])
     found["scalar"].fill_(7)  # training writes into what it has read, not into the file
-    assert torch.equal(read_shards(tmp_path, "cpu", None)["scalar"], values["scalar"])
+    assert torch.equal(read_folder(tmp_path, "cpu", None)["scalar"], values["scalar"])
     save_file({"step": torch.zeros(2, dtype=torch.int64)}, path)
     with pytest.raises(ValueError, match="step is of type I64, not one of F32, BF16, F16, I8: convert it again"):
-        read_shards(tmp_path, "cpu", None)
+        read_folder(tmp_path, "cpu", None)
