@@ -6,8 +6,9 @@
     python weights.py inspect LION-FlanT5-XL.pth          # every tensor: where it goes, or why it is not used
     python weights.py export weights/xl --out LION.pth    # the trained tensors under the release's names
 
-The tables are the port: official name -> our name. `{}` is a number, `*` any rest, and `(a|b)` stands for two rows.
-`convert` stops at a tensor without a row, a parameter without a tensor, and a shape that differs.
+The tables are the port: official name -> our name, or `-` and why it is not used. `{}` is a number, `*` any rest, and
+`(a|b)` stands for two rows. `convert` stops at a tensor without a row, a parameter without a tensor, and a shape that
+differs.
 
 Without `--lion` the result is the start of stage 1. The Q-Former comes from `--blip2`, or from BERT's weights in the
 `--bert` folder; all else that LION trains is initialised. Without `--ram` tags must be given at run time.
@@ -33,7 +34,8 @@ from lion_mini.quantize import quantise, to_int8
 from lion_mini.text.vocabularies import Vocabularies
 from lion_mini.training.start import fresh
 
-Table = Mapping[str, str]
+Table = dict[str, str]
+Place = tuple[str, str | None, str, bool]
 
 
 def rows(table: Table) -> Table:
@@ -51,13 +53,11 @@ EVA = rows({  # eva_vit_g.pth: models/eva_vit.py
     "patch_embed.proj.*": "vit.patch_embed.*",
     "blocks.{}.attn.(q_bias|v_bias|qkv.weight)": "vit.blocks.{}.attn.(q_bias|v_bias|qkv.weight)",
     "blocks.{}.(norm1|attn.proj|norm2|mlp.fc1|mlp.fc2).*": "vit.blocks.{}.(norm1|attn.o|norm2|mlp.fc1|mlp.fc2).*",
+    "blocks.39.*": "- a 40th block; LION stops at the 39th, as BLIP-2 does",
+    "norm.*": "- the final norm of the 40 blocks",
+    "fc_norm.*": "- the final norm of the 40 blocks",
+    "head.*": "- the head of EVA's own training",
 })  # fmt: skip
-EVA_UNUSED = {
-    "blocks.39.*": "a 40th block; LION stops at the 39th, as BLIP-2 does",
-    "norm.*": "the final norm of the 40 blocks",
-    "fc_norm.*": "the final norm of the 40 blocks",
-    "head.*": "the head of EVA's own training",
-}
 
 T5 = rows({  # google/flan-t5-xl, flan-t5-xxl
     "(shared|lm_head).weight": "t5.(shared|lm_head).weight",
@@ -73,11 +73,9 @@ T5 = rows({  # google/flan-t5-xl, flan-t5-xxl
     "decoder.block.{}.layer.2.DenseReluDense.(wi_0|wi_1|wo).weight": "t5.decoder.{}.ff.(wi_0|wi_1|wo).weight",
     "decoder.block.{}.layer.2.layer_norm.weight": "t5.decoder.{}.ff.norm.weight",
     "(encoder|decoder).final_layer_norm.weight": "t5.(encoder|decoder)_norm.weight",
+    "encoder.embed_tokens.weight": "- another name of shared.weight",
+    "decoder.embed_tokens.weight": "- another name of shared.weight",
 })  # fmt: skip
-T5_UNUSED = {
-    "encoder.embed_tokens.weight": "another name of shared.weight",
-    "decoder.embed_tokens.weight": "another name of shared.weight",
-}
 
 RAM = rows({  # ram_swin_large_14m.pth
     "label_embed": "ram.label_embed",
@@ -93,13 +91,11 @@ RAM = rows({  # ram_swin_large_14m.pth
     "tagging_head.encoder.layer.{}.crossattention.output.(dense|LayerNorm).*": "ram.head.{}.cross_attn.(o|norm).*",
     "tagging_head.encoder.layer.{}.intermediate.dense.*": "ram.head.{}.ff.wi.*",
     "tagging_head.encoder.layer.{}.output.(dense|LayerNorm).*": "ram.head.{}.ff.(wo|norm).*",
+    "tag_encoder.*": "- writes captions from tags; LION only tags",
+    "text_decoder.*": "- writes captions from tags; LION only tags",
+    "visual_encoder.layers.{}.blocks.{}.attn.relative_position_index": "- an index that follows from the window size",
+    "visual_encoder.layers.{}.blocks.{}.attn_mask": "- a mask that follows from window and image size",
 })  # fmt: skip
-RAM_UNUSED = {
-    "tag_encoder.*": "writes captions from tags; LION only tags",
-    "text_decoder.*": "writes captions from tags; LION only tags",
-    "visual_encoder.layers.{}.blocks.{}.attn.relative_position_index": "an index that follows from the window size",
-    "visual_encoder.layers.{}.blocks.{}.attn_mask": "a mask that follows from window and image size",
-}
 
 LION = rows({  # LION-FlanT5-XL.pth, LION-FlanT5-XXL.pth: models/lion_t5.py, Qformer.py, lion_adapters.py
     "query_tokens": "qformer.queries",
@@ -122,46 +118,35 @@ LION = rows({  # LION-FlanT5-XL.pth, LION-FlanT5-XXL.pth: models/lion_t5.py, Qfo
         "t5.(encoder.{}|decoder.{}).ff.adapters.adapters.{}.(down.*|up.*|scale)",
     "t5_model.(encoder.block.{}.layer.1|decoder.block.{}.layer.2).adapter.(router_ratio1|router_ratio2)":
         "t5.(encoder.{}|decoder.{}).ff.adapters.(gates.0|gates.1)",
+    "Qformer.bert.embeddings.position_ids": "- a buffer that counts 0, 1, 2, ...",
 })  # fmt: skip
-WORDS = "qformer.words.weight"  # BERT has one word fewer: LION adds [DEC]
-POSITION_IDS = "Qformer.bert.embeddings.position_ids"
-LION_UNUSED = {  # the frozen parts may be in a LION or BLIP-2 file too
-    POSITION_IDS: "a buffer that counts 0, 1, 2, ...",
-    **{f"visual_encoder.{name}": "frozen: read from --vit" for name in (*EVA, *EVA_UNUSED)},
-    **{f"t5_model.{name}": "frozen: read from --t5" for name in (*T5, *T5_UNUSED)},
-    **{f"ram_model.{name}": "frozen: read from --ram" for name in (*RAM, *RAM_UNUSED)},
+LION |= {  # the frozen parts may be in a LION or BLIP-2 file too
+    **{f"visual_encoder.{name}": "- frozen: read from --vit" for name in EVA},
+    **{f"t5_model.{name}": "- frozen: read from --t5" for name in T5},
+    **{f"ram_model.{name}": "- frozen: read from --ram" for name in RAM},
 }
-
-BLIP2 = {theirs: ours for theirs, ours in LION.items() if ours.startswith("qformer.")}  # LION took its Q-Former over
-BLIP2_UNUSED = {
-    **LION_UNUSED,
-    "Qformer.cls.*": "the word head of BLIP-2's first stage",
-    "Qformer.bert.pooler.*": "no part of the Q-Former",
-    **dict.fromkeys(("temp", "vision_proj.*", "text_proj.*", "itm_head.*"), "of BLIP-2's first stage"),
+BLIP2 = {theirs: ours for theirs, ours in LION.items() if ours.startswith(("qformer.", "- "))} | {
+    "Qformer.cls.*": "- the word head of BLIP-2's first stage",
+    "Qformer.bert.pooler.*": "- no part of the Q-Former",
+    **dict.fromkeys(("temp", "vision_proj.*", "text_proj.*", "itm_head.*"), "- of BLIP-2's first stage"),
 }
-
 BERT = {  # bert-base-uncased: the start of the Q-Former
     theirs.removeprefix("Qformer."): ours
-    for theirs, ours in BLIP2.items()
+    for theirs, ours in LION.items()
     if theirs.startswith("Qformer.") and "_query" not in theirs and "crossattention" not in theirs
+} | {
+    "bert.embeddings.token_type_embeddings.weight": "- the Q-Former knows no token types",
+    "bert.pooler.*": "- no part of the Q-Former",
+    "cls.*": "- the heads of BERT's own training",
 }
-BERT_QUERIES = {k: ours.replace(".ff.", ".ff_query.") for k, ours in BERT.items() if ".ff." in ours}  # as in BLIP-2
-BERT_UNUSED = {
-    "bert.embeddings.token_type_embeddings.weight": "the Q-Former knows no token types",
-    "bert.embeddings.position_ids": LION_UNUSED[POSITION_IDS],
-    "bert.pooler.*": "no part of the Q-Former",
-    "cls.*": "the heads of BERT's own training",
+BERT_QUERIES = {  # its feed-forward layers are the start of the queries' too, as in BLIP-2
+    theirs: ours.replace(".ff.", ".ff_query.") if ".ff." in ours else "- read already" for theirs, ours in BERT.items()
 }
 
-KINDS: dict[str, tuple[Table, Table]] = {
-    "EVA ViT-g": (EVA, EVA_UNUSED),
-    "FlanT5": (T5, T5_UNUSED),
-    "RAM": (RAM, RAM_UNUSED),
-    "BLIP-2": (BLIP2, BLIP2_UNUSED),  # before LION, whose table has all its rows: the first of equals counts
-    "LION": (LION, LION_UNUSED),
-    "BERT": (BERT, BERT_UNUSED),
-}
+# BLIP-2 stands before LION, whose table has all its rows: the first of equals counts.
+KINDS = {"EVA ViT-g": EVA, "FlanT5": T5, "RAM": RAM, "BLIP-2": BLIP2, "LION": LION, "BERT": BERT}
 # What stage 1 initialises may be missing. BLIP-2's T5 files were trained without reading text.
+WORDS = "qformer.words.weight"  # BERT has one word fewer: LION adds [DEC]
 OPTIONAL = {"BERT": "", "BLIP-2": r"qformer\.(words|positions|layers\.\d+\.ff)\."}
 OLDER = {  # parts of names in older files
     "vision_multi.": "tagging_head.", ".LayerNorm.gamma": ".LayerNorm.weight", ".LayerNorm.beta": ".LayerNorm.bias",
@@ -179,29 +164,32 @@ def pattern(row: str) -> re.Pattern:
 
 
 def translate(name: str, table: Table) -> str | None:
-    """Our name of an official tensor, or, with a table of unused ones, the reason; None if no row fits."""
+    """What the table says about a name; None if no row fits."""
     for theirs, ours in table.items():
         if match := pattern(theirs).fullmatch(name):
             return ours.replace("*", "{}").format(*match.groups())
     return None
 
 
+def used(table: Table) -> Table:
+    return {theirs: ours for theirs, ours in table.items() if not ours.startswith("- ")}
+
+
 def inverted(table: Table) -> Table:
-    assert len(set(table.values())) == len(table), "two rows of a table lead to one name"
-    return {ours: theirs for theirs, ours in table.items()}
+    assert len(set(used(table).values())) == len(used(table)), "two rows of a table lead to one name"
+    return {ours: theirs for theirs, ours in used(table).items()}
 
 
-OFFICIAL = inverted({**EVA, **T5, **RAM, **LION})
+OFFICIAL = inverted(EVA) | inverted(T5) | inverted(RAM) | inverted(LION)
 
 
-def places(
-    source: Tensors, table: Table, unused: Table, plan: Mapping[str, Tensor]
-) -> Iterator[tuple[str, str | None, str, bool]]:
+def places(source: Tensors, table: Table, plan: Mapping[str, Tensor]) -> Iterator[Place]:
     """For every tensor its name, our name if the model uses it, a line that says so, and whether that is wrong."""
     for name, shape in source.shapes.items():
-        ours, why = translate(name, table), translate(name, unused)
+        ours = translate(name, used(table))
         if ours is None or ours not in plan:
-            yield name, None, f"{name} {tuple(shape)} {f'not used: {why}' if why else 'UNKNOWN'}", why is None
+            why = translate(name, {row: text for row, text in table.items() if text.startswith("- ")})
+            yield name, None, f"{name} {tuple(shape)} {f'not used: {why[2:]}' if why else 'UNKNOWN'}", why is None
             continue
         wanted = plan[ours].shape
         fewer_words = table is BERT and ours == WORDS and shape[1:] == wanted[1:] and shape[0] < wanted[0]
@@ -238,14 +226,15 @@ def convert(args: argparse.Namespace) -> None:
         if (expected := getattr(config.t5, name)) != size:
             raise ValueError(f"{path}: the T5's {name} is {size}, the model's {expected}: --config gives other sizes")
     config = config if args.ram else replace(config, ram=None)
+    Vocabularies.from_files(texts, config)  # raises if one does not fit
     model = planned(config)
     plan = model.state_dict()
 
     # 2. Every parameter is in a file, or is initialised.
     filled: dict[str, tuple[Tensors, str]] = {}
-    for path, table, unused in files:
+    for path, table in files:
         source = Tensors(path, OLDER)
-        for name, ours, line, wrong in places(source, table, unused, plan):
+        for name, ours, line, wrong in places(source, table, plan):
             if wrong:
                 raise ValueError(f"{path} does not fit: {line}; do the files belong to one size (XL or XXL)?")
             if ours is not None:
@@ -280,14 +269,13 @@ def convert(args: argparse.Namespace) -> None:
         folder.mkdir()
         for name, path in zip(Vocabularies.FILES, texts, strict=False):
             (folder / name).write_bytes(path.read_bytes())
-        Vocabularies.from_folder(folder, config)
         (folder / "config.json").write_text(config.to_json(), encoding="utf-8")
         write_shards(folder, layout, read, limit=2**29 if int8 else 2**30)
     size = sum(path.stat().st_size for path in args.out.iterdir())
     print(f"{args.out}: {len(plan)} tensors, {size / 1e9:.2f} GB in {args.dtype}")
 
 
-def inputs(args: argparse.Namespace) -> tuple[list[Path], list[tuple[Path, Table, Table]]]:
+def inputs(args: argparse.Namespace) -> tuple[list[Path], list[tuple[Path, Table]]]:
     """The text files, and the checkpoints with their tables: a later one replaces tensors of an earlier one."""
     if args.dtype not in DTYPES:
         why = "T5 overflows in float16; " if args.dtype == "float16" else ""
@@ -303,11 +291,11 @@ def inputs(args: argparse.Namespace) -> tuple[list[Path], list[tuple[Path, Table
     for path in [*texts, args.config or args.t5 / "config.json"]:
         if not path.is_file():
             raise ValueError(f"{path}: no such file; README.md, Porting, lists what to download")
-    files = [(args.vit, EVA, EVA_UNUSED), (args.t5, T5, T5_UNUSED)]
+    files = [(args.vit, EVA), (args.t5, T5)]
     if any((args.bert / name).is_file() for name in ("model.safetensors", "pytorch_model.bin")) and not args.lion:
-        files += [(args.bert, BERT, BERT_UNUSED), (args.bert, BERT_QUERIES, {**BERT, **BERT_UNUSED})]
-    optional = (args.ram, RAM, RAM_UNUSED), (args.blip2, BLIP2, BLIP2_UNUSED), (args.lion, LION, LION_UNUSED)
-    return texts, files + [file for file in optional if file[0]]
+        files += [(args.bert, BERT), (args.bert, BERT_QUERIES)]
+    optional = (args.ram, RAM), (args.blip2, BLIP2), (args.lion, LION)
+    return texts, files + [(path, table) for path, table in optional if path]
 
 
 def read_checked(source: Tensors, name: str) -> Tensor:
@@ -328,25 +316,25 @@ def inspect(args: argparse.Namespace) -> int:
     if config.is_file() and "vit" in read_json(config):
         return inspect_converted(args.path)
     source = Tensors(args.path, OLDER)
-    known = {kind: sum(translate(n, table) is not None for n in source.shapes) for kind, (table, _) in KINDS.items()}
+    known = {kind: sum(translate(n, used(table)) is not None for n in source.shapes) for kind, table in KINDS.items()}
     kind = max(known, key=lambda kind: known[kind])
     if not known[kind]:
         raise ValueError(f"{args.path}: none of its {len(source.shapes)} tensors has a name of an official file")
     print(f"{args.path}: {kind}, {len(source.shapes)} tensors")
     width = source.shapes.get("shared.weight", ())[-1:] or source.shapes.get("t5_proj.weight", ())[:1]
     plan = planned(choose_config(args.config, dict(zip(["width"], width, strict=False)))).state_dict()
-    problems, used = 0, set[str | None]([None])
-    for _, ours, line, wrong in places(source, *KINDS[kind], plan):
+    problems, filled = 0, set[str | None]([None])
+    for _, ours, line, wrong in places(source, KINDS[kind], plan):
         print(line)
         problems += wrong
-        used.add(ours)
+        filled.add(ours)
     for ours in plan:
-        theirs = translate(ours, inverted(KINDS[kind][0]))
-        if theirs is not None and ours not in used:
+        theirs = translate(ours, inverted(KINDS[kind]))
+        if theirs is not None and ours not in filled:
             optional = kind in OPTIONAL and re.match(OPTIONAL[kind], ours) is not None
             print(f"{theirs} {'not there' if optional else 'MISSING'}, for {ours}")
             problems += not optional
-    print(f"{len(used) - 1} used, {len(source.shapes) - len(used) + 1} not, {problems} problems")
+    print(f"{len(filled) - 1} used, {len(source.shapes) - len(filled) + 1} not, {problems} problems")
     return int(problems > 0)
 
 
@@ -376,7 +364,7 @@ def export(args: argparse.Namespace) -> None:
         if theirs := translate(ours, inverted(LION)):
             tensors[theirs] = tensor
     if model.qformer is not None:
-        tensors[POSITION_IDS] = torch.arange(model.config.qformer.max_positions)[None]
+        tensors["Qformer.bert.embeddings.position_ids"] = torch.arange(model.config.qformer.max_positions)[None]
     with atomic_write(args.out) as file:
         torch.save({"model": tensors}, file)
     print(f"{args.out}: {len(tensors)} tensors under the release's names")
@@ -384,33 +372,26 @@ def export(args: argparse.Namespace) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(required=True, metavar="convert | inspect | export")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="convert | inspect | export")
     command = commands.add_parser("convert", help="official files to a folder that Lion.from_pretrained opens")
-    command.set_defaults(command=convert)
     for flag, text in {
-        "vit": "eva_vit_g.pth",
-        "t5": "folder of FlanT5",
+        "vit": "eva_vit_g.pth", "t5": "folder of FlanT5", "out": "the folder to make",
         "bert": "folder of bert-base-uncased; vocab.txt is enough with --lion or --blip2",
-        "out": "the folder to make",
-        "ram": "ram_swin_large_14m.pth",
-        "ram-tags": "ram_tag_list.txt",
-        "ram-thresholds": "ram_tag_list_threshold.txt",
+        "ram": "ram_swin_large_14m.pth", "ram-tags": "ram_tag_list.txt", "ram-thresholds": "ram_tag_list_threshold.txt",
         "lion": "LION-FlanT5-XL.pth or LION-FlanT5-XXL.pth",
         "blip2": "BLIP-2 or InstructBLIP FlanT5, for stage 1 where there is no --lion",
         "config": "a LionConfig as JSON, for other sizes than XL and XXL",
-    }.items():
+    }.items():  # fmt: skip
         command.add_argument(f"--{flag}", type=Path, required=flag in ("vit", "t5", "bert", "out"), help=text)
     command.add_argument("--dtype", default="float32", help="float32 (default), bfloat16 or int8")
     command = commands.add_parser("inspect", help="where each tensor of a file goes")
-    command.set_defaults(command=inspect)
     command.add_argument("path", type=Path)
     command.add_argument("--config", type=Path, help="a LionConfig as JSON, for other sizes than XL and XXL")
     command = commands.add_parser("export", help="a converted or trained folder to the release's LION file")
-    command.set_defaults(command=export)
     command.add_argument("folder", type=Path)
     command.add_argument("--out", type=Path, required=True)
     args = parser.parse_args(argv)
-    return run(args.command, args)
+    return run({"convert": convert, "inspect": inspect, "export": export}[args.command], args)
 
 
 if __name__ == "__main__":
