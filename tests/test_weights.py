@@ -440,8 +440,8 @@ BAD = {
     "old pickle": (lambda p: evil(p) and {"lion": p / "evil.pth"}, "evil.pth"),
     "another T5": (other_t5, "soft_prompt_hint (24,) -> soft_prompt  SHAPE DIFFERS: the model has (48,)"),
     "T5 of another size": (t5_config, "the T5's width is 4096, the model's 24"),
-    "shape": (lion_with(lambda d: d.update(query_tokens=torch.zeros(1, 9, 24))), "LION-FlanT5-XL.pth does not fit: query_tokens (1, 9, 24) -> qformer.queries  SHAPE DIFFERS"),
-    "unknown": (lion_with(lambda d: d.update(surprise=torch.zeros(2))), "LION-FlanT5-XL.pth does not fit: surprise (2,) UNKNOWN"),
+    "shape": (lion_with(lambda d: d.update(query_tokens=torch.zeros(1, 9, 24))), "-> qformer.queries  SHAPE DIFFERS: the"),
+    "unknown": (lion_with(lambda d: d.update(surprise=torch.zeros(2))), "XL.pth does not fit: surprise (2,) UNKNOWN"),
     "third gate": (lion_with(lambda d: d.update({f"{GATE}3": torch.zeros(2, 24)})), f"{GATE}3 (2, 24) UNKNOWN"),
     "missing": (lion_with(lambda d: d.pop("ln_vision.bias")), "no file holds ln_vision.bias"),
     "NaN": (lion_with(lambda d: d["t5_proj.bias"].fill_(torch.nan)), "t5_proj.bias holds NaN"),
@@ -454,7 +454,7 @@ BAD = {
     "no tags": (text_file("tags.txt", "ram_tags", ""), "tags.txt has 0 lines, the model needs 24"),
     "few tags": (text_file("tags.txt", "ram_tags", "a\nb\n"), "tags.txt has 2 lines, the model needs 24"),
     "few thresholds": (text_file("t.txt", "ram_thresholds", "0.5\n"), "t.txt has 1 lines, the model needs 24"),
-    "thresholds in words": (text_file("t.txt", "ram_thresholds", "high\n"), "t.txt, line 1: could not convert string to float: 'high'"),
+    "thresholds in words": (text_file("t.txt", "ram_thresholds", "high\n"), "t.txt, line 1: could not convert"),
     "config": (text_file("c.json", "config", '{"vit": {"depht": 3}}'), "config.vit.depht is unknown"),
     "half precision": (lambda _: {"dtype": "float16"}, "T5 overflows in float16"),
     "no thresholds": (lambda _: {"ram_thresholds": None}, "--ram needs --ram-tags and --ram-thresholds"),
@@ -537,7 +537,7 @@ def test_mapped_tensors_are_those_of_the_file(tmp_path: Path) -> None:
     found["scalar"].fill_(7)  # training writes into what it has read, not into the file
     assert torch.equal(read_folder(tmp_path, "cpu", None)["scalar"], values["scalar"])
     save_file({"step": torch.zeros(2, dtype=torch.int64)}, tmp_path / SHARD)
-    with pytest.raises(ValueError, match="step is of type torch.int64: convert the weights again"):
+    with pytest.raises(ValueError, match=r"step is of type torch\.int64: convert the weights again"):
         read_folder(tmp_path, "cpu", None)
 
 
