@@ -48,12 +48,12 @@ def rows(table: Table) -> Table:
 
 
 EVA = rows({  # eva_vit_g.pth: models/eva_vit.py
+    "blocks.39.*": "- a 40th block; LION stops at the 39th, as BLIP-2 does",
     "cls_token": "vit.cls",
     "pos_embed": "vit.positions",
     "patch_embed.proj.*": "vit.patch_embed.*",
     "blocks.{}.attn.(q_bias|v_bias|qkv.weight)": "vit.blocks.{}.attn.(q_bias|v_bias|qkv.weight)",
     "blocks.{}.(norm1|attn.proj|norm2|mlp.fc1|mlp.fc2).*": "vit.blocks.{}.(norm1|attn.o|norm2|mlp.fc1|mlp.fc2).*",
-    "blocks.39.*": "- a 40th block; LION stops at the 39th, as BLIP-2 does",
     "norm.*": "- the final norm of the 40 blocks",
     "fc_norm.*": "- the final norm of the 40 blocks",
     "head.*": "- the head of EVA's own training",
@@ -145,8 +145,8 @@ BERT_QUERIES = {  # its feed-forward layers are the start of the queries' too, a
 
 # BLIP-2 stands before LION, whose table has all its rows: the first of equals counts.
 KINDS = {"EVA ViT-g": EVA, "FlanT5": T5, "RAM": RAM, "BLIP-2": BLIP2, "LION": LION, "BERT": BERT}
-# What stage 1 initialises may be missing. BLIP-2's T5 files were trained without reading text.
 WORDS = "qformer.words.weight"  # BERT has one word fewer: LION adds [DEC]
+# What stage 1 initialises may be missing. BLIP-2's T5 files were trained without reading text.
 OPTIONAL = {"BERT": "", "BLIP-2": r"qformer\.(words|positions|layers\.\d+\.ff)\."}
 OLDER = {  # parts of names in older files
     "vision_multi.": "tagging_head.", ".LayerNorm.gamma": ".LayerNorm.weight", ".LayerNorm.beta": ".LayerNorm.bias",
@@ -171,13 +171,8 @@ def translate(name: str, table: Table) -> str | None:
     return None
 
 
-def used(table: Table) -> Table:
-    return {theirs: ours for theirs, ours in table.items() if not ours.startswith("- ")}
-
-
 def inverted(table: Table) -> Table:
-    assert len(set(used(table).values())) == len(used(table)), "two rows of a table lead to one name"
-    return {ours: theirs for theirs, ours in used(table).items()}
+    return {ours: theirs for theirs, ours in table.items() if not ours.startswith("- ")}
 
 
 OFFICIAL = inverted(EVA) | inverted(T5) | inverted(RAM) | inverted(LION)
@@ -186,10 +181,10 @@ OFFICIAL = inverted(EVA) | inverted(T5) | inverted(RAM) | inverted(LION)
 def places(source: Tensors, table: Table, plan: Mapping[str, Tensor]) -> Iterator[Place]:
     """For every tensor its name, our name if the model uses it, a line that says so, and whether that is wrong."""
     for name, shape in source.shapes.items():
-        ours = translate(name, used(table))
-        if ours is None or ours not in plan:
-            why = translate(name, {row: text for row, text in table.items() if text.startswith("- ")})
-            yield name, None, f"{name} {tuple(shape)} {f'not used: {why[2:]}' if why else 'UNKNOWN'}", why is None
+        ours = translate(name, table) or ""
+        if ours not in plan:
+            why = f"not used: {ours[2:]}" if ours.startswith("- ") else "UNKNOWN"
+            yield name, None, f"{name} {tuple(shape)} {why}", why == "UNKNOWN"
             continue
         wanted = plan[ours].shape
         fewer_words = table is BERT and ours == WORDS and shape[1:] == wanted[1:] and shape[0] < wanted[0]
@@ -316,7 +311,7 @@ def inspect(args: argparse.Namespace) -> int:
     if config.is_file() and "vit" in read_json(config):
         return inspect_converted(args.path)
     source = Tensors(args.path, OLDER)
-    known = {kind: sum(translate(n, used(table)) is not None for n in source.shapes) for kind, table in KINDS.items()}
+    known = {kind: sum(translate(name, table) is not None for name in source.shapes) for kind, table in KINDS.items()}
     kind = max(known, key=lambda kind: known[kind])
     if not known[kind]:
         raise ValueError(f"{args.path}: none of its {len(source.shapes)} tensors has a name of an official file")

@@ -53,9 +53,9 @@ def test_every_official_tensor_has_a_place_and_every_place_a_tensor(size: str) -
     filled: dict[str, str] = {}
     for file, table in FILES[size].items():
         for name, shape in manifest(file).items():
-            ours = weights.translate(name, weights.used(getattr(weights, table)))
-            if ours is None:
-                assert weights.translate(name, getattr(weights, table)), f"{file}: {name} is in no table"
+            ours = weights.translate(name, getattr(weights, table))
+            assert ours, f"{file}: {name} is in no table"
+            if ours.startswith("- "):
                 continue
             assert ours in model, f"{file}: {name} leads to {ours}, which is no tensor of the model"
             assert ours not in filled, f"{file}: {name} and {filled[ours]} lead to {ours}"
@@ -78,9 +78,8 @@ def test_no_name_fits_two_rows() -> None:
     for size in FILES:
         for file, table in FILES[size].items():
             for name in manifest(file):
-                assert sum(weights.pattern(row).fullmatch(name) is not None for row in getattr(weights, table)) == 1, (
-                    name
-                )
+                fits = [row for row in getattr(weights, table) if weights.pattern(row).fullmatch(name)]
+                assert len(fits) == 1, (name, fits)
 
 
 # --- every row matters
@@ -121,7 +120,7 @@ def relative_to(found: Tensor, expected: Tensor) -> Tensor:
 @pytest.mark.parametrize("table", TABLES)
 def test_swapping_two_rows_is_seen(table: str, golden_model: Lion, numbers: dict[str, Tensor]) -> None:
     """Each pair of rows, their targets swapped: a shape of the real model differs, or a golden number does."""
-    rows = list(weights.used(getattr(weights, table)).values())
+    rows = list(weights.inverted(getattr(weights, table)))
     official = weights.inverted(getattr(weights, table))
     shapes = [{k: v.shape for k, v in on_meta(PRESETS[size]).items()} for size in ("xl", "xxl")]
     state = golden_model.model.state_dict()
@@ -293,8 +292,8 @@ def test_stage_1_starts_from_blip2(tmp_path: Path, capsys: pytest.CaptureFixture
     assert convert(tmp_path / "out", lion=None, blip2=tmp_path / "blip2.pth") == 0
     found = Lion.from_pretrained(tmp_path / "out").model.state_dict()
     for name, tensor in blip2.items():
-        if (ours := weights.translate(name, weights.used(weights.BLIP2))) is not None:
-            assert torch.equal(found[ours], tensor.float()), name
+        ours = weights.translate(name, weights.BLIP2) or ""
+        assert ours.startswith("- ") or torch.equal(found[ours], tensor.float()), name
     inspected = ["inspect", str(tmp_path / "blip2.pth"), "--config", str(GOLDEN / "sizes.json")]
     capsys.readouterr()
     assert weights.main(inspected) == 0
@@ -373,22 +372,6 @@ def evil(tmp_path: Path) -> dict:
     return {"lion": tmp_path / "evil2.pth"}
 
 
-def truncated(name: str) -> Callable[[Path], dict]:
-    def make(tmp_path: Path) -> dict:
-        source = OFFICIAL / name
-        (tmp_path / source.name).write_bytes(source.read_bytes()[: source.stat().st_size // 2])
-        return {"lion" if "LION" in name else "vit": tmp_path / source.name}
-
-    return make
-
-
-def truncated_shard(tmp_path: Path) -> dict:
-    shutil.copytree(OFFICIAL / "flan-t5", tmp_path / "t5")
-    shard = tmp_path / "t5" / "model-00002-of-00002.safetensors"
-    shard.write_bytes(shard.read_bytes()[:-100])
-    return {"t5": tmp_path / "t5"}
-
-
 def missing_shard(tmp_path: Path) -> dict:
     shutil.copytree(OFFICIAL / "flan-t5", tmp_path / "t5")
     (tmp_path / "t5" / "model-00002-of-00002.safetensors").unlink()
@@ -432,15 +415,12 @@ GATE = "t5_model.encoder.block.0.layer.1.adapter.router_ratio"
 BAD = {
     "missing file": (lambda _: {"vit": "nowhere.pth"}, "nowhere.pth: no such file"),
     "missing folder": (lambda _: {"t5": "nowhere"}, "nowhere"),
-    "truncated pth": (truncated("LION-FlanT5-XL.pth"), "LION-FlanT5-XL.pth is not a whole checkpoint"),
-    "truncated vit": (truncated("eva_vit_g.pth"), "eva_vit_g.pth is not a whole checkpoint"),
-    "truncated shard": (truncated_shard, "model-00002-of-00002.safetensors is not a whole checkpoint"),
     "missing shard": (missing_shard, "model-00002-of-00002.safetensors is not a whole checkpoint: No such file"),
     "code in a pickle": (evil, "could run code, and is refused"),
     "old pickle": (lambda p: evil(p) and {"lion": p / "evil.pth"}, "evil.pth"),
     "another T5": (other_t5, "soft_prompt_hint (24,) -> soft_prompt  SHAPE DIFFERS: the model has (48,)"),
     "T5 of another size": (t5_config, "the T5's width is 4096, the model's 24"),
-    "shape": (lion_with(lambda d: d.update(query_tokens=torch.zeros(1, 9, 24))), "-> qformer.queries  SHAPE DIFFERS: the"),
+    "shape": (lion_with(lambda d: d.update(query_tokens=torch.zeros(1, 9, 24))), "qformer.queries  SHAPE DIFFERS: the"),
     "unknown": (lion_with(lambda d: d.update(surprise=torch.zeros(2))), "XL.pth does not fit: surprise (2,) UNKNOWN"),
     "third gate": (lion_with(lambda d: d.update({f"{GATE}3": torch.zeros(2, 24)})), f"{GATE}3 (2, 24) UNKNOWN"),
     "missing": (lion_with(lambda d: d.pop("ln_vision.bias")), "no file holds ln_vision.bias"),
