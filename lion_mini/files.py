@@ -273,7 +273,7 @@ def write_shards(folder: Path, plan: Mapping[str, Tensor], read: Callable[[str],
     `plan` gives names, shapes and dtypes and may be on the meta device. `read` gives the tensors.
     """
     ends = dict(zip(plan, accumulate(tensor.nbytes for tensor in plan.values()), strict=True))
-    groups = [list(names) for _, names in groupby(plan, lambda name: ends[name] // limit)]
+    groups = [list(names) for _, names in groupby(plan, lambda name: (ends[name] - 1) // limit)]
     weight_map: dict[str, str] = {}
     with tqdm(total=len(plan), desc="convert", unit="tensor", disable=None) as bar:
         for number, names in enumerate(groups, 1):
