@@ -16,6 +16,7 @@ bytes at the rate of a large read. The limit adds up the longer of the two.
 Without transformers its column stays empty. Vocabularies are the tests' small ones. BENCHMARKS.md has the results.
 """
 
+# ruff: noqa: E402
 import argparse
 import json
 import os
@@ -26,6 +27,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from functools import partial
+from operator import sub, truediv
 from pathlib import Path
 from typing import Any
 
@@ -36,61 +38,50 @@ from torch import Tensor, nn
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-import bench_memory as memory  # noqa: E402
-import peers  # noqa: E402
-from bench_measure import DTYPES, HEAD, Case, Row, Run, draw, halved, in_turns, line, machine, race  # noqa: E402
-from bench_work import (  # noqa: E402
-    Phase, aggregator_work, decoder_work, encoder_work, head_work, matrices, qformer_work, swin_work, vit_work,
-)  # fmt: skip
-from conftest import OFFICIAL, randomise  # noqa: E402
+import bench_memory as memory
+import bench_work as work
+import peers
+from bench_measure import DTYPES, HEAD, Case, Row, Run, draw, halved, in_turns, line, machine, race
+from conftest import OFFICIAL, randomise
 
-from lion_mini import Generation, Lion, LionConfig  # noqa: E402
-from lion_mini.config import EOS, PRESETS, AggregatorConfig, QFormerConfig, RamConfig, T5Config, VitConfig  # noqa: E402
-from lion_mini.data.mixture import MicroBatches, Mixture, Samples, collate  # noqa: E402
-from lion_mini.data.records import Records  # noqa: E402
-from lion_mini.model.generate import generate  # noqa: E402
-from lion_mini.model.lion import LionModel  # noqa: E402
-from lion_mini.model.ram import Ram  # noqa: E402
-from lion_mini.model.t5 import T5, Attention  # noqa: E402
-from lion_mini.pipeline import TINY as TINY_FOLDER  # noqa: E402
-from lion_mini.text.prompts import EVAL_TEMPLATES, render  # noqa: E402
-from lion_mini.text.tokenizers import UnigramTokenizer, WordPieceTokenizer  # noqa: E402
-from lion_mini.text.vocabularies import Vocabularies  # noqa: E402
-from lion_mini.toy.source import Toy  # noqa: E402
-from train import autocast  # noqa: E402
+from lion_mini import Generation, Lion, LionConfig
+from lion_mini.config import EOS, PAD, PRESETS, AggregatorConfig, QFormerConfig, RamConfig, T5Config, VitConfig
+from lion_mini.data.mixture import MicroBatches, Mixture, Samples, collate
+from lion_mini.data.records import Records
+from lion_mini.model.generate import generate
+from lion_mini.model.lion import LionModel
+from lion_mini.model.ram import Ram
+from lion_mini.model.t5 import T5, Attention
+from lion_mini.pipeline import TINY as TINY_FOLDER
+from lion_mini.text.prompts import EVAL_TEMPLATES, render
+from lion_mini.text.tokenizers import UnigramTokenizer, WordPieceTokenizer
+from lion_mini.text.vocabularies import Vocabularies
+from lion_mini.toy.source import Toy
+from train import autocast
 
 BASE = LionConfig(
-    vit=VitConfig(width=768, depth=12, heads=12, mlp_width=3072),
-    taps=(11, 8, 4),
+    vit=VitConfig(width=768, depth=12, heads=12, mlp_width=3072), taps=(11, 8, 4),
     aggregator=AggregatorConfig(heads=12, mlp_width=3072),
     t5=T5Config(width=768, head_width=64, heads=12, mlp_width=2048, encoder_depth=12, decoder_depth=12),
     ram=RamConfig(width=128, heads=(4, 8, 16, 32)),
-)
+)  # fmt: skip
 SMALL = LionConfig(  # FlanT5-small, and vision parts to match
-    vit=VitConfig(width=384, depth=12, heads=6, mlp_width=1536),
-    taps=(11, 8, 4),
+    vit=VitConfig(width=384, depth=12, heads=6, mlp_width=1536), taps=(11, 8, 4),
     qformer=QFormerConfig(width=384, depth=6, heads=6, mlp_width=1536),
     aggregator=AggregatorConfig(heads=6, mlp_width=1536),
-    t5=T5Config(width=512, head_width=64, heads=6, mlp_width=1024, encoder_depth=8, decoder_depth=8),
-    ram=None,
-)
+    t5=T5Config(width=512, head_width=64, heads=6, mlp_width=1024, encoder_depth=8, decoder_depth=8), ram=None,
+)  # fmt: skip
 FOURTH = LionConfig(  # XL, widths divided by four and depths by three
-    vit=VitConfig(width=352, depth=13, heads=4, mlp_width=1536),
-    taps=(12, 9, 6),
+    vit=VitConfig(width=352, depth=13, heads=4, mlp_width=1536), taps=(12, 9, 6),
     qformer=QFormerConfig(width=192, depth=4, heads=3, mlp_width=768, vocab_size=7680),
-    aggregator=AggregatorConfig(heads=4, mlp_width=768),
+    aggregator=AggregatorConfig(heads=4, mlp_width=768), adapter_width=16, ram=None,
     t5=T5Config(width=512, head_width=64, heads=8, mlp_width=1280, encoder_depth=8, decoder_depth=8, vocab_size=8032),
-    adapter_width=16,
-    ram=None,
-)
+)  # fmt: skip
 _TINY = PRESETS["tiny"]
 TINY = replace(  # for --quick
-    _TINY,
-    vit=replace(_TINY.vit, depth=2),
-    taps=(1, 0, 0),
-    qformer=replace(_TINY.qformer, depth=2),
+    _TINY, vit=replace(_TINY.vit, depth=2), taps=(1, 0, 0), qformer=replace(_TINY.qformer, depth=2),
     t5=replace(_TINY.t5, encoder_depth=1, decoder_depth=1),
-)
+)  # fmt: skip
 TAGS = 12  # of every picture
 
 
@@ -128,10 +119,10 @@ def never_write(t5: T5, known: int) -> None:
 
 
 def build_t5(config: T5Config, dtype: str) -> tuple[T5, Any]:
-    """A T5 without adapters, and transformers' with the same parameters, if it is installed."""
+    """A T5 without adapters, and transformers' with the same parameters."""
     ours = T5(config)
     fill(ours, dtype)
-    return ours, peers.t5(ours, config) if peers.available() else None
+    return ours, peers.available() and peers.t5(ours, config)
 
 
 # --- the parts: each returns its rows in one dtype
@@ -141,24 +132,17 @@ def tokenizers(args: argparse.Namespace, dtype: str) -> list[Row]:
     """A thousand different prompts."""
     text = vocabularies()
     prompts = [f"Question: what is the man number {i} holding in his left hand? Short answer:" for i in range(1000)]
-    pieces: Run | None = None
-    words: Run | None = None
+    each = lambda encode, *rest: lambda: [encode(prompt, *rest) for prompt in prompts]
+    pieces = words = None
     if peers.available():
-        from tokenizers import Tokenizer
-        from transformers import BertTokenizer
-
-        their_pieces = Tokenizer.from_file(str(OFFICIAL / "flan-t5" / "tokenizer.json"))
-        bert = BertTokenizer.from_pretrained(OFFICIAL / "bert-base-uncased")
-        bert.add_special_tokens({"bos_token": "[DEC]"})
-        their_words = bert.backend_tokenizer
+        their_pieces, their_words = peers.tokenizers(OFFICIAL)
         for prompt in prompts[:50]:
             assert text.pieces.encode(prompt) == [*their_pieces.encode(prompt, add_special_tokens=False).ids, EOS]
             assert text.words.encode(prompt, 512) == their_words.encode(prompt).ids
-        pieces = lambda: [their_pieces.encode(prompt) for prompt in prompts]
-        words = lambda: [their_words.encode(prompt) for prompt in prompts]
+        pieces, words = each(their_pieces.encode), each(their_words.encode)
     cases = [
-        Case("1,000 prompts, T5", lambda: [text.pieces.encode(prompt) for prompt in prompts], pieces),
-        Case("1,000 prompts, BERT", lambda: [text.words.encode(prompt, 512) for prompt in prompts], words),
+        Case("1,000 prompts, T5", each(text.pieces.encode), pieces),
+        Case("1,000 prompts, BERT", each(text.words.encode, 512), words),
     ]
     return [replace(row, dtype="") for row in race("tokenizers", "float32", cases, args)]
 
@@ -170,31 +154,27 @@ def vit(args: argparse.Namespace, dtype: str) -> list[Row]:
     former, aggregator = model.qformer, model.aggregator
     assert former is not None
     assert aggregator is not None
-    side, t, queries = config.vit.image_size, min(32, config.max_question_tokens), config.qformer.queries
+    side, t = config.vit.image_size, min(32, config.max_question_tokens)
     image, ids = torch.randn(1, 3, side, side).to(DTYPES[dtype]), torch.randint(5, 100, (1, t))
-    their_vit = their_former = both = None
     with torch.inference_mode():
         states, taps = model.vit(image, config.taps)
-    if peers.available():
-        theirs, reader = peers.vit(model.vit, config.vit), peers.qformer(former, config.qformer)
-        mask = torch.ones(1, queries + t, dtype=torch.long)
+    their_vit: Any = peers.available() and peers.vit(model.vit, config.vit)
+    their_former: Any = peers.available() and peers.qformer(former, config.qformer)
 
-        def read(x: Tensor) -> Tensor:
-            hidden = reader(
-                input_ids=ids, attention_mask=mask, query_embeds=former.queries,
-                encoder_hidden_states=former.image_norm(x),
-            ).last_hidden_state  # fmt: skip
-            return former.proj(hidden[:, :queries])
+    def see() -> Tensor:  # without the final norm, which LION does not have
+        return their_vit.encoder(inputs_embeds=their_vit.embeddings(image)).last_hidden_state
 
-        # without the final norm, which LION does not have
-        their_vit = lambda: theirs.encoder(inputs_embeds=theirs.embeddings(image)).last_hidden_state
-        their_former = lambda: read(states)
-        both = lambda: read(theirs.encoder(inputs_embeds=theirs.embeddings(image)).last_hidden_state)
-    works = vit_work(model, 1), qformer_work(model, 1, t), aggregator_work(model, 1)
+    def read(x: Tensor) -> Tensor:
+        q = config.qformer.queries
+        mask, x = torch.ones(1, q + t, dtype=torch.long), former.image_norm(x)
+        out = their_former(input_ids=ids, attention_mask=mask, query_embeds=former.queries, encoder_hidden_states=x)
+        return former.proj(out.last_hidden_state[:, :q])
+
+    works = work.vit(model, 1), work.qformer(model, 1, t), work.aggregator(model, 1)
     cases = [
-        Case("ViT", lambda: model.vit(image)[0], their_vit, works[0]),
-        Case(f"Q-Former, {t} words", lambda: former(states, ids), their_former, works[1]),
-        Case("ViT + Q-Former", lambda: former(model.vit(image)[0], ids), both, [*works[0], *works[1]]),
+        Case("ViT", lambda: model.vit(image)[0], see, works[0]),
+        Case(f"Q-Former, {t} words", lambda: former(states, ids), lambda: read(states), works[1]),
+        Case("ViT + Q-Former", lambda: former(model.vit(image)[0], ids), lambda: read(see()), [*works[0], *works[1]]),
         Case("aggregator", lambda: aggregator(taps), None, works[2]),
     ]
     return race("vit", dtype, cases, args)
@@ -206,44 +186,37 @@ def t5(args: argparse.Namespace, dtype: str) -> list[Row]:
     ours, theirs = build_t5(config, dtype)
     never_write(ours, config.vocab_size)
     x, task = torch.randn(1, n, config.width).to(DTYPES[dtype]), torch.zeros(1, dtype=torch.long)
-    encoder = encoder_work(ours, 1, n)
+    encoder = work.encoder(ours, 1, n)
 
     def write(beams: int, tokens: int) -> Tensor:
         settings = Generation(beams=beams, max_new_tokens=tokens, min_new_tokens=tokens)
         return generate(ours, ours.encode(x, None, task), None, task, settings)
 
-    def case(beams: int) -> Case:
-        their_write = lambda: theirs.generate(
-            inputs_embeds=x, num_beams=beams, do_sample=False, max_new_tokens=new, min_new_tokens=new,
-            pad_token_id=0, eos_token_id=1,
-        )  # fmt: skip
-        what = f"{new} tokens, {f'{beams} beams' if beams > 1 else 'greedy'}"
-        phases = [*encoder, *decoder_work(ours, 1, beams, n, new)]
-        return Case(what, lambda: write(beams, new), their_write if theirs else None, phases)
+    def case(beams: int, what: str) -> Case:
+        settings = {"num_beams": beams, "do_sample": False, "max_new_tokens": new, "min_new_tokens": new}
+        their_write = lambda: theirs.generate(inputs_embeds=x, pad_token_id=PAD, eos_token_id=EOS, **settings)
+        phases = [*encoder, *work.decoder(ours, 1, beams, n, new)]
+        return Case(f"{new} tokens, {what}", partial(write, beams, new), their_write, phases)
 
     their_encode = lambda: theirs.encoder(inputs_embeds=x).last_hidden_state
     cases = [
-        Case("encoder", lambda: ours.encode(x, None, task), their_encode if theirs else None, encoder),
-        case(5),
-        case(1),
+        Case("encoder", lambda: ours.encode(x, None, task), their_encode, encoder),
+        case(5, "5 beams"),
+        case(1, "greedy"),
         *(Case(f"{k * new // 2} tokens", partial(write, 5, k * new // 2)) for k in (1, 4, 8)),
     ]
     first, five, one, half, double, fourfold = race("t5", dtype, cases, args)
+    each = lambda row: combined(row, lambda a, b: (a - b) / new, first, f"a token, {row.what.split(', ')[1]}")
     growth = (five.ours - half.ours) / (new / 2) / ((fourfold.ours - double.ours) / (2 * new))
     early = Row("t5", f"a token up to {new} / beyond {2 * new}", dtype, growth, unit="x")
-    tokens = [scaled(minus(row, first), 1 / new, f"a token, {row.what.split(', ')[1]}") for row in (five, one)]
-    return [first, five, one, *tokens, early]
+    return [first, five, one, each(five), each(one), early]
 
 
-def minus(whole: Row, part: Row) -> Row:
-    theirs = whole.theirs - part.theirs if whole.theirs and part.theirs else None
-    limit = whole.limit - part.limit if whole.limit and part.limit else None
-    return replace(whole, ours=whole.ours - part.ours, theirs=theirs, limit=limit)
-
-
-def scaled(row: Row, factor: float, what: str) -> Row:
-    times = {name: getattr(row, name) and getattr(row, name) * factor for name in ("ours", "theirs", "limit")}
-    return replace(row, what=what, **times)
+def combined(row: Row, operation: Callable[[float, float], float], second: Row, what: str) -> Row:
+    """The operation on two rows' times, where both have one."""
+    pairs = {name: (getattr(row, name), getattr(second, name)) for name in ("ours", "theirs", "limit")}
+    values: dict[str, Any] = {name: operation(a, b) if a and b else None for name, (a, b) in pairs.items()}
+    return replace(row, what=what, **values)
 
 
 def tag(args: argparse.Namespace, dtype: str) -> list[Row]:
@@ -252,18 +225,17 @@ def tag(args: argparse.Namespace, dtype: str) -> list[Row]:
     ram = Ram(config)
     fill(ram, dtype)
     image = torch.randn(1, 3, config.image_size, config.image_size).to(DTYPES[dtype])
-    swin, head = swin_work(ram, 1), head_work(ram, 1)
-    theirs = peers.swin(ram.swin, config) if peers.available() else None
-    their_swin = lambda: theirs(image).last_hidden_state  # without the mean, which RAM puts first
-    cases = [
-        Case("Swin", lambda: ram.swin(image)[:, 1:], their_swin if theirs else None, swin),
+    swin, head = work.swin(ram, 1), work.head(ram, 1)
+    theirs: Any = peers.available() and peers.swin(ram.swin, config)
+    cases = [  # theirs is without the mean, which RAM puts first
+        Case("Swin", lambda: ram.swin(image)[:, 1:], lambda: theirs(image).last_hidden_state, swin),
         Case(f"Swin and {config.tags:,} tags", lambda: ram(image), None, [*swin, *head]),
     ]
     return race("tag", dtype, cases, args)
 
 
 def whole(args: argparse.Namespace, dtype: str) -> list[Row]:
-    """From pictures to captions and boxes, as `Lion.caption` and `Lion.locate`: one picture, and eight different ones."""
+    """From pictures to captions and boxes, as `Lion.caption` and `Lion.locate`; of one picture, and of eight."""
     lion = build(TINY if args.quick else BASE, dtype)
     side = 2 * lion.config.vit.image_size
     asked = (
@@ -280,19 +252,19 @@ def whole(args: argparse.Namespace, dtype: str) -> list[Row]:
     return race("lion", dtype, cases, args, rounds=3)
 
 
-def whole_work(lion: Lion, b: int, prompt: str, tokens: int) -> list[Phase]:
+def whole_work(lion: Lion, b: int, prompt: str, tokens: int) -> list[work.Phase]:
     """The tagger, the answer, and the decoder once more over all its tokens, for its score."""
     tags = lion.text.tags[:TAGS]
     assert lion.model.ram is not None
-    phases = [*swin_work(lion.model.ram, b), *head_work(lion.model.ram, b), *answer_work(lion, b, prompt, tags, tokens)]
+    phases = [*work.swin(lion.model.ram, b), *work.head(lion.model.ram, b), *answer_work(lion, b, prompt, tags, tokens)]
     n = prompt_tokens(lion, prompt, tags)
-    return phases + decoder_work(lion.model.t5, b, b, n, tokens, reads=1)
+    return phases + work.decoder(lion.model.t5, b, b, n, tokens, reads=1)
 
 
-def answer_work(lion: Lion, b: int, prompt: str, tags: list[str], tokens: int) -> list[Phase]:
+def answer_work(lion: Lion, b: int, prompt: str, tags: list[str], tokens: int) -> list[work.Phase]:
     n, t = prompt_tokens(lion, prompt, tags), len(lion.text.words.encode(prompt, 128))
-    vision = vit_work(lion.model, b) + qformer_work(lion.model, b, t) + aggregator_work(lion.model, b)
-    return vision + encoder_work(lion.model.t5, b, n) + decoder_work(lion.model.t5, b, b, n, tokens)
+    vision = work.vit(lion.model, b) + work.qformer(lion.model, b, t) + work.aggregator(lion.model, b)
+    return vision + work.encoder(lion.model.t5, b, n) + work.decoder(lion.model.t5, b, b, n, tokens)
 
 
 def prompt_tokens(lion: Lion, prompt: str, tags: list[str]) -> int:
@@ -308,13 +280,13 @@ def train(args: argparse.Namespace, dtype: str) -> list[Row]:
         lion, _, step = memory.training(config, vocabularies(), number, half)
         model, samples = lion.model, memory.made_up(lion, number, size, words)
         n = model.config.visual_tokens + words[0]
-        frozen = vit_work(model, size)
-        language = encoder_work(model.t5, size, n) + decoder_work(model.t5, size, size, n, words[1], reads=1)
+        frozen = work.vit(model, size)
+        language = work.encoder(model.t5, size, n) + work.decoder(model.t5, size, size, n, words[1], reads=1)
         both = [*frozen, *both_ways(language, model.t5)]
         if model.qformer is not None:
-            both += both_ways(qformer_work(model, size, words[0]), model.qformer)
+            both += both_ways(work.qformer(model, size, words[0]), model.qformer)
         if model.aggregator is not None:
-            both += both_ways(aggregator_work(model, size), model.aggregator)
+            both += both_ways(work.aggregator(model, size), model.aggregator)
 
         def learn(lion: Lion = lion, step: Callable = step, samples: tuple = samples) -> None:
             with torch.inference_mode(False), torch.enable_grad():
@@ -326,17 +298,17 @@ def train(args: argparse.Namespace, dtype: str) -> list[Row]:
 
         cases = [Case("step", learn, None, both), Case("frozen ViT", look, None, frozen)]
         step_row, vit_row = race("train", dtype, cases, args, rounds=3)
-        three = step_row, vit_row, replace(minus(step_row, vit_row), what="rest")
+        three = step_row, vit_row, combined(step_row, sub, vit_row, "rest")
         rows += [replace(row, what=f"stage {number}, batch {size}: {row.what}") for row in three]
     return rows
 
 
-def both_ways(forward: Sequence[Phase], module: nn.Module) -> list[Phase]:
+def both_ways(forward: Sequence[work.Phase], module: nn.Module) -> list[work.Phase]:
     """Forward, back to the inputs, and back to the share of the weights that trains.
 
     The few products back to the frozen ViT's tokens, which nobody needs, are not subtracted.
     """
-    sizes = [(matrix.numel(), matrix.requires_grad) for matrix in matrices(module)]
+    sizes = [(matrix.numel(), matrix.requires_grad) for matrix in work.matrices(module)]
     times = 2 + sum(size for size, trains in sizes if trains) / sum(size for size, _ in sizes)
     return [(times * operations, times * size) for operations, size in forward]
 
@@ -463,7 +435,7 @@ def growth(args: argparse.Namespace, dtype: str) -> list[Row]:
         n, task = config.visual_tokens + t, torch.zeros(b, dtype=torch.long)
         x = torch.randn(b, n, config.t5.width).to(DTYPES[dtype])
         run = lambda: theirs.encoder(inputs_embeds=x).last_hidden_state
-        return Case(name, lambda: plain.encode(x, None, task), run if theirs else None, encoder_work(plain, b, n))
+        return Case(name, lambda: plain.encode(x, None, task), run, work.encoder(plain, b, n))
 
     def answering(b: int) -> Case:
         run = partial(lion.generate, torch.randn(b, 3, side, side), ["a a a"] * b, [tags] * b, ["image"] * b, settings)
@@ -472,16 +444,16 @@ def growth(args: argparse.Namespace, dtype: str) -> list[Row]:
     rows = []
     for b in counts:
         cases = [encoding(f"encoder, batch {b}", b, lengths[0]), answering(b)]
-        rows += [scaled(row, 1 / b, row.what) for row in race("growth", dtype, cases, args, rounds=3)]
+        count = Row("", "", "", b, b, b)
+        rows += [combined(row, truediv, count, row.what) for row in race("growth", dtype, cases, args, rounds=3)]
     for t in lengths:
         rows += race("growth", dtype, [encoding(f"encoder, prompt {t}", 1, t)], args, rounds=3)
     few, many = counts[-1] // (2 if args.quick else 4), counts[-1]
     by_name = {row.what: row for row in rows}
     for kind in ("encoder", "answer"):
-        before, after = by_name[f"{kind}, batch {few}"], by_name[f"{kind}, batch {many}"]
-        factor = after.theirs / before.theirs if after.theirs and before.theirs else None
-        what = f"{kind}: time per sample from {few} to {many}"
-        rows.append(Row("growth", what, dtype, after.ours / before.ours, factor, unit="x"))
+        after, before = by_name[f"{kind}, batch {many}"], by_name[f"{kind}, batch {few}"]
+        ratio = combined(after, truediv, before, f"{kind}: time per sample from {few} to {many}")
+        rows.append(replace(ratio, limit=None, unit="x"))
     return rows
 
 

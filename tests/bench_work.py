@@ -34,12 +34,12 @@ def scores(queries: int, keys: int, width: int) -> float:
     return 4 * queries * keys * width
 
 
-def vit_work(model: LionModel, b: int) -> list[Phase]:
+def vit(model: LionModel, b: int) -> list[Phase]:
     c = model.config.vit
     return [(b * (products((model.vit, c.tokens)) + c.depth * scores(c.tokens, c.tokens, c.width)), stored(model.vit))]
 
 
-def qformer_work(model: LionModel, b: int, t: int) -> list[Phase]:
+def qformer(model: LionModel, b: int, t: int) -> list[Phase]:
     """Queries and text go through self-attention, queries alone through cross-attention."""
     assert model.qformer is not None
     q, n, width = model.config.qformer.queries, model.config.vit.tokens, model.config.qformer.width
@@ -52,20 +52,20 @@ def qformer_work(model: LionModel, b: int, t: int) -> list[Phase]:
     return [(b * total, stored(model.qformer))]
 
 
-def aggregator_work(model: LionModel, b: int) -> list[Phase]:
+def aggregator(model: LionModel, b: int) -> list[Phase]:
     assert model.aggregator is not None
     n = model.config.vit.tokens
     attention = 2 * len(model.aggregator.blocks) * scores(n, n, model.config.vit.width)
     return [(b * (products((model.aggregator, n)) + attention), stored(model.aggregator))]
 
 
-def encoder_work(t5: T5, b: int, n: int) -> list[Phase]:
+def encoder(t5: T5, b: int, n: int) -> list[Phase]:
     c = t5.config
     attention = c.encoder_depth * scores(n, n, c.heads * c.head_width)
     return [(b * (products((t5.encoder, n)) + attention), stored(t5.encoder))]
 
 
-def decoder_work(t5: T5, b: int, rows: int, n: int, tokens: int, reads: int = 0) -> list[Phase]:
+def decoder(t5: T5, b: int, rows: int, n: int, tokens: int, reads: int = 0) -> list[Phase]:
     """The image's keys and values, once. Then each token reads them and the rest of the decoder; or `reads` times."""
     c, layers = t5.config, list[Any](t5.decoder)
     inner, item = c.heads * c.head_width, t5.lm_head.weight.itemsize
@@ -77,7 +77,7 @@ def decoder_work(t5: T5, b: int, rows: int, n: int, tokens: int, reads: int = 0)
     return [once, (tokens * each, (reads or tokens) * size)]
 
 
-def swin_work(ram: Ram, b: int) -> list[Phase]:
+def swin(ram: Ram, b: int) -> list[Phase]:
     c, side = ram.config, ram.config.image_size // ram.config.patch_size
     total = products((ram.swin.patch_embed, side**2))
     stages: Any = ram.swin.stages
@@ -90,7 +90,7 @@ def swin_work(ram: Ram, b: int) -> list[Phase]:
     return [(b * total, stored(ram.swin))]
 
 
-def head_work(ram: Ram, b: int) -> list[Phase]:
+def head(ram: Ram, b: int) -> list[Phase]:
     c = ram.config
     n = 1 + (c.image_size // c.patch_size // 2 ** (len(c.depths) - 1)) ** 2
     total = products((ram.image_proj, n), (ram.fc, c.tags))
