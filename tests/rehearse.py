@@ -55,9 +55,9 @@ def write(size: str, folder: Path) -> None:
     torch.manual_seed(0)
     manifests = {"eva": "eva_vit_g_39_blocks", "ram": "ram_swin_large_14m", "lion": f"lion_flant5_{size}_trainable"}
     for kind, name in manifests.items():
-        tensors = {k: value(k, s) for k, s in manifest(name).items()}
-        halves = {k: v.half() for k, v in tensors.items()} if kind == "eva" else {}
-        torch.save(halves or {"model": tensors}, folder / FILES[kind])
+        tensors = {k: value(k, s).half() if kind == "eva" else value(k, s) for k, s in manifest(name).items()}
+        torch.save(tensors if kind == "eva" else {"model": tensors}, folder / FILES[kind])
+        del tensors
     t5, bert, config = folder / "t5", folder / "bert", PRESETS[size].t5
     t5.mkdir()
     bert.mkdir()
@@ -102,7 +102,7 @@ def files(folder: Path) -> list[Path]:
 
 
 def answer(folder: Path) -> None:
-    """Open the model, answer a question twice, locate an object. The first answer's extra seconds belong to the start."""
+    """Open the model, answer a question twice, locate an object. The first answer's extra time belongs to the start."""
     from lion_mini import GENERATION, Lion
     from lion_mini.images import open_image
     from lion_mini.text.prompts import EVAL_TEMPLATES, render
@@ -123,9 +123,7 @@ def answer(folder: Path) -> None:
         text = f"{reply.text[:60]!r}, score {reply.score:.2f}, {len(reply.tags)} tags"
         print(f"  {kind} in {seconds[-1]:.1f} s, peak {peak():.2f} GB: {text}", flush=True)
     first = opened + seconds[0] - seconds[1]
-    print(
-        f"  the start took {first:.1f} s, {first / once:.2f} x the {once:.1f} s of reading all bytes once", flush=True
-    )
+    print(f"  the start took {first:.1f} s, {first / once:.2f} x the {once:.1f} s of reading all bytes", flush=True)
 
 
 def peak() -> float:
