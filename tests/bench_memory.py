@@ -6,7 +6,6 @@ does not count, nor does a kernel's workspace. The count is exact and the same o
 so it can follow a step of LION-XXL on fake tensors.
 """
 
-import shutil
 import subprocess
 import sys
 import time
@@ -18,11 +17,11 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import rehearse
 import torch
 import torch.nn.functional as F
 from conftest import OFFICIAL, ROOT
 from einops import rearrange
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.optim import AdamW
@@ -179,37 +178,28 @@ finally:
 """
 
 
-def process(script: str | Path, *arguments: str | Path) -> tuple[float, int]:
-    """Seconds and peak memory of a script in a process of its own (Linux).
+def process(*command: object) -> tuple[float, int]:
+    """Seconds and peak memory of a script in a process of its own. Linux only.
 
     The process reports its own peak: what wait4 gives its parent is at least what the parent held at the fork.
     """
     start = time.perf_counter()
-    command = [sys.executable, "-c", WATCHED, str(script), *map(str, arguments)]
-    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    assert not done.returncode, f"{script}: {done.stderr}"
+    line = [sys.executable, "-c", WATCHED, *map(str, command)]
+    done = subprocess.run(line, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    assert not done.returncode, f"{command[0]}: {done.stderr}"
     return time.perf_counter() - start, 1024 * int(done.stderr.split()[-1])
 
 
-def official_files(config: LionConfig, folder: Path) -> list[str | Path]:
+def official_files(config: LionConfig, folder: Path) -> list[object]:
     """Write the files of a release of that size, random. Returns the command that converts them."""
     with torch.device("meta"):
         plan = LionModel(config).state_dict()
-    (folder / "t5").mkdir()
-    (folder / "config.json").write_text(config.to_json())
-    shutil.copy(OFFICIAL / "flan-t5" / "tokenizer.json", folder / "t5")
-    command: list[str | Path] = [
-        "weights.py", "convert", "--config", folder / "config.json", "--t5", folder / "t5",
-        "--bert", OFFICIAL / "bert-base-uncased", "--ram-tags", OFFICIAL / "ram_tag_list.txt",
-        "--ram-thresholds", OFFICIAL / "ram_tag_list_threshold.txt",
-    ]  # fmt: skip
-    for kind, table in (("vit", weights.EVA), ("t5", weights.T5), ("ram", weights.RAM), ("lion", weights.LION)):
+    tables = {"vit": weights.EVA, "t5": weights.T5, "ram": weights.RAM, "lion": weights.LION}
+    files: dict[str, rehearse.Manifest] = {}
+    for kind, table in tables.items():
         names = {weights.translate(ours, weights.inverted(table)): tensor.shape for ours, tensor in plan.items()}
-        tensors = {name: 0.02 * torch.randn(shape) for name, shape in names.items() if name is not None}
-        if kind == "t5":
-            save_file(tensors, folder / "t5" / "model.safetensors")
-        else:
-            halves = {name: tensor.half() for name, tensor in tensors.items()}
-            torch.save(halves if kind == "vit" else {"model": tensors}, folder / f"{kind}.pth")
-            command += [f"--{kind}", folder / f"{kind}.pth"]
-    return command
+        files[kind] = {name: shape for name, shape in names.items() if name is not None}
+    texts = ("bert-base-uncased/vocab.txt", "flan-t5/tokenizer.json", *Vocabularies.FILES[2:])
+    rehearse.write(files, config.t5, [OFFICIAL / text for text in texts], folder)
+    (folder / "sizes.json").write_text(config.to_json())
+    return [*rehearse.conversion(folder), "--config", folder / "sizes.json"]

@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -26,15 +27,14 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from lion_mini.config import PRESETS  # noqa: E402
+from lion_mini.config import PRESETS, T5Config  # noqa: E402
 from lion_mini.files import write_shards  # noqa: E402
+from lion_mini.text.vocabularies import Vocabularies  # noqa: E402
 
-FILES = {"eva": "eva_vit_g.pth", "lion": "LION.pth", "ram": "ram_swin_large_14m.pth"}
-TAGS = ("ram_tag_list.txt", "ram_tag_list_threshold.txt")
+Manifest = dict[str, torch.Size]  # names and shapes of an official file
 
 
-def manifest(name: str) -> dict[str, torch.Size]:
-    """Names and shapes of an official file."""
+def manifest(name: str) -> Manifest:
     lines = (ROOT / "tests" / "keys" / f"{name}.txt").read_text().splitlines()
     rows = [line.split() for line in lines if not line.startswith("#")]
     return {name: torch.Size(map(int, shape[0].split("x")) if shape else []) for name, *shape in rows}
@@ -49,38 +49,46 @@ def value(name: str, shape: torch.Size) -> Tensor:
     return torch.randn(shape) * 0.02 + float("norm" in name.lower() and name.endswith("weight"))
 
 
-def write(size: str, folder: Path) -> None:
-    """The official files."""
-    assets = Path(os.environ["LION_ASSETS"])
+def manifests(size: str) -> dict[str, Manifest]:
+    """Those of the real files, without T5's copies of its embeddings."""
+    names = {"vit": "eva_vit_g_39_blocks", "ram": "ram_swin_large_14m", "lion": f"lion_flant5_{size}_trainable"}
+    t5 = {name: shape for name, shape in manifest(f"flan_t5_{size}").items() if "embed_tokens" not in name}
+    return {kind: manifest(name) for kind, name in names.items()} | {"t5": t5}
+
+
+def write(files: dict[str, Manifest], config: T5Config, texts: Sequence[Path], folder: Path) -> None:
+    """Official files. `texts` are those of `Vocabularies.FILES`."""
     torch.manual_seed(0)
-    manifests = {"eva": "eva_vit_g_39_blocks", "ram": "ram_swin_large_14m", "lion": f"lion_flant5_{size}_trainable"}
-    for kind, name in manifests.items():
-        tensors = {k: value(k, s).half() if kind == "eva" else value(k, s) for k, s in manifest(name).items()}
-        torch.save(tensors if kind == "eva" else {"model": tensors}, folder / FILES[kind])
+    for kind in ("vit", "ram", "lion"):
+        tensors = {k: value(k, s).half() if kind == "vit" else value(k, s) for k, s in files[kind].items()}
+        torch.save(tensors if kind == "vit" else {"model": tensors}, folder / f"{kind}.pth")
         del tensors
-    t5, bert, config = folder / "t5", folder / "bert", PRESETS[size].t5
-    t5.mkdir()
-    bert.mkdir()
-    shapes = {k: s for k, s in manifest(f"flan_t5_{size}").items() if "embed_tokens" not in k}
-    plan = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+    plan = {name: torch.empty(shape, device="meta") for name, shape in files["t5"].items()}
     half = sum(tensor.nbytes for tensor in plan.values()) // 2 + 2**28
-    write_shards(t5, plan, lambda name: value(name, shapes[name]), limit=half)
+    write_shards(folder, plan, lambda name: value(name, plan[name].shape), limit=half)
     sizes = {
         "d_model": config.width, "d_kv": config.head_width, "num_heads": config.heads, "d_ff": config.mlp_width,
         "num_layers": config.encoder_depth, "num_decoder_layers": config.decoder_depth, "vocab_size": config.vocab_size,
     }  # fmt: skip
-    (t5 / "config.json").write_text(json.dumps(sizes))
-    shutil.copy(assets / "t5_tokenizer.json", t5 / "tokenizer.json")
-    shutil.copy(assets / "bert_vocab.txt", bert / "vocab.txt")
-    for name in TAGS:
-        shutil.copy(assets / name, folder)
+    (folder / "config.json").write_text(json.dumps(sizes))
+    for path, name in zip(texts, Vocabularies.FILES, strict=True):
+        shutil.copy(path, folder / name)
+
+
+def conversion(folder: Path) -> list[object]:
+    """The command that converts what `write` wrote: T5 and BERT share the folder."""
+    tags, thresholds = (folder / name for name in Vocabularies.FILES[2:])
+    return [
+        "weights.py", "convert", "--vit", folder / "vit.pth", "--t5", folder, "--bert", folder,
+        "--ram", folder / "ram.pth", "--ram-tags", tags, "--ram-thresholds", thresholds, "--lion", folder / "lion.pth",
+    ]  # fmt: skip
 
 
 def read(folder: Path) -> float:
     """Seconds to read all its bytes once from the disk. Leaves none of them in the page cache."""
     evict(folder)
     start, buffer = time.perf_counter(), bytearray(2**24)
-    for path in files(folder):
+    for path in paths(folder):
         with path.open("rb", buffering=0) as file:
             while file.readinto(buffer):
                 pass
@@ -91,13 +99,13 @@ def read(folder: Path) -> float:
 
 def evict(folder: Path) -> None:
     """Drop its files from the page cache, as after a restart."""
-    for path in files(folder):
+    for path in paths(folder):
         with path.open("rb") as file:
             os.fsync(file.fileno())
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def files(folder: Path) -> list[Path]:
+def paths(folder: Path) -> list[Path]:
     return [path for path in folder.rglob("*") if path.is_file()]
 
 
@@ -138,7 +146,7 @@ def step(name: str, command: list[object], written: Path) -> float:
     seconds, most = time.perf_counter() - start, usage.ru_maxrss * 1024 / 1e9
     if status:
         sys.exit(f"{name} failed with exit code {os.waitstatus_to_exitcode(status)}")
-    size = sum(path.stat().st_size for path in files(written)) / 1e9
+    size = sum(path.stat().st_size for path in paths(written)) / 1e9
     print(f"{name:18} {seconds:8.0f} s   peak {most:6.2f} GB   {size:6.2f} GB on disk", flush=True)
     return most / size
 
@@ -152,21 +160,18 @@ def main() -> None:
     if "LION_ASSETS" not in os.environ:
         sys.exit("rehearse.py: set LION_ASSETS to the folder with the real vocabularies and photos/")
     if args.step == "write":
-        return write(args.size, args.folder)
+        names = ("bert_vocab.txt", "t5_tokenizer.json", "ram_tag_list.txt", "ram_tag_list_threshold.txt")
+        texts = [Path(os.environ["LION_ASSETS"]) / name for name in names]
+        return write(manifests(args.size), PRESETS[args.size].t5, texts, args.folder)
     if args.step == "answer":
         return answer(args.folder)
     with tempfile.TemporaryDirectory(dir=args.folder) as name:
         official, me = Path(name) / "official", ["tests/rehearse.py", "--size", args.size]
         official.mkdir()
         step("write", [*me, "--step", "write", "--folder", official], official)
-        command = [
-            "weights.py", "convert", "--vit", official / FILES["eva"], "--t5", official / "t5",
-            "--bert", official / "bert", "--ram", official / FILES["ram"], "--ram-tags", official / TAGS[0],
-            "--ram-thresholds", official / TAGS[1], "--lion", official / FILES["lion"],
-        ]  # fmt: skip
         for dtype in ("bfloat16", "int8"):
             out = Path(name) / dtype
-            step(f"convert, {dtype}", [*command, "--out", out, "--dtype", dtype], out)
+            step(f"convert, {dtype}", [*conversion(official), "--out", out, "--dtype", dtype], out)
             ratio = step(f"answer, {dtype}", [*me, "--step", "answer", "--folder", out], out)
             print(f"answer, {dtype}: the peak of loading and answering is {ratio:.3f} x the model's bytes on disk")
             shutil.rmtree(out)
