@@ -482,7 +482,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     show = lambda *lines: None if args.json else print(*lines, sep="\n", flush=True)
-    show(machine(args.threads), HEAD)
+    show(machine(), f"{args.threads} threads, {args.rounds} rounds, torch {torch.__version__}", HEAD)
     rows: list[Row] = []
     for part in args.parts:
         for dtype in DTYPES if args.dtype == "both" and part not in ONE_DTYPE else [args.dtype]:
@@ -494,7 +494,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.png:
         draw(rows, args.png)
     if args.json:
-        print(json.dumps({"machine": machine(args.threads), "rows": [asdict(row) for row in [*rows, *ratios]]}))
+        table = [asdict(row) for row in [*rows, *ratios]]
+        print(json.dumps({"machine": machine(), "threads": args.threads, "rows": table}))
     return 0
 
 
