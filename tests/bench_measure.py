@@ -25,6 +25,7 @@ COLORS = ("#274690", "#c44536", "#3a7d44", "#7d5ba6", "#d98324", "#5b8fb9")
 INSTRUCTIONS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "amx_int8")
 
 Run = Callable[[], object]
+Curves = Sequence[tuple[str, list[tuple[float, float]]]]  # color, points
 
 
 @dataclass(frozen=True)
@@ -167,36 +168,29 @@ def halved(rows: Sequence[Row]) -> list[Row]:
     return [Row(r.part, r.what, "16 / 32", r.ours / single[r.part, r.what], unit="x") for r in pairs]
 
 
-Lines = dict[str, list[tuple[float, float]]]
-
-
 def draw(rows: Sequence[Row], path: Path, width: int = 420, height: int = 320) -> None:
     """Two plots side by side, logarithmic: seconds per sample over the batch, and over the prompt's length."""
-    plots: dict[str, Lines] = {"batch": {}, "prompt": {}}
-    for row in rows:
-        for axis, lines in plots.items():
-            kind, _, value = row.what.partition(f", {axis} ")
-            if row.part == "growth" and row.unit == "s" and value:
-                for who, seconds in (("ours", row.ours), ("transformers", row.theirs)):
-                    if seconds is not None:
-                        lines.setdefault(f"{kind}, {row.dtype}, {who}", []).append((float(value), seconds))
-    names = dict.fromkeys(name for lines in plots.values() for name in lines)
-    colors = {name: COLORS[i % len(COLORS)] for i, name in enumerate(names)}
     picture = Image.new("RGB", (2 * width + 220, height), "white")
-    pen = ImageDraw.Draw(picture)
-    draw_plot(pen, plots["batch"], colors, "batch", 0, width, height)
-    draw_plot(pen, plots["prompt"], colors, "tokens of the prompt", width, width, height)
+    pen, colors = ImageDraw.Draw(picture), dict[str, str]()
+    for i, (axis, title) in enumerate((("batch", "batch"), ("prompt", "tokens of the prompt"))):
+        curves: dict[str, list[tuple[float, float]]] = {}
+        for row in rows:
+            kind, _, value = row.what.partition(f", {axis} ")
+            for who, seconds in (("ours", row.ours), ("transformers", row.theirs)):
+                if row.part == "growth" and row.unit == "s" and value and seconds is not None:
+                    curves.setdefault(f"{kind}, {row.dtype}, {who}", []).append((float(value), seconds))
+        for name in curves:
+            colors.setdefault(name, COLORS[len(colors) % len(COLORS)])
+        draw_plot(pen, [(colors[name], points) for name, points in curves.items()], title, i * width, width, height)
     for i, (name, color) in enumerate(colors.items()):
         pen.text((2 * width + 8, 30 + 16 * i), name, fill=color, anchor="lm")
     picture.save(path)
 
 
-def draw_plot(
-    pen: ImageDraw.ImageDraw, lines: Lines, colors: dict[str, str], title: str, x0: int, width: int, height: int
-) -> None:
+def draw_plot(pen: ImageDraw.ImageDraw, curves: Curves, title: str, x0: int, width: int, height: int) -> None:
     """Ticks at the measured values, and at powers of ten seconds. `x0` is the plot's left edge."""
     left, right, top, bottom = x0 + 58, x0 + width - 16, 24, height - 34
-    points = [point for line in lines.values() for point in line]
+    points = [point for _, curve in curves for point in curve]
     ticks = sorted({x for x, _ in points})
     low = math.floor(math.log10(min(y for _, y in points)))
     high = max(low + 1, math.ceil(math.log10(max(y for _, y in points))))
@@ -210,7 +204,7 @@ def draw_plot(
     pen.line([(left, top), (left, bottom), (right, bottom)], fill="black")
     pen.text(((left + right) / 2, bottom + 24), title, fill="black", anchor="mm")
     pen.text((x0, 9), "seconds per sample", fill="black", anchor="lm")
-    for name, line in lines.items():
-        pen.line([(across(x), up(y)) for x, y in line], fill=colors[name], width=2)
-        for x, y in line:
-            pen.ellipse((across(x) - 3, up(y) - 3, across(x) + 3, up(y) + 3), fill=colors[name])
+    for color, curve in curves:
+        pen.line([(across(x), up(y)) for x, y in curve], fill=color, width=2)
+        for x, y in curve:
+            pen.ellipse((across(x) - 3, up(y) - 3, across(x) + 3, up(y) + 3), fill=color)

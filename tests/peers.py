@@ -63,8 +63,8 @@ def vit(ours: Vit, config: VitConfig) -> Any:
     for i in range(config.depth):
         q, v = (state.pop(f"encoder.layers.{i}.attn.{letter}_bias") for letter in "qv")
         state[f"encoder.layers.{i}.self_attn.qkv.bias"] = torch.cat((q, torch.zeros_like(q), v))
-    state["post_layernorm.weight"] = torch.ones_like(ours.cls[0, 0])
-    state["post_layernorm.bias"] = torch.zeros_like(ours.cls[0, 0])
+    ones = torch.ones_like(ours.cls[0, 0])
+    state |= {"post_layernorm.weight": ones, "post_layernorm.bias": 0 * ones}
     sizes = transformers.InstructBlipVisionConfig(
         hidden_size=config.width, intermediate_size=config.mlp_width, num_hidden_layers=config.depth,
         num_attention_heads=config.heads, image_size=config.image_size, patch_size=config.patch_size,
@@ -111,15 +111,11 @@ def t5(ours: T5, config: T5Config) -> Any:
 
 
 SWIN_NAMES = {
-    "patch_embed.proj": "embeddings.patch_embeddings.projection",
-    "patch_embed.norm": "embeddings.norm",
+    "patch_embed.proj": "embeddings.patch_embeddings.projection", "patch_embed.norm": "embeddings.norm",
     "attn.bias_table": "attention.relative_position_bias.relative_position_bias_table",
-    "attn.o.": "attention.o_proj.",
-    "norm1": "layernorm_before",
-    "norm2": "layernorm_after",
-    "merge": "downsample",
-    "stages": "encoder.layers",
-}
+    "attn.o.": "attention.o_proj.", "norm1": "layernorm_before", "norm2": "layernorm_after",
+    "merge": "downsample", "stages": "encoder.layers",
+}  # fmt: skip
 
 
 def swin(ours: Swin, config: RamConfig) -> Any:
