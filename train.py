@@ -14,9 +14,9 @@
 The recipes are in lion_mini/training/stages.py, the fields of a record in lion_mini/data/records.py. The paper's
 ablations: --no-aggregator, --tags plain, --tags none, --no-router, --single-stage.
 
-A run's folder gets metrics.jsonl, loss.png, samples.png and checkpoints/. When it is done, it is also a folder for
+A run's folder gets metrics.jsonl, loss.png, samples.png and checkpoints/, and at the end the weights, for
 `Lion.from_pretrained`, infer.py and `weights.py export`. Ctrl-C and SIGTERM save a checkpoint first (not in stage 0).
-Data order, crops and dropout are functions of --seed and the step, so a resumed run equals an uninterrupted one.
+Data order, crops and dropout are functions of --seed and the step: a resumed run equals an uninterrupted one.
 """
 
 import argparse
@@ -27,9 +27,9 @@ import shlex
 import signal
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -46,27 +46,16 @@ from lion_mini.data.mixture import MicroBatches, Mixture, Samples, collate, micr
 from lion_mini.data.records import Records, Source
 from lion_mini.distributed import distributed
 from lion_mini.pipeline import TINY, Lion
-from lion_mini.toy import stage0
+from lion_mini.toy.jobs import toy_jobs
 from lion_mini.toy.source import Toy
-from lion_mini.training.checkpoint import State, history, restore, save, weight_files, write_result
+from lion_mini.training.checkpoint import State, restore, save, weight_files, write_result
 from lion_mini.training.report import draw_loss, draw_samples, log_step, overview, say, trim
-from lion_mini.training.stages import PARTS, STAGES, TOY, Stage, changed, check, groups, schedule, unfreeze
+from lion_mini.training.stages import STAGES, TOY, Job, Stage, changed, check, groups, schedule, unfreeze
 from lion_mini.training.start import begin
 
 MAX_SKIPPED = 10  # non-finite steps in a row that end a run
 SIGNALS: list[int] = []  # received so far; looked at between two steps
 Ranks = tuple[int, int, torch.device]  # rank, world size, device
-
-
-@dataclass(frozen=True)
-class Job:
-    """One stage to run."""
-
-    number: int
-    stage: Stage
-    init: list[Path]  # folders to start from
-    new: list[str]  # parts to initialise even if a folder has them
-    out: Path
 
 
 @dataclass
@@ -99,8 +88,7 @@ class Run:
     def draw(self) -> None:
         draw_loss(self.job.out / "metrics.jsonl", self.job.out / "loss.png")
         with autocast(self.lion.device, self.args.bf16):
-            held_out = sources(self.job.stage, self.args, held_out=True)
-            draw_samples(self.lion, held_out, self.job.out / "samples.png")
+            draw_samples(self.lion, sources(self.job.stage, self.args, held_out=True), self.job.out / "samples.png")
 
 
 def train(run: Run) -> bool:
@@ -121,7 +109,7 @@ def train(run: Run) -> bool:
         faults = [sentence for _, samples in drawn for sentence in samples.bad]
         total, bad, stop = run.sum(sum(tokens), len(faults), len(SIGNALS))
         if stop:
-            break
+            return stop_early(run)
         state.count(stage.batch, int(bad), faults)
 
         # 3. Gradients. Each rank accumulates its micro-batches; DDP averages over the ranks on the last one only.
@@ -159,7 +147,14 @@ def train(run: Run) -> bool:
             if state.step % args.draw_every == 0 or state.step == stage.steps:
                 run.draw()
     bar.close()
-    return state.step == stage.steps
+    return True
+
+
+def stop_early(run: Run) -> bool:
+    if run.rank == 0:
+        run.save()
+        say(f"stopped after {run.state.step} steps; --resume continues from {run.job.out / 'checkpoints'}")
+    return False
 
 
 def no_sync(model: nn.Module, yes: bool) -> AbstractContextManager[None]:
@@ -198,9 +193,7 @@ def set_up(job: Job, args: argparse.Namespace, ranks: Ranks) -> Run:
     lion.model.to(device).recompute(args.recompute)
     trained = unfreeze(lion.model, stage)
     optimizer = AdamW(groups(trained, stage.constant), lr=0.0, betas=(0.9, 0.999), fused=True)
-    model: nn.Module = lion.model
-    if world > 1:
-        model = DistributedDataParallel(model, init_sync=False)
+    model = DistributedDataParallel(lion.model, init_sync=False) if world > 1 else lion.model
 
     # 2. The data.
     size = args.micro_batch or stage.batch // world
@@ -214,28 +207,16 @@ def set_up(job: Job, args: argparse.Namespace, ranks: Ranks) -> Run:
     settings = asdict(stage) | {"stage": job.number, "seed": args.seed, "clip": args.clip, "bf16": args.bf16}
     settings |= {"data": args.data, "ratios": args.ratios, "micro_batch": size, "weight files": weight_files(job.init)}
     settings = json.loads(json.dumps(settings))  # tuples become lists, as in the checkpoint
-    if rank == 0:
-        say(f"stage {job.number} -> {job.out}\n{overview(lion.model, origin, stage)}")
     state = restore(job.out / "checkpoints", trained, optimizer, settings, rank)
     if world > 1:
         dist.barrier()
     if rank == 0:
+        say(f"stage {job.number} -> {job.out}\n{overview(lion.model, origin, stage)}")
         job.out.mkdir(parents=True, exist_ok=True)
         trim(job.out / "metrics.jsonl", state.step)
     per_step = stage.batch // size
-    numbers = range(state.step * per_step + rank, stage.steps * per_step, world)
-    stream = micro_batches(batches, numbers, args.workers)
+    stream = micro_batches(batches, range(state.step * per_step + rank, stage.steps * per_step, world), args.workers)
     return Run(job, args, rank, world, lion, model, trained, optimizer, settings, state, per_step // world, stream)
-
-
-def finish(run: Run) -> None:
-    """Write the stage's result."""
-    job, minutes = run.job, f"{run.state.seconds / 60:.1f} minutes"
-    command = shlex.join(["train.py", *run.args.command])
-    made_by = f"stage {job.number}: {command} (seed {run.args.seed}, {job.stage.steps} steps, {minutes})"
-    made_by = history(job.init, set(job.new) >= set(PARTS), made_by)
-    write_result(job.out, job.init[0], run.lion.model, job.number, made_by)
-    say(f"stage {job.number} is done: {job.out}")
 
 
 def sources(stage: Stage, args: argparse.Namespace, held_out: bool = False) -> list[Source]:
@@ -245,37 +226,17 @@ def sources(stage: Stage, args: argparse.Namespace, held_out: bool = False) -> l
     return [Records(Path(path), args.images, stage.tasks) for path in paths]
 
 
-def plan(args: argparse.Namespace, ranks: Ranks) -> Iterator[Job]:
-    """The stages to run."""
-    toy = args.data == ["toy"]
-    recipes = {number: changed(stage, args) for number, stage in (TOY if toy else STAGES).items()}
-    if args.stage:
-        init = [TINY if path == Path("tiny") else path for path in args.init]
-        if len(init) != 1 and (not init or len(recipes[args.stage].tasks) == 1):
-            raise ValueError(f"--init takes one folder, or for stage 3 those of stages 1 and 2, but found {len(init)}")
-        yield Job(args.stage, recipes[args.stage], init, [], args.out)
-        return
-    if not toy or args.init:
-        raise ValueError("--data and --init are for one stage: say which with --stage")
-    start, (one, two, three) = TINY, (args.out / f"stage{number}" for number in (1, 2, 3))
-    if args.from_scratch or args.quick:
-        start = args.out / "stage0"
-        if ranks[0] == 0 and not start.exists():
-            with files.atomic_write(start) as new:
-                stage0.run(new, args.quick, args.seed, lambda name, figures: say(f"{name}: {figures}"))
-        if ranks[1] > 1:
-            dist.barrier()
-    all_parts = list(PARTS)  # only the frozen parts of the package's folder are used
-    if args.single_stage:
-        steps = args.steps or sum(recipes[number].steps for number in (1, 2, 3))
-        yield Job(3, replace(recipes[3], steps=steps), [start], all_parts, three)
-        return
-    yield Job(1, recipes[1], [start], all_parts, one)
-    if args.no_aggregator:  # stage 2 trains its adapters behind stage 1's Q-Former
-        yield Job(2, recipes[2], [one], all_parts[1:], two)
-    else:
-        yield Job(2, recipes[2], [start], all_parts, two)
-    yield Job(3, recipes[3], [one, two], [], three)
+def plan(args: argparse.Namespace) -> Iterable[Job]:
+    """The stages to run: one, or all of the toy's."""
+    if not args.stage:
+        if args.data != ["toy"] or args.init:
+            raise ValueError("--data and --init are for one stage: say which with --stage")
+        return toy_jobs(args)
+    stage = changed((TOY if args.data == ["toy"] else STAGES)[args.stage], args)
+    if len(args.init) != 1 and (not args.init or len(stage.tasks) == 1):
+        raise ValueError(f"--init takes one folder, or for stage 3 those of stages 1 and 2, but found {len(args.init)}")
+    init = [TINY if path == Path("tiny") else path for path in args.init]
+    return [Job(args.stage, stage, init, args.out)]
 
 
 # --- the command line
@@ -285,9 +246,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     what = parser.add_argument_group("what")
     what.add_argument("--stage", type=int, choices=sorted(STAGES), help="one stage; default: the toy's 1, 2, 3")
-    what.add_argument(
-        "--init", type=Path, nargs="+", default=[], help="folder to start from, two for stage 3; or: tiny"
-    )
+    what.add_argument("--init", type=Path, nargs="+", default=[], help="folder to start from, or: tiny; stage 3: two")
     what.add_argument("--data", nargs="+", default=["toy"], help="files of records, or: toy")
     what.add_argument("--ratios", type=float, nargs="+", help="the share of each file; default: every record once")
     what.add_argument("--images", type=Path, default=Path(), help="the folder of the records' pictures")
@@ -325,7 +284,7 @@ def train_stages(args: argparse.Namespace) -> int:
     check(args)
     patience = timedelta(days=7) if args.from_scratch or args.quick else None  # the other ranks wait for stage 0
     ranks = distributed(args.device, patience)
-    for job in plan(args, ranks):
+    for job in plan(args):
         for name in (signal.SIGINT, signal.SIGTERM):  # after stage 0, which has no checkpoint to save
             signal.signal(name, on_signal)
         if not args.resume and any((job.out / name).exists() for name in ("checkpoints", "config.json")):
@@ -336,14 +295,12 @@ def train_stages(args: argparse.Namespace) -> int:
                 say(f"{job.out} is finished already{more}")
             continue
         run = set_up(job, args, ranks)
-        done = train(run)
-        if run.rank == 0 and done:
-            finish(run)
-        elif run.rank == 0:
-            run.save()
-            say(f"stopped after {run.state.step} steps; --resume continues from {job.out / 'checkpoints'}")
-        if not done:
+        if not train(run):
             return 128 + (SIGNALS or [signal.SIGTERM])[0]
+        if run.rank == 0:
+            facts = f"(seed {args.seed}, {job.stage.steps} steps, {run.state.seconds / 60:.1f} minutes)"
+            write_result(job, run.lion.model, f"stage {job.number}: {shlex.join(['train.py', *args.command])} {facts}")
+            say(f"stage {job.number} is done: {job.out}")
         if run.world > 1:
             dist.barrier()
     return 0

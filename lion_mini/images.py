@@ -1,176 +1,128 @@
-"""From a picture to what the two vision encoders read: 224 px for the ViT, 384 px for RAM (section 3, Appendix A).
+"""From a picture to what the two vision encoders read: 224 px for the ViT, 384 px for RAM (Appendix A).
 
-Both stretch the whole picture to a square with PIL's resampling, neither pads nor crops: a box in fractions of the
+Both stretch the whole picture to a square with PIL's resampling, without padding or cropping. A box in fractions of the
 original width and height therefore keeps its numbers. They differ in the filter and in the normalisation:
 
-    lion_transform   bicubic, CLIP's mean and std         ram_transform   bilinear, ImageNet's
-
-Compatible with the release's preprocessors/lion_preprocessors.py and ram/transform.py.
-next: data.py
+    lion_transform   bicubic, CLIP's mean and std     (the release's preprocessors/lion_preprocessors.py)
+    ram_transform    bilinear, ImageNet's             (the release's ram/transform.py)
 """
 
 import math
 import os
 import random
-import struct
 import unicodedata
-import zlib
 from collections.abc import Sequence
-from os import PathLike
 from pathlib import Path
 from typing import IO
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageColor, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageColor, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 
 from .box import Box
+from .files import reading
 
-CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+CLIP = torch.tensor([[0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]])[..., None, None]
+IMAGENET = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])[..., None, None]  # mean and std, (2, 3, 1, 1)
 COLORS = ("#e6194b", "#3cb44b", "#4363d8", "#f58231", "#911eb4", "#008080")
 
 
-def _channels(values: tuple[float, float, float], like: Tensor | None = None) -> Tensor:  # (3, 1, 1)
-    return torch.tensor(values, device=None if like is None else like.device)[:, None, None]
+def lion_transform(image: Image.Image, size: int) -> Tensor:  # -> (3, size, size)
+    """The ViT's input: float32, bicubic, CLIP's normalisation."""
+    return _stretch(image, size, Image.Resampling.BICUBIC, CLIP)
 
 
-def _stretched(
-    image: Image.Image,
-    size: int,
-    resample: Image.Resampling,
-    mean: tuple[float, float, float],
-    std: tuple[float, float, float],
-) -> Tensor:  # (3, s, s)
-    pixels = np.array(to_rgb(image).resize((size, size), resample))
-    return (torch.from_numpy(pixels).permute(2, 0, 1).float() / 255 - _channels(mean)) / _channels(std)
+def ram_transform(image: Image.Image, size: int) -> Tensor:  # -> (3, size, size)
+    """The input of Recognize Anything: float32, bilinear, ImageNet's normalisation."""
+    return _stretch(image, size, Image.Resampling.BILINEAR, IMAGENET)
 
 
-def lion_transform(image: Image.Image, size: int) -> Tensor:
-    """The picture as the ViT reads it: (3, size, size) float32, bicubic, CLIP's normalisation."""
-    return _stretched(image, size, Image.Resampling.BICUBIC, CLIP_MEAN, CLIP_STD)
-
-
-def ram_transform(image: Image.Image, size: int) -> Tensor:
-    """The picture as Recognize Anything reads it: (3, size, size) float32, bilinear, ImageNet's normalisation."""
-    return _stretched(image, size, Image.Resampling.BILINEAR, IMAGENET_MEAN, IMAGENET_STD)
+def _stretch(image: Image.Image, size: int, filter: Image.Resampling, normal: Tensor) -> Tensor:  # -> (3, size, size)
+    pixels = torch.from_numpy(np.array(to_rgb(image).resize((size, size), filter)))
+    return (pixels.permute(2, 0, 1).float() / 255 - normal[0]) / normal[1]
 
 
 def ram_from_lion(pixels: Tensor, size: int) -> Tensor:  # (b, 3, s, s) -> (b, 3, size, size)
-    """RAM's input made from the ViT's, where the picture itself is gone; close to `ram_transform`, not equal to it."""
-    plain = pixels.float() * _channels(CLIP_STD, pixels) + _channels(CLIP_MEAN, pixels)
-    plain = F.interpolate(plain, size=(size, size), mode="bilinear", antialias=True)
-    return ((plain - _channels(IMAGENET_MEAN, pixels)) / _channels(IMAGENET_STD, pixels)).to(pixels.dtype)
+    """RAM's input made from the ViT's, when there is no picture: close to `ram_transform`, not equal."""
+    (mean, std), (ram_mean, ram_std) = CLIP.to(pixels.device), IMAGENET.to(pixels.device)
+    plain = F.interpolate(pixels.float() * std + mean, size=(size, size), mode="bilinear", antialias=True)
+    return ((plain - ram_mean) / ram_std).to(pixels.dtype)
 
 
-def augment(image: Image.Image, size: int, rng: random.Random) -> Tensor:
-    """`lion_transform` of a random crop, half of the time mirrored: for image-level training only.
-
-    The crop covers 0.5 to 1 of the area at an aspect ratio of 3/4 to 4/3. Region-level samples are never cropped or
-    mirrored, because their boxes would stay behind.
-    """
-    image = to_rgb(image)
-    image = image.crop(_crop(*image.size, rng))
-    if rng.random() < 0.5:
-        image = ImageOps.mirror(image)
-    return lion_transform(image, size)
+def augment(image: Image.Image, size: int, rng: random.Random) -> Tensor:  # -> (3, size, size)
+    """`lion_transform` of a random crop, mirrored with probability 0.5. For image level only: boxes would not fit."""
+    image = to_rgb(image).crop(_crop(*image.size, rng))
+    return lion_transform(ImageOps.mirror(image) if rng.random() < 0.5 else image, size)
 
 
 def _crop(width: int, height: int, rng: random.Random) -> tuple[int, int, int, int]:
-    """torchvision's RandomResizedCrop: ten draws, then the largest centred crop whose aspect ratio is allowed."""
-    low, high = 3 / 4, 4 / 3
+    """torchvision's RandomResizedCrop: 0.5 to 1 of the area, aspect ratio 3/4 to 4/3; after ten misses, the centre."""
     for _ in range(10):
         area = width * height * rng.uniform(0.5, 1.0)
-        ratio = math.exp(rng.uniform(math.log(low), math.log(high)))
+        ratio = math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
         w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
         if 0 < w <= width and 0 < h <= height:
             left, top = rng.randint(0, width - w), rng.randint(0, height - h)
             return left, top, left + w, top + h
-    w, h = min(width, round(height * high)), min(height, round(width / low))
-    left, top = (width - w) // 2, (height - h) // 2
-    return left, top, left + w, top + h
+    w, h = min(width, round(height * (4 / 3))), min(height, round(width / (3 / 4)))
+    return (width - w) // 2, (height - h) // 2, (width + w) // 2, (height + h) // 2
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """The picture as 8-bit RGB: what is transparent becomes white, 16 bits and floats are scaled, never clipped."""
+    """The picture as 8-bit RGB. Transparent pixels become white; 16-bit and float greys are scaled, not clipped."""
     if image.mode == "RGB" and not image.has_transparency_data:
         return image
-    if image.mode.startswith("I;16"):
-        image = _eight_bits(image, 65535)
-    elif image.mode in ("I", "F"):
-        image = _eight_bits(image, None)
+    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+        image = _eight_bits(image)
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
 
 
-def _eight_bits(image: Image.Image, top: float | None) -> Image.Image:
-    """Grey levels 0..top as 0..255. These modes do not say what white is: the smallest usual maximum that holds all.
-
-    That is 1 (floats only), 255 or 65535; beyond those, or below 0, the picture's own range is stretched.
-    """
-    values = np.nan_to_num(np.asarray(image).astype(np.float64), posinf=0.0, neginf=0.0)
-    least, most = float(values.min()), float(values.max())
-    if top is None and least >= 0:
-        usual = (1, 255, 65535) if image.mode == "F" else (255, 65535)
-        top = next((bound for bound in usual if most <= bound), None)
-    if top is None:
-        values, top = values - least, (most - least) or 1.0
-    return Image.fromarray(np.rint(values * 255 / top).astype(np.uint8))
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """Grey levels as 0..255. White is the least usual maximum that holds them; else their own range is stretched."""
+    levels = np.nan_to_num(np.asarray(image).astype(np.float64), posinf=0.0, neginf=0.0)
+    least, most = float(levels.min()), float(levels.max())
+    usual = {"F": (1, 255, 65535), "I": (255, 65535)}.get(image.mode, (65535,))
+    fits = [white for white in usual if least >= 0 and most <= white]
+    black, white = (0, fits[0]) if fits else (least, (most - least) or 1)
+    return Image.fromarray(np.rint((levels - black) * 255 / white).astype(np.uint8))
 
 
-def open_image(source: str | PathLike[str] | IO[bytes]) -> Image.Image:
-    """The picture of a path or binary file as upright 8-bit RGB; of an animation, the first frame.
-
-    Whatever is wrong with it (missing, no image, cut short, too many pixels) is a ValueError in one sentence that
-    names the path.
-    """
+def open_image(source: str | Path | IO[bytes]) -> Image.Image:
+    """The first frame of a path or binary file, upright, as 8-bit RGB. A ValueError names the path and the fault."""
     name = getattr(source, "name", "the image") if hasattr(source, "read") else source
-    try:
-        with Image.open(source) as image:
-            image.load()
-            ImageOps.exif_transpose(image, in_place=True)
-            return to_rgb(image)
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise ValueError(f"{name} has too many pixels: {error}") from None
-    except UnidentifiedImageError:
-        raise ValueError(f"{name} is not an image that Pillow can read") from None
-    except (OSError, ValueError, SyntaxError, EOFError, struct.error, zlib.error, LookupError, TypeError) as error:
-        why = error.strerror if isinstance(error, OSError) and error.strerror else f"it is damaged ({error})"
-        raise ValueError(f"{name} cannot be read: {why}") from None
-    except (ArithmeticError, AttributeError, RuntimeError) as error:
-        raise ValueError(f"{name} cannot be read: it is damaged ({error})") from None
+    with reading(name), Image.open(source) as image:
+        image.load()
+        ImageOps.exif_transpose(image, in_place=True)
+        return to_rgb(image)
 
 
 def draw_boxes(image: Image.Image, boxes: Sequence[tuple[Box, str] | tuple[Box, str, str | None]]) -> Image.Image:
     """A copy of the picture with (box, label) or (box, label, colour) drawn on; colours are PIL's names or #rrggbb.
 
-    A tiny picture is enlarged by a whole factor until its labels can be read (short side 256 px, unless that makes
-    the long side more than 4096), so the result may be larger than what came in. Labels stay inside the picture: one
-    that is too long ends in dots; letters other than Latin come out as empty squares. Inverted boxes are drawn as the
-    rectangle between their corners. An unknown colour raises ValueError.
+    A tiny picture is enlarged by a whole factor (to 256 px or more, 4096 at most) so that labels can be read. Labels
+    stay inside; long ones end in dots, non-Latin letters become squares. ValueError for an unknown colour.
     """
     factor = max(1, min(math.ceil(256 / min(image.size)), 4096 // max(image.size)))
     width, height = image.width * factor, image.height * factor
     picture = to_rgb(image).resize((width, height), Image.Resampling.NEAREST)
-    draw = ImageDraw.Draw(picture)
-    side = min(width, height)
+    draw, side = ImageDraw.Draw(picture), min(width, height)
     font_size = max(6, min(max(12, side // 22), int(0.7 * height)))
     font, pad = ImageFont.load_default(font_size), font_size // 4
-    for count, (box, label, *color) in enumerate(boxes):
-        fill = ImageColor.getrgb((color[0] if color else None) or COLORS[count % len(COLORS)])[:3]
-        x1, y1, x2, y2 = box.to_pixels(width, height)
-        left, right = (min(max(int(x), 0), width - 1) for x in sorted((x1, x2 - 1)))
-        top, bottom = (min(max(int(y), 0), height - 1) for y in sorted((y1, y2 - 1)))
+    for i, (box, label, *color) in enumerate(boxes):
+        # 1. The frame.
+        fill = ImageColor.getrgb((color[0] if color else None) or COLORS[i % len(COLORS)])[:3]
+        left, right = (min(max(int(x), 0), width - 1) for x in sorted((box.x1 * width, box.x2 * width - 1)))
+        top, bottom = (min(max(int(y), 0), height - 1) for y in sorted((box.y1 * height, box.y2 * height - 1)))
         draw.rectangle((left, top, right, bottom), outline=fill, width=max(2, side // 150))
-        text = _fitting(label, font, width - 2 * pad)
-        if text:
+        # 2. The label on a filled strip: above the box, or inside if there is no room.
+        if text := _fitting(label, font, width - 2 * pad):
             w, h = math.ceil(font.getlength(text)) + 2 * pad, math.ceil(font_size * 1.3)
-            x = max(0, min(left, width - w))
-            y = max(0, min(top - h if top >= h else top, height - h))
+            x, y = max(0, min(left, width - w)), max(0, min(top - h if top >= h else top, height - h))
             draw.rectangle((x, y, x + w - 1, y + h - 1), fill=fill)
             light = 0.299 * fill[0] + 0.587 * fill[1] + 0.114 * fill[2] > 140
             draw.text((x + pad, y + h / 2), text, fill="black" if light else "white", font=font, anchor="lm")
@@ -178,40 +130,36 @@ def draw_boxes(image: Image.Image, boxes: Sequence[tuple[Box, str] | tuple[Box, 
 
 
 def _fitting(label: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: float) -> str:
-    """The label on one line, cut until it is at most `width` pixels long; accents go, since PIL's own font has none."""
+    """The label on one line, cut to `width` pixels, without accents: PIL's own font has none."""
     plain = "".join(c for c in unicodedata.normalize("NFKD", label) if not unicodedata.combining(c))
-    whole = text = " ".join(plain.split())[:300]
-    while text and font.getlength(text) > width:
-        whole = whole[:-1]
-        text = whole and whole + "..."
-    return text
+    whole = " ".join(plain.split())[:300]
+    cuts = (whole[:n] + "..." * (n < len(whole)) for n in range(len(whole), 0, -1))
+    return next((text for text in cuts if font.getlength(text) <= width), "")
 
 
 class ImageFolder:
-    """The pictures below a folder. Any end of a path will do: people keep only the inner folders of the official trees."""
+    """The pictures below a folder. Any end of a path will do: people keep only the inner folders of official trees."""
 
     def __init__(self, root: Path):
         self.root, self.found = root, dict[str, Path | None]()
 
     def path(self, name: str) -> Path | None:
-        """`find`, remembered."""
+        """`find` with a cache."""
         if name not in self.found:
             self.found[name] = self.find(name)
         return self.found[name]
 
     def find(self, name: str) -> Path | None:
-        """Where the picture of this name is; None if it is missing."""
+        """The picture's path, or None if it is missing."""
         parts = Path(name).parts
         ends = (self.root.joinpath(*parts[i:]) for i in range(len(parts)))
-        return next((path for path in ends if os.path.isfile(path)), None)  # Path.is_file raises where it may not look
+        return next((path for path in ends if os.path.isfile(path)), None)  # Path.is_file raises without permission
 
     def without_missing(self, names: Sequence[str | bytes], skip: bool) -> list[bool]:
-        """Which of them are there; unless `skip`, a ValueError if one is not."""
+        """A flag per picture: is it there? A ValueError if one is missing, unless `skip`."""
         there = [isinstance(name, bytes) or self.path(name) is not None for name in names]
-        if not all(there) and not skip:
-            first = f"{names[there.index(False)]!s} is not below {self.root}"
-            count = f", and {there.count(False) - 1} of {len(there) - 1} others are not" if len(there) > 1 else ""
-            raise ValueError(
-                f"the image {first}{count}: name their folder with --images, or go on without them with --skip-missing"
-            )
-        return there
+        if skip or all(there):
+            return there
+        count = f", and {there.count(False) - 1} of {len(there) - 1} others are not" if len(there) > 1 else ""
+        fault = f"the image {names[there.index(False)]!s} is not below {self.root}{count}"
+        raise ValueError(f"{fault}: name their folder with --images, or go on without them with --skip-missing")

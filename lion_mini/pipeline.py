@@ -33,7 +33,10 @@ TINY = Path(__file__).parent / "assets" / "tiny"  # the weights in the package, 
 DTYPES: dict[str, torch.dtype | Literal["auto"] | None] = {  # the scripts' --dtype
     "auto": "auto", "stored": None, "float32": torch.float32, "bfloat16": torch.bfloat16,
 }  # fmt: skip
-Tags = Sequence[Sequence[str]] | Sequence[str]  # per sample a list, or one string in which they are joined by ", "
+Texts = Sequence[str]
+Images = Sequence[Image.Image]
+Tags = Sequence[Texts] | Texts  # per sample a list, or one string in which they are joined by ", "
+ANSWER = GENERATION["answer"]
 Scored = list[tuple[str, float]]  # a picture's tags with RAM's scores
 
 
@@ -93,7 +96,7 @@ class Lion:
 
     # --- from words to tensors
 
-    def prompts(self, questions: Sequence[str], tags: Tags | None) -> list[str]:
+    def prompts(self, questions: Texts, tags: Tags | None) -> list[str]:
         """The text that T5 reads: the tag sentence, unless the model works without tags, and the question."""
         if self.config.tags == "none":
             return list(questions)
@@ -102,12 +105,7 @@ class Lion:
         return [tag_sentence(one, soft) + question for one, question in zip(tags, questions, strict=True)]
 
     def batch(
-        self,
-        pixels: Tensor,
-        questions: Sequence[str],
-        tags: Tags | None,
-        tasks: Sequence[str],
-        answers: Sequence[str] | None = None,
+        self, pixels: Tensor, questions: Texts, tags: Tags | None, tasks: Texts, answers: Texts | None = None
     ) -> Batch:
         """Tensors for the model. `tags=None` asks RAM. With `answers` prompts and answers have their training length.
 
@@ -126,12 +124,7 @@ class Lion:
         prompt, prompt_mask = pad(prompts, PAD)
         pictures, which = pixels.unique(dim=0, return_inverse=True)
         batch = Batch(
-            pictures,
-            which,
-            question,
-            question_mask,
-            prompt,
-            prompt_mask,
+            *(pictures, which, question, question_mask, prompt, prompt_mask),
             soft=prompt == self.text.pieces.special[PLACEHOLDER],
             task=torch.tensor([self.config.tasks.index(task) for task in tasks]),
             labels=None if answers is None else pad([self.answer_ids(answer) for answer in answers], IGNORE)[0],
@@ -154,12 +147,7 @@ class Lion:
         return [*self.text.pieces.encode(answer)[:-1][: self.config.max_answer_tokens - 1], EOS]
 
     def check(
-        self,
-        pixels: Tensor,
-        questions: Sequence[str],
-        tags: Tags | None,
-        tasks: Sequence[str],
-        answers: Sequence[str] | None = None,
+        self, pixels: Tensor, questions: Texts, tags: Tags | None, tasks: Texts, answers: Texts | None = None
     ) -> None:
         size, count = self.config.vit.image_size, len(questions)
         if pixels.shape[1:] != (3, size, size) or len(pixels) != count:
@@ -184,35 +172,25 @@ class Lion:
     # --- the model's outputs
 
     def __call__(
-        self, pixels: Tensor, questions: Sequence[str], answers: Sequence[str], tags: Tags | None, tasks: Sequence[str]
+        self, pixels: Tensor, questions: Texts, answers: Texts, tags: Tags | None, tasks: Texts
     ) -> Tensor:  # (b, 3, s, s) -> ()
         """The language-modelling loss: the mean cross-entropy over all answer tokens, `</s>` included."""
         return self.model(self.batch(pixels, questions, tags, tasks, answers))
 
-    def encode_image(self, pixels: Tensor, questions: Sequence[str]) -> Tensor:  # (b, 3, s, s) -> (b, q + n, d)
+    def encode_image(self, pixels: Tensor, questions: Texts) -> Tensor:  # (b, 3, s, s) -> (b, q + n, d)
         """The visual tokens as T5 reads them: the Q-Former's, then the aggregator's."""
         count = len(questions)
         return self.model.see(self.batch(pixels, questions, [""] * count, self.config.tasks[:1] * count))
 
     @torch.inference_mode()
     def generate_ids(
-        self,
-        pixels: Tensor,
-        questions: Sequence[str],
-        tags: Tags | None,
-        tasks: Sequence[str],
-        settings: Generation = GENERATION["answer"],
+        self, pixels: Tensor, questions: Texts, tags: Tags | None, tasks: Texts, settings: Generation = ANSWER
     ) -> Tensor:  # (b, 3, s, s) -> (b * returns, t)
         batch = self.batch(pixels, questions, tags, tasks)
         return generate(self.model.t5, *self.model.encode(batch), batch.task, settings)
 
     def generate(
-        self,
-        pixels: Tensor,
-        questions: Sequence[str],
-        tags: Tags | None,
-        tasks: Sequence[str],
-        settings: Generation = GENERATION["answer"],
+        self, pixels: Tensor, questions: Texts, tags: Tags | None, tasks: Texts, settings: Generation = ANSWER
     ) -> list[str] | list[list[str]]:
         """One string per sample, or a list of `settings.returns` strings per sample if that is more than one."""
         ids = self.generate_ids(pixels, questions, tags, tasks, settings).tolist()
@@ -225,10 +203,10 @@ class Lion:
     def rank(
         self,
         pixels: Tensor,
-        questions: Sequence[str],
+        questions: Texts,
         tags: Tags | None,
-        tasks: Sequence[str],
-        candidates: Sequence[Sequence[str]],
+        tasks: Texts,
+        candidates: Sequence[Texts],
         segment: int = 32,
     ) -> list[list[float]]:
         """The log-likelihood of each sample's candidates, `</s>` included: the greatest is the answer."""
@@ -241,19 +219,13 @@ class Lion:
     # --- tags
 
     def tag(
-        self,
-        images: Sequence[Image.Image],
-        threshold: float | None = None,
-        top_k: int | None = None,
-        return_scores: bool = False,
+        self, images: Images, threshold: float | None = None, top_k: int | None = None, return_scores: bool = False
     ) -> list[list[str]] | list[Scored]:
         """RAM's tags of each picture in the tag list's order; `threshold` replaces every tag's own."""
         scored = self.scored_tags(images, threshold, top_k)
         return scored if return_scores else [[tag for tag, _ in tags] for tags in scored]
 
-    def scored_tags(
-        self, images: Sequence[Image.Image], threshold: float | None = None, top_k: int | None = None
-    ) -> list[Scored]:
+    def scored_tags(self, images: Images, threshold: float | None = None, top_k: int | None = None) -> list[Scored]:
         size = self.ram.config.image_size
         return self.ram_tags(torch.stack([ram_transform(image, size) for image in images]), threshold, top_k)
 
@@ -280,12 +252,7 @@ class Lion:
 
     @torch.inference_mode()
     def respond(
-        self,
-        images: Sequence[Image.Image],
-        questions: Sequence[str],
-        tasks: Sequence[str],
-        settings: Generation,
-        tags: Tags | None = None,
+        self, images: Images, questions: Texts, tasks: Texts, settings: Generation, tags: Tags | None = None
     ) -> list[Answer]:
         """Answers about pictures of any size: both transforms, tags, prompt, answer and its score."""
         pixels = torch.stack([lion_transform(image, self.config.vit.image_size) for image in images])

@@ -62,3 +62,13 @@ def test_the_wheel_holds_every_module() -> None:
     """setuptools finds packages by their __init__.py."""
     for folder in {path.parent for path in MODULES.values()}:
         assert (folder / "__init__.py").is_file(), folder
+
+
+def test_every_file_fits_in_the_head() -> None:
+    """Files of at most 330 lines; functions of at most 60, argument parsers excepted."""
+    for path in (*MODULES.values(), *ROOT.glob("*.py")):
+        text = path.read_text(encoding="utf-8")
+        assert len(text.splitlines()) <= 330, path
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef) and node.name != "parse":
+                assert (node.end_lineno or 0) - node.lineno < 60, f"{path}: {node.name}"

@@ -19,8 +19,7 @@ from torch.testing import assert_close
 
 from lion_mini.box import Box
 from lion_mini.images import (
-    CLIP_MEAN,
-    CLIP_STD,
+    CLIP,
     _crop,
     augment,
     draw_boxes,
@@ -103,8 +102,8 @@ def test_augment_mirrors_half() -> None:
 def test_extreme_sizes(tmp_path: Path, size: tuple[int, int]) -> None:
     image = reopened(tmp_path, Image.new("RGB", size, RED), "odd.png")
     assert image.size == size
-    expected = (torch.tensor([1.0, 0.0, 0.0]) - torch.tensor(CLIP_MEAN)) / torch.tensor(CLIP_STD)
-    assert_close(lion_transform(image, 14), expected[:, None, None].expand(3, 14, 14))
+    expected = (torch.tensor([1.0, 0.0, 0.0])[:, None, None] - CLIP[0]) / CLIP[1]
+    assert_close(lion_transform(image, 14), expected.expand(3, 14, 14))
     assert augment(image, 14, random.Random(0)).shape == (3, 14, 14)
     drawn = draw_boxes(image, [(Box(0, 0, 1, 1), "a rather long label for so thin a picture")])
     assert max(drawn.size) <= 20000
@@ -193,7 +192,7 @@ def test_file_objects(tmp_path: Path) -> None:
     Image.new("RGB", (4, 4), RED).save(stream, "PNG")
     assert open_image(stream).getpixel((0, 0)) == RED
     assert not stream.closed
-    with pytest.raises(ValueError, match="the image is not an image"):
+    with pytest.raises(ValueError, match="the image: cannot identify image file"):
         open_image(io.BytesIO(b""))
 
 
@@ -216,12 +215,12 @@ def truncated(fmt: str) -> bytes:
 @pytest.mark.parametrize(
     ("name", "data", "message"),
     [
-        ("text.jpg", b"this is no picture", "is not an image that Pillow can read"),
-        ("empty.png", b"", "is not an image that Pillow can read"),
-        ("short.jpg", truncated("JPEG"), r"cannot be read: it is damaged \(image file is truncated"),
-        ("short.png", truncated("PNG"), "cannot be read: it is damaged"),
-        ("bomb.png", bomb(), r"has too many pixels: Image size \(3600000000 pixels\)"),
-        ("missing.png", None, "cannot be read: No such file or directory"),
+        ("text.jpg", b"this is no picture", "cannot identify image file"),
+        ("empty.png", b"", "cannot identify image file"),
+        ("short.jpg", truncated("JPEG"), "short.jpg: image file is truncated"),
+        ("short.png", truncated("PNG"), "short.png: (image file is truncated|broken PNG|unrecognized data stream)"),
+        ("bomb.png", bomb(), r"bomb.png: Image size \(3600000000 pixels\) exceeds limit"),
+        ("missing.png", None, "missing.png: No such file or directory"),
     ],
     ids=["text", "empty", "short jpeg", "short png", "bomb", "missing"],
 )
@@ -237,7 +236,7 @@ def test_bad_files(tmp_path: Path, name: str, data: bytes | None, message: str) 
 
 
 def test_a_folder_is_no_image(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="cannot be read: Is a directory"):
+    with pytest.raises(ValueError, match=f"{tmp_path}: Is a directory"):
         open_image(tmp_path)
 
 

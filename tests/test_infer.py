@@ -14,9 +14,9 @@ from safetensors.torch import save_file
 
 import infer
 from lion_mini import GENERATION, Box, Lion, LionConfig
-from lion_mini.files import read_shards
+from lion_mini.files import read_folder
 from lion_mini.images import lion_transform, open_image
-from lion_mini.model.lion import Answer
+from lion_mini.pipeline import Answer
 
 PHOTO = GOLDEN / "photo.png"
 Run = Callable[..., tuple[int, str, str, list[dict]]]
@@ -72,8 +72,8 @@ def test_score_is_the_mean_log_probability(golden_folder: Path) -> None:
     reply = model.respond([image], [question], ["image"], settings, [["dog"]])[0]
     pixels = lion_transform(image, model.config.vit.image_size)[None]
     ids = model.generate_ids(pixels, [question], [["dog"]], ["image"], settings)[0, 1:]
-    states, mask, task = model.see(pixels, [question], [["dog"]], ["image"])
-    logits = model.t5.predict(ids[None], model.t5.start(states, mask, task, len(ids)))[0]
+    batch = replace(model.batch(pixels, [question], [["dog"]], ["image"]), labels=ids[None])
+    logits = model.model.logits(batch)[0]
     expected = logits.log_softmax(-1).gather(1, ids[:, None]).mean()
     assert reply.score == pytest.approx(expected.item(), rel=1e-4)
 
@@ -185,18 +185,6 @@ def test_batches_answer_like_each_alone(run: Run, tmp_path: Path) -> None:
     assert [line["text"] for line in alone] == [line["text"] for line in together]
 
 
-def test_what_pays_is_packed(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Many pictures, and of the model only what looks at them."""
-    for name in "abc":
-        open_image(PHOTO).save(tmp_path / f"{name}.png")
-    packed: list[str] = []
-    monkeypatch.setattr(infer, "MANY", 3)
-    monkeypatch.setattr(infer, "pack", lambda part: packed.append(type(part).__name__))
-    for paths, flags in (([PHOTO], []), ([tmp_path], []), ([tmp_path], ["--tags"])):
-        assert run(*paths, *flags)[0] == 0
-    assert packed == ["Lion", "Ram"]
-
-
 def test_names_that_meet_and_names_that_are_no_text(run: Run, tmp_path: Path) -> None:
     paths = [tmp_path / name for name in ("a/x-1.png", "b/x.png", "c/x.png", os.fsdecode(b"d/caf\xe9.png"))]
     for path in paths:
@@ -259,7 +247,7 @@ def test_not_a_folder_of_weights(run: Run, tmp_path: Path) -> None:
 def test_a_model_without_tags_takes_none(run: Run, golden_folder: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(golden_folder, tmp_path / "untagged")
     config = LionConfig.from_json((folder / "config.json").read_text())
-    tensors = {name: tensor for name, tensor in read_shards(folder, "cpu", None).items() if name != "soft_prompt"}
+    tensors = {name: tensor for name, tensor in read_folder(folder, "cpu", None).items() if name != "soft_prompt"}
     for old in folder.glob("*.safetensors"):
         old.unlink()
     save_file({name: tensor.clone() for name, tensor in tensors.items()}, folder / "all.safetensors")
@@ -362,14 +350,14 @@ def test_tags_for_a_training_set(
     for foreign in ('[{"image": "0.png"}]', "one\ntwo", "{}\n" * 3, tagged + whole[-1]):
         out.write_text(foreign)
         assert infer.main([*map(str, argv)]) == 2
-        assert "holds something else than the first records of --data" in capsys.readouterr().err
+        assert "does not hold the first records of --data" in capsys.readouterr().err
         assert out.read_text() == foreign
     out.write_text(tagged)
     data.write_text(lines[1])
     for words, flags in (
-        ("holds something else than the first records of --data", argv),
-        ("is the file that --data reads", [*argv, "--out", data]),
-        ("is a folder: with --data it is the file to write", [*argv, "--out", tmp_path]),
+        ("does not hold the first records of --data", argv),
+        ("is a folder or the file that --data reads", [*argv, "--out", data]),
+        ("is a folder or the file that --data reads", [*argv, "--out", tmp_path]),
         ("--data is for --tags", argv[1:]),
         ("give pictures to look at, or a file of records", [PHOTO, *argv]),
     ):

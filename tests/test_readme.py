@@ -1,6 +1,7 @@
 """What the README says is so."""
 
 import re
+import statistics
 
 import pytest
 from conftest import ROOT
@@ -12,9 +13,17 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def test_the_two_commands_stand_in_the_first_screen() -> None:
-    first = "\n".join(README.splitlines()[:15])
+    first = "\n".join(README.splitlines()[:25])
     assert "pip install -e . && python infer.py" in first
     assert "pip install -e '.[test]' && pytest" in first
+
+
+def test_short_and_plain() -> None:
+    """At most 12 kB; half of the sentences have at most 18 words."""
+    assert len(README.encode()) <= 12_000
+    prose = re.sub(r"^(\||#|!\[|    ).*|`[^`]*`", "x", re.sub(r"```.*?```", "", README, flags=re.S), flags=re.M)
+    lengths = [len(sentence.split()) for sentence in re.split(r"[.:!?]\s", prose) if len(sentence.split()) > 2]
+    assert statistics.median(lengths) <= 18
 
 
 def stage_row(number: int) -> str:
@@ -36,5 +45,5 @@ def test_files_that_are_named_exist() -> None:
 
 @pytest.mark.parametrize("name", ["caption", "answer", "locate", "describe", "tag", "generate", "rank"])
 def test_methods_of_the_example(name: str) -> None:
-    assert f"model.{name}(" in README
+    assert f"lion.{name}(" in README
     assert callable(getattr(lion_mini.Lion, name))

@@ -1,4 +1,4 @@
-"""`python -m lion_mini.data convert` makes training records of the official files, `inspect` looks at some."""
+"""`python -m lion_mini.data convert` makes training records from the official files, `inspect` checks a file."""
 
 import sys
 

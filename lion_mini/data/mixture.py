@@ -108,9 +108,16 @@ class MicroBatches(Dataset):
             pixels.append(transform(example.image, self.image_size))
             if example.tags is None and self.ram_size:
                 untagged.append(ram_transform(example.image, self.ram_size))
-        ram_pixels = torch.stack(untagged) if untagged else None
-        rows = ((e.question, e.answer, e.tags, e.task, e.name) for e in examples)
-        return Samples(torch.stack(pixels), ram_pixels, *map(list, zip(*rows, strict=True)), bad)
+        return Samples(
+            torch.stack(pixels),
+            torch.stack(untagged) if untagged else None,
+            [example.question for example in examples],
+            [example.answer for example in examples],
+            [example.tags for example in examples],
+            [example.task for example in examples],
+            [example.name for example in examples],
+            bad,
+        )
 
     def usable(self, position: int, bad: list[str]) -> tuple[Example, random.Random, bool]:
         """The example at a position or the next usable one of its source, and whether to augment it."""

@@ -1,186 +1,235 @@
-"""The paper's benchmarks: how each is asked and scored, and what LION got in Tables 1, 2, 5 and 6.
+"""The paper's benchmarks: how each is read, asked and scored, and what LION got (Tables 1, 2, 5 and 6).
 
-    kind     what the model does            score                          prompt
-    caption  writes                         CIDEr                          A short image description:
-    vqa      writes, in a word or two       agreement with annotators      Question: {question} Short answer:
-    pope     writes yes or no               F1                             the question alone
-    rec      writes a box                   Acc@0.5                        In the image, can you locate ...
-    iconqa, vsr, visdial, mmbench           ranks candidates; top-1, or the mean reciprocal rank
+A new benchmark is one entry in BENCHMARKS and one reader in readers.py:
 
-next: ../eval.py
+    Benchmark("my_vqa", readers.my_vqa, "vqa", vqa_scores, 500),
 """
 
-import json
 import math
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from . import metrics
-from .readers import TASKS, Example
+from ..files import need, read_json
+from . import metrics, readers
+from .readers import Example
 
-KIND_OF = {
-    "flickr30k": "caption", "coco": "caption", "textcaps": "caption", "okvqa": "vqa", "aokvqa": "vqa", "gqa": "vqa",
-    "iconqa": "iconqa", "vsr": "vsr", "visdial": "visdial", "refcoco": "rec", "refcoco+": "rec", "refcocog": "rec",
-    "pope": "pope", "mmbench": "mmbench",
-}  # fmt: skip
-RANKED = ("iconqa", "vsr", "visdial", "mmbench")
-PRINTED = {  # the number that the paper prints, of several that are measured
-    "caption": "CIDEr", "okvqa": "VQA accuracy", "aokvqa": "direct answer", "gqa": "accuracy", "iconqa": "top-1",
-    "vsr": "top-1", "visdial": "MRR", "rec": "Acc@0.5", "pope": "F1", "mmbench": "Overall",
-}  # fmt: skip
-# LION-4B and LION-12B as the paper and the pictures of its tables in the release's README print them.
-_TABLE_1 = ("flickr30k", "coco", "textcaps", "okvqa", "aokvqa", "gqa", "iconqa", "vsr", "visdial")
-_TABLE_2 = metrics.AVERAGES["REC Avg"]
-PAPER = {
-    "4B": dict(zip(_TABLE_1, (85.57, 138.20, 104.87, 51.08, 59.98, 49.50, 54.91, 72.96, 50.02), strict=True))
-    | dict(zip(_TABLE_2, (89.73, 92.29, 84.82, 83.60, 88.72, 77.34, 85.69, 85.63), strict=True)),
-    "12B": dict(zip(_TABLE_1, (87.12, 139.25, 108.76, 57.33, 60.87, 51.56, 54.89, 73.77, 50.42), strict=True))
-    | dict(zip(_TABLE_2, (89.80, 93.02, 85.57, 83.95, 89.22, 78.06, 85.52, 85.74), strict=True)),
-}
-ZERO_SHOT = {  # Table 2's upper half: before RefCOCO's own training sets
-    "4B": dict(zip(_TABLE_2, (57.89, 56.07, 58.40, 46.38, 45.29, 47.50, 64.74, 63.56), strict=True)),
-    "12B": dict(zip(_TABLE_2, (58.54, 56.41, 59.36, 45.93, 45.73, 47.89, 66.12, 64.69), strict=True)),
-}
-_RATES = ("accuracy", "precision", "recall", "F1")
-POPE = {  # Table 5 has one column, "LION", and does not say of which size
-    "pope_random": dict(zip(_RATES, (88.97, 97.12, 81.00, 88.33), strict=True)),
-    "pope_popular": dict(zip(_RATES, (86.77, 91.69, 80.87, 85.94), strict=True)),
-    "pope_adversarial": dict(zip(_RATES, (85.37, 88.69, 81.07, 84.71), strict=True)),
-}
-MMBENCH = {  # Table 6, FlanT5-XXL
-    "Overall": 73.4, "LR": 51.7, "AR": 84.1, "RR": 78.4, "FP-S": 74.0, "FP-C": 60.8, "CP": 78.9,
-}  # fmt: skip
-OPEN = {  # what the paper leaves open, or where its setting is known to differ
-    "aokvqa": "all questions count, difficult ones too, as in LAVIS; predictions are lower-cased",
-    "okvqa": "predictions are never lemmatised, worth some five points; the paper does not say whether its were",
-    "vsr": "the paper's percentages are those of 1,224 statements: the file's 1,222, padded",
-    "visdial": 'the history reads "q: ... a: ..."; the paper does not print its form',
-    "mmbench": "option texts are ranked; the paper does not say how it chose, its numbers are the test server's",
-    "pope": "the question is asked as it is; the paper does not print its prompt, nor the size of its LION",
-}
+Scores = dict[str, float]  # by metric, as the tables print it; the paper's metric comes first
 
 
-def kind_of(task: str) -> str:
-    return KIND_OF[task.partition("_")[0]]
+@dataclass(frozen=True)
+class Benchmark:
+    """One row of the paper's tables: how it is read, asked and scored, and what LION got."""
+
+    name: str
+    reader: Callable[[Sequence[Path]], Iterable[Example]]
+    kind: str  # how it is asked: the key of its instruction in EVAL_TEMPLATES
+    scorer: Callable[[Sequence[Example], Any], Scores]  # takes texts, or the log-likelihoods of all candidates
+    count: int  # of examples in the paper's benchmark
+    paper: Mapping[str, Mapping[str, float]] = field(default_factory=dict)  # the paper's numbers by metric and model
+    differs: str = ""  # what the paper leaves open, or where its setting is known to differ
 
 
-def score(task: str, examples: Sequence[Example], predictions: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """Every metric of the benchmark, in the tables' units; the one that the paper prints comes first."""
-    kind = kind_of(task)
-    if kind in RANKED:
-        for example, line in zip(examples, predictions, strict=True):
-            found = line.get("scores")
-            if not isinstance(found, list) or len(found) != len(example.candidates) or not all(map(finite, found)):
-                raise ValueError(f"the prediction of {example.id} needs {len(example.candidates)} finite scores")
-        return ranked(kind, examples, [line["scores"] for line in predictions])
-    for example, line in zip(examples, predictions, strict=True):
-        if not isinstance(line.get("text"), str):
-            raise ValueError(f"the prediction of {example.id} needs a text")
-    texts, many = [line["text"] for line in predictions], len(examples)
-    if kind == "caption":
-        return {"CIDEr": 100 * metrics.cider([e.references for e in examples], texts)[0]}
-    if kind == "rec":
-        boxes = [example.box for example in examples if example.box]
-        found = metrics.grounding(texts, boxes)
-        strict = metrics.grounding(texts, boxes, strict=True)
-        return {"Acc@0.5": 100 * found.accuracy, "Acc>0.5": 100 * strict.accuracy, "no box": 100 * found.unparsed}
-    if kind == "pope":
-        counts = metrics.pope(texts, [example.references[0] for example in examples])
-        rates = {"F1": counts.f1, "accuracy": counts.accuracy, "precision": counts.precision, "recall": counts.recall}
-        return {name: 100 * value for name, value in (rates | {"yes": counts.yes_ratio}).items()}
-    pairs = list(zip(texts, examples, strict=True))
-    if task == "okvqa":
-        lavis, official = (
-            sum(metrics.vqa_accuracy(text, e.references, variant) for text, e in pairs)
-            for variant in ("lavis", "official")
-        )  # fmt: skip
-        return {"VQA accuracy": 100 * lavis / many, "VQA accuracy (official)": 100 * official / many}
-    if task == "aokvqa":
-        right = [metrics.direct_answer_accuracy(text.strip().lower(), e.references) for text, e in pairs]
-        easy = [value for value, e in zip(right, examples, strict=True) if not e.group]
-        found_all = {"direct answer": 100 * sum(right) / many}
-        return found_all | ({"without difficult": 100 * sum(easy) / len(easy)} if easy else {})
-    lavis, exact = (
-        sum(metrics.gqa_match(text.strip(), e.references[0], variant) for text, e in pairs)
-        for variant in ("lavis", "official")
-    )  # fmt: skip
-    return {"accuracy": 100 * lavis / many, "accuracy (exact)": 100 * exact / many}
+# --- scorers
 
 
-def finite(value: object) -> bool:
-    return isinstance(value, (int, float)) and math.isfinite(value)
+def percent(values: Iterable[float]) -> float:
+    return 100 * sum(listed := [*values]) / len(listed)
 
 
-def ranked(kind: str, examples: Sequence[Example], scores: Sequence[list[float]]) -> dict[str, float]:
-    chosen = [max(range(len(row)), key=row.__getitem__) for row in scores]
-    if kind == "mmbench":
-        if any(example.target is None for example in examples):
-            return {}
-        rows = ((int(e.id), e.group, best == e.target) for e, best in zip(examples, chosen, strict=True))
-        return {name: 100 * value for name, value in metrics.mmbench(rows).items()}
-    if kind == "vsr":  # yes or true, no or false
-        right = [best // 2 * 2 == e.target for best, e in zip(chosen, examples, strict=True)]
-        plain = [(row[1] >= row[3]) == (e.target == 0) for row, e in zip(scores, examples, strict=True)]
-        return {"top-1": 100 * sum(right) / len(right), "true or false": 100 * sum(plain) / len(plain)}
-    found = metrics.ranking([metrics.rank(row, e.target or 0) for row, e in zip(scores, examples, strict=True)])
-    if kind == "iconqa":
-        return {"top-1": 100 * found.recall[1]}
-    return {
-        "MRR": 100 * found.mrr,
-        **{f"R@{k}": 100 * v for k, v in found.recall.items()},
-        "mean rank": found.mean_rank,
-    }
+def caption_scores(examples: Sequence[Example], texts: Sequence[str]) -> Scores:
+    return {"CIDEr": 100 * metrics.cider([e.references for e in examples], texts)[0]}
 
 
-def paper(task: str, name: str) -> dict[str, float]:
-    """What the paper prints for this metric, by model; empty where it does not."""
-    if task in POPE:
-        return {"LION": POPE[task][name]} if name in POPE[task] else {}
-    if task == "mmbench":
-        return {"LION-12B": MMBENCH[name]}
-    if name != PRINTED.get(task, PRINTED.get(kind_of(task))):
+def vqa_scores(examples: Sequence[Example], texts: Sequence[str]) -> Scores:
+    pairs = [*zip(texts, (e.references for e in examples), strict=True)]
+    lavis, official = (percent(metrics.vqa_accuracy(*pair, variant) for pair in pairs) for variant in metrics.VARIANTS)
+    return {"VQA accuracy": lavis, "VQA accuracy (official)": official}
+
+
+def direct_scores(examples: Sequence[Example], texts: Sequence[str]) -> Scores:
+    pairs = zip(texts, examples, strict=True)
+    right = [(metrics.direct_answer_accuracy(text.strip().lower(), e.references), e.group) for text, e in pairs]
+    easy = [value for value, group in right if group != "difficult"]
+    scores = {"direct answer": percent(value for value, _ in right)}
+    return scores | {"without difficult": percent(easy)} if easy else scores
+
+
+def gqa_scores(examples: Sequence[Example], texts: Sequence[str]) -> Scores:
+    pairs = [(text.strip(), e.references[0]) for text, e in zip(texts, examples, strict=True)]
+    lavis, exact = (percent(metrics.gqa_match(*pair, variant) for pair in pairs) for variant in metrics.VARIANTS)
+    return {"accuracy": lavis, "accuracy (exact)": exact}
+
+
+def box_scores(examples: Sequence[Example], texts: Sequence[str]) -> Scores:
+    boxes = [example.box for example in examples if example.box]
+    found, strict = metrics.grounding(texts, boxes), metrics.grounding(texts, boxes, strict=True)
+    return {"Acc@0.5": 100 * found.accuracy, "Acc>0.5": 100 * strict.accuracy, "no box": 100 * found.unparsed}
+
+
+def pope_scores(examples: Sequence[Example], texts: Sequence[str]) -> Scores:
+    counts = metrics.pope(texts, [example.references[0] for example in examples])
+    rates = {"F1": "f1", "accuracy": "accuracy", "precision": "precision", "recall": "recall", "yes": "yes_ratio"}
+    return {name: 100 * getattr(counts, rate) for name, rate in rates.items()}
+
+
+def rank_scores(examples: Sequence[Example], rows: Sequence[Sequence[float]]) -> Scores:
+    found = metrics.ranking([metrics.rank(row, e.target or 0) for row, e in zip(rows, examples, strict=True)])
+    recall = {f"R@{k}": 100 * share for k, share in found.recall.items()}
+    return {"MRR": 100 * found.mrr, **recall, "mean rank": found.mean_rank}
+
+
+def choice_scores(examples: Sequence[Example], rows: Sequence[Sequence[float]]) -> Scores:
+    return {"top-1": rank_scores(examples, rows)["R@1"]}
+
+
+def truth_scores(examples: Sequence[Example], rows: Sequence[Sequence[float]]) -> Scores:
+    """VSR: its candidates are yes and true, no and false."""
+    pairs = [*zip(rows, examples, strict=True)]
+    top = percent(best(row) // 2 * 2 == e.target for row, e in pairs)
+    return {"top-1": top, "true or false": percent((row[1] >= row[3]) == (e.target == 0) for row, e in pairs)}
+
+
+def mmbench_scores(examples: Sequence[Example], rows: Sequence[Sequence[float]]) -> Scores:
+    if any(example.target is None for example in examples):  # the test file hides the answers
         return {}
-    found = {f"LION-{size}": row[task] for size, row in PAPER.items()}
-    return found | {f"zero-shot LION-{size}": row[task] for size, row in ZERO_SHOT.items() if task in row}
+    answers = ((int(e.id), e.group, best(row) == e.target) for row, e in zip(rows, examples, strict=True))
+    return {name: 100 * value for name, value in metrics.mmbench(answers).items()}
 
 
-def report(result: dict[str, Any]) -> str:
+def best(row: Sequence[float]) -> int:
+    return max(range(len(row)), key=row.__getitem__)
+
+
+# --- the table
+
+
+def sizes(metric: str, *numbers: float) -> Mapping[str, Mapping[str, float]]:
+    """LION-4B and LION-12B, in Table 2 also before they were trained on RefCOCO's own sets."""
+    models = ("LION-4B", "LION-12B", "zero-shot LION-4B", "zero-shot LION-12B")
+    return {metric: dict(zip(models, numbers, strict=False))}
+
+
+def rec(name: str, count: int, *numbers: float) -> Benchmark:
+    reader = partial(readers.refcoco, split=name.partition("_")[2])
+    return Benchmark(name, reader, "rec", box_scores, count, sizes("Acc@0.5", *numbers))
+
+
+def pope(name: str, count: int, *numbers: float) -> Benchmark:
+    rates = dict(zip(("accuracy", "precision", "recall", "F1"), numbers, strict=True))
+    paper = {rate: {"LION": number} for rate, number in rates.items()}
+    note = "the question is asked as it is; the paper does not print its prompt, nor the size of its LION"
+    return Benchmark(name, readers.pope, "pope", pope_scores, count, paper, note)
+
+
+MMBENCH = {"Overall": 73.4, "LR": 51.7, "AR": 84.1, "RR": 78.4, "FP-S": 74.0, "FP-C": 60.8, "CP": 78.9}
+ENTRIES = (
+    Benchmark("flickr30k", readers.captions, "caption", caption_scores, 1000, sizes("CIDEr", 85.57, 87.12)),
+    Benchmark("coco", readers.captions, "caption", caption_scores, 5000, sizes("CIDEr", 138.20, 139.25)),
+    Benchmark("textcaps", readers.textcaps, "caption", caption_scores, 3166, sizes("CIDEr", 104.87, 108.76)),
+    Benchmark("okvqa", readers.vqa, "vqa", vqa_scores, 5046, sizes("VQA accuracy", 51.08, 57.33),
+              "predictions are never lemmatised, worth some five points; the paper does not say whether its were"),
+    Benchmark("aokvqa", readers.aokvqa, "vqa", direct_scores, 1145, sizes("direct answer", 59.98, 60.87),
+              "all questions count, difficult ones too, as in LAVIS; predictions are lower-cased"),
+    Benchmark("gqa", readers.gqa, "vqa", gqa_scores, 12578, sizes("accuracy", 49.50, 51.56)),
+    Benchmark("iconqa", readers.iconqa, "iconqa", choice_scores, 6316, sizes("top-1", 54.91, 54.89)),
+    Benchmark("vsr", readers.vsr, "vsr", truth_scores, 1222, sizes("top-1", 72.96, 73.77),
+              "the paper's percentages are those of 1,224 statements: the file's 1,222, padded"),
+    Benchmark("visdial", readers.visdial, "visdial", rank_scores, 20640, sizes("MRR", 50.02, 50.42),
+              'the history reads "q: ... a: ..."; the paper does not print its form'),
+    rec("refcoco_val", 10834, 89.73, 89.80, 57.89, 58.54),
+    rec("refcoco_testA", 5657, 92.29, 93.02, 56.07, 56.41),
+    rec("refcoco_testB", 5095, 84.82, 85.57, 58.40, 59.36),
+    rec("refcoco+_val", 10758, 83.60, 83.95, 46.38, 45.93),
+    rec("refcoco+_testA", 5726, 88.72, 89.22, 45.29, 45.73),
+    rec("refcoco+_testB", 4889, 77.34, 78.06, 47.50, 47.89),
+    rec("refcocog_val", 4896, 85.69, 85.52, 64.74, 66.12),
+    rec("refcocog_test", 9602, 85.63, 85.74, 63.56, 64.69),
+    pope("pope_random", 2910, 88.97, 97.12, 81.00, 88.33),
+    pope("pope_popular", 3000, 86.77, 91.69, 80.87, 85.94),
+    pope("pope_adversarial", 3000, 85.37, 88.69, 81.07, 84.71),
+    Benchmark("mmbench", readers.mmbench, "mmbench", mmbench_scores, 6666,
+              {metric: {"LION-12B": number} for metric, number in MMBENCH.items()},
+              "option texts are ranked; the paper does not say how it chose, its numbers are the test server's"),
+)  # fmt: skip
+BENCHMARKS = {entry.name: entry for entry in ENTRIES}
+
+
+# --- from files to scores to Markdown
+
+
+def read(name: str, paths: Sequence[Path]) -> list[Example]:
+    """The benchmark's examples in the file's order. Ids must be unique."""
+    if name not in BENCHMARKS:
+        raise ValueError(f"the task {name!r} is unknown; there are {', '.join(BENCHMARKS)}, and table")
+    examples, where = list(BENCHMARKS[name].reader(paths)), " and ".join(map(str, paths))
+    if not examples:
+        raise ValueError(f"{where}: there is no example in it")
+    ((id, count),) = Counter(example.id for example in examples).most_common(1)
+    if count > 1:
+        raise ValueError(f"{where}: the id {id} stands there twice")
+    return examples
+
+
+def score(name: str, examples: Sequence[Example], predictions: Sequence[Mapping[str, Any]]) -> Scores:
+    answers: list[Any] = []
+    for example, line in zip(examples, predictions, strict=True):
+        if not example.candidates:
+            answers.append(need(line.get("text"), str, f"the prediction of {example.id}: text"))
+            continue
+        row = need(line.get("scores"), list, f"the prediction of {example.id}: scores")
+        if len(row) != len(example.candidates) or not all(math.isfinite(need(value, float)) for value in row):
+            raise ValueError(f"the prediction of {example.id} needs {len(example.candidates)} finite scores")
+        answers.append(row)
+    return BENCHMARKS[name].scorer(examples, answers)
+
+
+def few_annotators(name: str, examples: Sequence[Example]) -> str:
+    """A note on the questions that VQA accuracy, made for ten annotators, counts low; empty if there are none."""
+    counts = [len(example.references) for example in examples if len(example.references) < 10]
+    if BENCHMARKS[name].scorer is not vqa_scores or not counts:
+        return ""
+    formula = "the official mean over annotators of min(1, equal answers of the others / 3)"
+    single = f", 0 for the {counts.count(1):,} with one annotator" if 1 in counts else ""
+    return f"{len(counts):,} questions have fewer than ten annotators: they score {formula}{single}"
+
+
+def report(result: Mapping[str, Any]) -> str:
     """One line per metric, ours and then the paper's, and what differs in the setting."""
-    task = result["task"]
-    lines = [f"{task}, {result['count']:,} examples"]
-    for name, value in result["scores"].items():
-        theirs = ", ".join(f"{model} {number:.2f}" for model, number in paper(task, name).items())
-        lines.append(f"  {name:24}{value:8.2f}" + f"   paper: {theirs}" * bool(theirs))
+    name = result["task"]
+    lines = [f"{name}, {result['count']:,} examples"]
+    for metric, value in result["scores"].items():
+        theirs = ", ".join(f"{model} {number:.2f}" for model, number in BENCHMARKS[name].paper.get(metric, {}).items())
+        lines.append(f"  {metric:24}{value:8.2f}" + f"   paper: {theirs}" * bool(theirs))
     return "\n".join([*lines, *(f"  differs: {note}" for note in result["differs"])])
 
 
 def table(folder: Path) -> str:
-    """A folder's results as Markdown, and the paper's averages where all that one needs is there."""
-    results = []
-    for path in sorted(folder.glob("*.json")):
-        try:
-            found = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(f"{path} is not JSON: {error}") from None
-        if isinstance(found, dict) and found.get("task") in TASKS and found.get("scores"):
-            results.append(found)
+    """A folder's results as Markdown, and the paper's averages if all their benchmarks are there."""
+    results = dict[str, Any]()
+    for path in folder.glob("*.json"):
+        result = read_json(path, object)
+        if isinstance(result, dict) and str(result.get("task")) in BENCHMARKS and result.get("scores"):
+            results[result["task"]] = result
     if not results:
         raise ValueError(f"{folder} holds no result: eval.py TASK writes TASK.json there")
-    results.sort(key=lambda result: TASKS.index(result["task"]))
     lines = ["| benchmark | metric | ours | LION-4B | LION-12B | examples | differs |", "|---|---|---|---|---|---|---|"]
-    for result in results:
-        for name, value in result["scores"].items():
-            theirs = paper(result["task"], name)
-            if theirs:
-                small, large = (f"{theirs[m]:.2f}" if m in theirs else "" for m in ("LION-4B", "LION-12B"))
-                small = f"{theirs['LION']:.2f}, size not said" if "LION" in theirs else small
-                notes = "; ".join(result["differs"])
-                lines.append(
-                    f"| {result['task']} | {name} | {value:.2f} | {small} | {large} | {result['count']:,} | {notes} |"
-                )
-    theirs_4b, theirs_12b = (metrics.averages(row) for row in PAPER.values())
-    ours = {result["task"]: next(iter(result["scores"].values())) for result in results}
-    for name, value in metrics.averages(ours).items():
-        lines.append(f"| {name} | mean | {value:.2f} | {theirs_4b[name]:.2f} | {theirs_12b[name]:.2f} | | |")
+    for name in (name for name in BENCHMARKS if name in results):
+        scores, paper = results[name]["scores"], BENCHMARKS[name].paper
+        for metric in [metric for metric in scores if metric in paper] or [*scores][:1]:
+            cells = {model: f"{number:.2f}" for model, number in paper.get(metric, {}).items()}
+            small = f"{cells['LION']}, size not said" if "LION" in cells else cells.get("LION-4B", "")
+            row = (name, metric, f"{scores[metric]:.2f}", small, cells.get("LION-12B", ""))
+            lines.append(f"| {' | '.join(row)} | {results[name]['count']:,} | {'; '.join(results[name]['differs'])} |")
+    ours = metrics.averages({name: next(iter(row["scores"].values())) for name, row in results.items()})
+    four, twelve = (paper_averages(model) for model in ("LION-4B", "LION-12B"))
+    lines += [f"| {key} | mean | {ours[key]:.2f} | {four[key]:.2f} | {twelve[key]:.2f} | | |" for key in ours]
     return "\n".join(lines)
+
+
+def paper_averages(model: str) -> Scores:
+    rows = [(entry.name, numbers) for entry in ENTRIES for numbers in entry.paper.values() if model in numbers]
+    return metrics.averages({name: numbers[model] for name, numbers in rows})

@@ -1,43 +1,33 @@
-"""Every number of the paper's tables, from the model's texts and scores: section 4, without Java.
+"""Every metric of the paper's tables from the model's texts and scores (section 4), without Java.
 
-All scores are fractions; the tables print 100 times as much (CIDEr too: 1.382 is printed as 138.2).
+    cider                         captions: Flickr30K, COCO, TextCaps
+    vqa_accuracy                  short answers: OKVQA; also direct_answer_accuracy (A-OKVQA) and gqa_match (GQA)
+    rank, ranking                 ranked candidates: VisDial (MRR), IconQA and VSR (recall at 1)
+    grounding, pope, mmbench      boxes: RefCOCO, RefCOCO+, RefCOCOg; yes and no; letters
+    averages                      the tables' own means
 
-    captions                  cider             Flickr30K, COCO, TextCaps
-    short answers             vqa_accuracy      OKVQA, and its kin direct_answer_accuracy (A-OKVQA), gqa_match (GQA)
-    ranked candidates         rank, ranking     VisDial (MRR), IconQA and VSR (recall at 1)
-    boxes                     grounding         RefCOCO, RefCOCO+, RefCOCOg
-    yes and no                pope              POPE
-    letters                   mmbench           MMBench
-    the tables' own means     averages
-
-LION published no evaluation code; each docstring names the definition that it follows.    next: eval.py
+Scores are fractions; the tables print 100 times as much (CIDEr too: 1.382 is printed as 138.2). LION published no
+evaluation code: each docstring names the definition that it follows.
 """
 
 import math
 import re
 from collections import Counter
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeVar, overload
+from typing import Any, Literal
 
 from ..box import Box
 from .ptb import ptb_tokenize as ptb_tokenize
 
-K = TypeVar("K", bound=Hashable)
 Grams = Mapping[tuple[str, ...], float]
+VARIANTS: tuple[Literal["lavis", "official"], ...] = ("lavis", "official")
 
 
-# captions
-
-
-@overload
-def cider(references: Mapping[K, Sequence[str]], hypotheses: Mapping[K, str]) -> tuple[float, dict[K, float]]: ...
-@overload
-def cider(references: Sequence[Sequence[str]], hypotheses: Sequence[str]) -> tuple[float, list[float]]: ...
 def cider(
-    references: Mapping[K, Sequence[str]] | Sequence[Sequence[str]], hypotheses: Mapping[K, str] | Sequence[str]
-) -> tuple[float, dict[K, float]] | tuple[float, list[float]]:
-    """CIDEr-D of raw captions: the corpus' mean, and each image's score (a dict by image where dicts are given).
+    references: Mapping[Any, Sequence[str]] | Sequence[Sequence[str]], hypotheses: Mapping[Any, str] | Sequence[str]
+) -> tuple[float, Any]:
+    """CIDEr-D of raw captions: the corpus' mean and each image's score (a dict by image if dicts are given).
 
     For a caption s let w_n(s)[k] be the count of the n-gram k times ln N - ln max(1, df(k)), where df(k) counts the
     images that use k in a reference. A hypothesis c scores, averaged over n = 1 to 4 and over its references r,
@@ -48,12 +38,10 @@ def cider(
     Vedantam et al. 2015, as in coco-caption's Cider.
     """
     if isinstance(references, Mapping) and isinstance(hypotheses, Mapping):
-        if references.keys() != hypotheses.keys():
-            odd = sorted(map(str, references.keys() ^ hypotheses.keys()))
+        if odd := sorted(map(str, references.keys() ^ hypotheses.keys())):
             raise ValueError(f"{len(odd)} images have references or a hypothesis but not both: {', '.join(odd[:5])}")
-        names = list(references)
-        corpus, listed = cider([references[name] for name in names], [hypotheses[name] for name in names])
-        return corpus, dict(zip(names, listed, strict=True))
+        corpus, scores = cider([*references.values()], [hypotheses[name] for name in references])
+        return corpus, dict(zip(references, scores, strict=True))
     if isinstance(references, Mapping) or isinstance(hypotheses, Mapping):
         raise ValueError("references and hypotheses must both be dicts or both be lists")
     if len(references) != len(hypotheses) or not references:
@@ -91,8 +79,7 @@ def _grams(tokens: list[str]) -> list[Grams]:
     return [Counter(zip(*(tokens[i:] for i in range(n)), strict=False)) for n in range(1, 5)]
 
 
-# short answers
-
+_SPACES = str.maketrans("\n\t", "  ")
 _PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 _DIGITS = "zero one two three four five six seven eight nine ten"
 _NUMBERS = {"none": "0"} | {word: str(digit) for digit, word in enumerate(_DIGITS.split())}
@@ -105,7 +92,7 @@ _CONTRACTED = """
     couldn't've hadn't've he'd've it'd've mightn't've she'd've shouldn't've somebody'd've someone'd've something'd've
     there'd've they'd've we'd've who'd've wouldn't've y'all'll y'all'd've you'd've 'ow's'at
 """
-# Each word is restored from itself with one apostrophe forgotten: dont, couldn'tve, couldnt've, but not couldntve.
+# A word with one apostrophe missing is restored: dont, couldn'tve, couldnt've, but not couldntve.
 _CONTRACTIONS = {
     word[:i] + word[i + 1 :]: word for word in _CONTRACTED.split() for i, letter in enumerate(word) if letter == "'"
 }
@@ -115,20 +102,20 @@ _CONTRACTIONS["somebody'd"] = "somebodyd"  # the evaluators' table has this one 
 def vqa_accuracy(prediction: str, answers: Sequence[str], variant: Literal["official", "lavis"] = "official") -> float:
     """VQA accuracy of one prediction: agreement with three of the other annotators is full marks.
 
-    The mean over annotators i of min(1, how many of the others gave this answer / 3): of ten answers 0, 1, 2, 3 or
-    more than 3 matches give 0, 0.3, 0.6, 0.9 and 1. The two evaluators in use differ in what they normalise first:
+    The mean over annotators i of min(1, how many of the others gave this answer / 3). Of ten answers 0, 1, 2, 3 or
+    more matches give 0, 0.3, 0.6, 0.9 and 1. With one annotator it is 0. The evaluators differ in what they normalise:
 
-        official  GT-Vision-Lab/VQA since March 2021: both sides alike, and nothing where all annotators agree
+        official  GT-Vision-Lab/VQA since March 2021: both sides alike, and nothing if all annotators agree
         lavis     the code before, which InstructBLIP and hence LION report: always the prediction, and of the
-                  annotators' answers only the punctuation, so that an annotator's "two" or "a cat" is out of reach
+                  annotators' answers only the punctuation, so no prediction can match "two" or "a cat"
     """
     if variant not in ("official", "lavis"):
         raise ValueError(f"variant is 'official' or 'lavis', not {variant!r}")
     if not answers:
         raise ValueError("VQA accuracy needs the annotators' answers, found none")
-    prediction = _one_line(prediction)
+    prediction = prediction.translate(_SPACES).strip()
     if variant == "official":
-        answers = [_one_line(answer) for answer in answers]
+        answers = [answer.translate(_SPACES).strip() for answer in answers]
     disagree = len(set(answers)) > 1
     if disagree or variant == "lavis":
         prediction = normalise_answer(prediction)
@@ -141,14 +128,10 @@ def vqa_accuracy(prediction: str, answers: Sequence[str], variant: Literal["offi
 def normalise_answer(text: str) -> str:
     """What the VQA evaluators compare: no punctuation or articles, lower case, 2 for two, don't for dont.
 
-    Apostrophes, colons, %, $ and & stay; so do plurals and spelling variants.
+    Apostrophes, colons, %, $ and & stay. So do plurals and spelling variants.
     """
     words = (_NUMBERS.get(word, word) for word in _strip_punctuation(text).lower().split())
     return " ".join(_CONTRACTIONS.get(word, word) for word in words if word not in ("a", "an", "the"))
-
-
-def _one_line(text: str) -> str:
-    return text.replace("\n", " ").replace("\t", " ").strip()
 
 
 def _strip_punctuation(text: str) -> str:
@@ -165,8 +148,8 @@ def _strip_punctuation(text: str) -> str:
 def direct_answer_accuracy(prediction: str, answers: Sequence[str]) -> float:
     """A-OKVQA's direct answer: min(1, how many of the ten gave exactly this string / 3).
 
-    Nothing is normalised, so give a stripped, lower-cased prediction. The official evaluator leaves out questions
-    marked `difficult_direct_answer`, LAVIS and so the paper keeps them. Source: allenai/aokvqa.
+    Nothing is normalised: give a stripped, lower-cased prediction. The official evaluator leaves out questions marked
+    `difficult_direct_answer`. LAVIS, and so the paper, keeps them. Source: allenai/aokvqa.
     """
     return min(1.0, sum(answer == prediction for answer in answers) / 3)
 
@@ -178,17 +161,13 @@ def gqa_match(prediction: str, answer: str, variant: Literal["official", "lavis"
     return prediction == answer if variant == "official" else normalise_answer(prediction) == normalise_answer(answer)
 
 
-# ranked candidates
-
-
 def rank(scores: Sequence[float], target: int) -> int:
-    """The place, 1 the best, of candidate `target` among log-likelihoods; of equals the one listed first wins."""
+    """The rank (1: the best) of candidate `target` among log-likelihoods. Of equal ones the first wins."""
     if not 0 <= target < len(scores):
         raise ValueError(f"target {target} is not one of {len(scores)} candidates")
     if any(math.isnan(score) for score in scores):
         raise ValueError(f"the scores of {len(scores)} candidates hold a NaN, which has no place")
-    mine = scores[target]
-    return 1 + sum(score > mine or (score == mine and i < target) for i, score in enumerate(scores))
+    return 1 + sum(score > scores[target] for score in scores) + sum(s == scores[target] for s in scores[:target])
 
 
 @dataclass(frozen=True)
@@ -202,11 +181,8 @@ class Ranking:
 
 def ranking(ranks: Sequence[int]) -> Ranking:
     """Mean reciprocal rank, recall at 1, 5, 10 and mean rank: the VisDial challenge's, without its NDCG."""
-    recall = {k: _mean([float(r <= k) for r in ranks]) for k in (1, 5, 10)}
+    recall = {k: _mean([r <= k for r in ranks]) for k in (1, 5, 10)}
     return Ranking(_mean([1 / r for r in ranks]), recall, _mean(ranks))
-
-
-# boxes
 
 
 @dataclass(frozen=True)
@@ -218,54 +194,36 @@ class Grounding:
 def grounding(answers: Sequence[str], truth: Sequence[Box], threshold: float = 0.5, strict: bool = False) -> Grounding:
     """REC accuracy: the share of expressions whose box overlaps the truth with IoU >= 0.5, as the paper says.
 
-    `strict` asks for more than the threshold, as Shikra and MiniGPT-4 do. One answer per expression, not per image;
-    a missing or inverted box is wrong and stays in the denominator. The truth should not be rounded.
+    `strict` asks for more than the threshold, as Shikra and MiniGPT-4 do. There is one answer per expression. A missing
+    or inverted box counts as wrong. The truth should not be rounded.
     """
     if len(answers) != len(truth):
         raise ValueError(f"{len(answers)} answers for {len(truth)} expressions")
     boxes = [Box.parse(answer) for answer in answers]
     overlaps = [box.iou(true) if box else 0.0 for box, true in zip(boxes, truth, strict=True)]
-    right = [float(iou > threshold or (iou == threshold and not strict)) for iou in overlaps]
-    return Grounding(_mean(right), _mean([float(box is None) for box in boxes]))
-
-
-# yes and no
+    right = [iou > threshold or (iou == threshold and not strict) for iou in overlaps]
+    return Grounding(_mean(right), _mean([box is None for box in boxes]))
 
 
 @dataclass(frozen=True)
 class Pope:
-    """The confusion counts of POPE, yes being the positive, and the rates of Table 5; a rate over nothing is 0."""
+    """POPE's confusion counts (yes is positive) and the rates of Table 5. A rate over nothing is 0."""
 
     tp: int
     fp: int
     tn: int
     fn: int
 
-    @property
-    def accuracy(self) -> float:
-        return _share(self.tp + self.tn, self.tp + self.fp + self.tn + self.fn)
-
-    @property
-    def precision(self) -> float:
-        return _share(self.tp, self.tp + self.fp)
-
-    @property
-    def recall(self) -> float:
-        return _share(self.tp, self.tp + self.fn)
-
-    @property
-    def f1(self) -> float:
-        return _share(2 * self.tp, 2 * self.tp + self.fp + self.fn)
-
-    @property
-    def yes_ratio(self) -> float:
-        return _share(self.tp + self.fp, self.tp + self.fp + self.tn + self.fn)
+    accuracy = property(lambda self: _share(self.tp + self.tn, self.tp + self.fp + self.tn + self.fn))
+    precision = property(lambda self: _share(self.tp, self.tp + self.fp))
+    recall = property(lambda self: _share(self.tp, self.tp + self.fn))
+    f1 = property(lambda self: _share(2 * self.tp, 2 * self.tp + self.fp + self.fn))
+    yes_ratio = property(lambda self: _share(self.tp + self.fp, self.tp + self.fp + self.tn + self.fn))
 
 
 def pope(answers: Sequence[str], labels: Sequence[str]) -> Pope:
-    """POPE over the model's free texts and the file's labels, in the same order. Source: AoiDragon/POPE."""
-    odd = sorted(set(labels) - {"yes", "no"})
-    if odd:
+    """POPE of the model's texts and the file's labels, in the same order. Source: AoiDragon/POPE."""
+    if odd := sorted(set(labels) - {"yes", "no"}):
         raise ValueError(f"a POPE label is 'yes' or 'no', not {odd[0]!r}")
     if len(answers) != len(labels) or not labels:
         raise ValueError(f"{len(answers)} answers for {len(labels)} questions")
@@ -274,70 +232,39 @@ def pope(answers: Sequence[str], labels: Sequence[str]) -> Pope:
 
 
 def pope_answer(text: str) -> Literal["yes", "no"]:
-    """no where the first sentence has the word No, no or not; yes for all else, "NO", "isn't" and silence included."""
+    """ "no" if the first sentence has the word No, no or not. All else is "yes": "NO", "isn't" and silence too."""
     words = text.split(".")[0].replace(",", "").split(" ")
     return "no" if {"No", "no", "not"} & set(words) else "yes"
 
 
-# letters
-
 MMBENCH_ABILITIES = {  # the files' l2-category: Table 6's column
-    "logic_reasoning": "LR",
-    "attribute_reasoning": "AR",
-    "relation_reasoning": "RR",
-    "finegrained_perception (instance-level)": "FP-S",
-    "finegrained_perception (cross-instance)": "FP-C",
+    "logic_reasoning": "LR", "attribute_reasoning": "AR", "relation_reasoning": "RR",
+    "finegrained_perception (instance-level)": "FP-S", "finegrained_perception (cross-instance)": "FP-C",
     "coarse_perception": "CP",
-}
+}  # fmt: skip
 
 
 def mmbench(rows: Iterable[tuple[int, str, bool]]) -> dict[str, float]:
     """MMBench's circular score from (index, l2-category, right?) of every row: Overall and Table 6's six abilities.
 
-    Row i + r * 1,000,000 is question i with its options rotated r times; the question counts only if all its rows are
-    right. Overall is the mean over questions, not over abilities; an ability without questions is left out.
+    Row i + r * 1,000,000 is question i with its options rotated r times. A question is right if all its rows are.
+    Overall is the mean over questions. An ability without questions is left out.
     """
-    asked: dict[int, tuple[str, bool]] = {}
-    seen: set[int] = set()
-    for index, category, right in rows:
-        if category not in MMBENCH_ABILITIES:
-            raise ValueError(f"row {index}: {category!r} is not an ability; there are {', '.join(MMBENCH_ABILITIES)}")
+    seen, questions = set[int](), dict[int, tuple[str, bool]]()
+    for index, ability, right in rows:
+        if ability not in MMBENCH_ABILITIES:
+            raise ValueError(f"row {index}: {ability!r} is not an ability; there are {', '.join(MMBENCH_ABILITIES)}")
         if index in seen:
             raise ValueError(f"row {index} appears twice")
         seen.add(index)
-        question = index % 1_000_000
-        asked[question] = (category, right and asked.get(question, (category, True))[1])
-    orphans = asked.keys() - seen
-    if orphans:
+        number = index % 1_000_000
+        questions[number] = ability, right and questions.get(number, (ability, True))[1]
+    if orphans := questions.keys() - seen:
         raise ValueError(f"question {min(orphans)} has rotations but not its own row")
-    scores = {"Overall": _mean([float(right) for _, right in asked.values()])}
-    for ability, column in MMBENCH_ABILITIES.items():
-        hits = [float(right) for category, right in asked.values() if category == ability]
-        if hits:
-            scores[column] = _mean(hits)
-    return scores
+    hits = {ability: [right for name, right in questions.values() if name == ability] for ability in MMBENCH_ABILITIES}
+    overall = _mean([right for _, right in questions.values()])
+    return {"Overall": overall} | {MMBENCH_ABILITIES[name]: _mean(rights) for name, rights in hits.items() if rights}
 
-
-def mmbench_choice(text: str, options: Mapping[str, str]) -> str | None:
-    """The option that a free text chooses, as VLMEvalKit finds it without a language model; None counts as wrong.
-
-    In turn: the one letter among the words, if among the last four; "answer is B"; the one option whose text occurs,
-    unless the answer is twice as long as all options together.
-    """
-    words = re.sub(r"[.()\[\],:;!*#{}]", " ", text).split()
-    letters = [letter for letter in options if letter in words]
-    if len(letters) == 1 and words.index(letters[0]) >= len(words) - 4:
-        return letters[0]
-    stated = re.search(r"\banswer is\s+\W*([A-Z])\b", text)
-    if stated and stated[1] in options:
-        return stated[1]
-    if len(text) > 2 * sum(map(len, options.values())):
-        return None
-    held = [letter for letter, option in options.items() if option and option.lower() in text.lower()]
-    return held[0] if len(held) == 1 else None
-
-
-# the tables' own means
 
 AVERAGES = {
     "REC Avg": (
@@ -350,12 +277,9 @@ AVERAGES = {
 
 
 def averages(scores: Mapping[str, float]) -> dict[str, float]:
-    """Tables 2 to 4's averages, unweighted by size; one that lacks a benchmark is left out, never taken over fewer."""
-    return {
-        name: _mean([scores[benchmark] for benchmark in benchmarks])
-        for name, benchmarks in AVERAGES.items()
-        if all(benchmark in scores for benchmark in benchmarks)
-    }
+    """The unweighted averages of Tables 2 to 4, without those that lack a benchmark."""
+    whole = {name: members for name, members in AVERAGES.items() if all(member in scores for member in members)}
+    return {name: _mean([scores[member] for member in members]) for name, members in whole.items()}
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -1,16 +1,14 @@
 """Penn Treebank tokens of captions without Java: what CIDEr counts.
 
-The evaluators of COCO captions pipe every caption through Stanford CoreNLP 3.4.1 (-preserveLines -lowerCase) and then
-drop punctuation. This file reaches the same tokens from one regular expression, whose alternatives are tried in order:
+COCO's evaluators pipe captions through Stanford CoreNLP 3.4.1 (-preserveLines -lowerCase) and then drop punctuation.
+One regular expression gives the same tokens, exactly on captions, approximately on prose:
 
     A man can't ride his friend's bike; it's 3.5 miles!  ->  a man ca n't ride his friend 's bike it 's 3.5 miles
-
-Written from the observed behaviour, not from the lexer; exact on captions, approximate on prose.    next: metrics.py
 """
 
 import re
 
-# -LRB- and its kin are meant to be dropped with the punctuation, but only upper case is; so they count as words.
+# The evaluators drop -LRB- and its kin in upper case only, so in lower case they count as words.
 _RENAMED = {
     "(": "-lrb-", ")": "-rrb-", "[": "-lsb-", "]": "-rsb-", "{": "-lcb-", "}": "-rcb-",
     "£": "#", "€": "$", "¢": "cents",
@@ -24,7 +22,7 @@ _ENTITY = re.compile("|".join(_ENTITIES), re.IGNORECASE)
 _DROPPED = re.compile(r"""['`"]+|[.?!,:;]|-+|\.(?: ?\.)+""")
 _RENAMABLE = re.compile("|".join(map(re.escape, _RENAMED)))
 
-# Both are patterns in which white space means nothing, as in _TOKEN.
+# Parts of _TOKEN: white space in them means nothing.
 _ABBREVIATIONS = r"""
     st|ave|rd|blvd|dr|mr|mrs|ms|jr|sr|inc|co|corp|ltd|bros|sq|ct|mt|ft|al|vs|v|etc|jan|feb|mar|apr|jun|jul|aug|sep|
     sept|oct|nov|dec|mon|tue|tues|wed|thu|thurs|fri|penn|calif|ind|fla|okla|wis|colo|conn|ga|ky|md|mich|minn|mo|mont|
@@ -62,12 +60,11 @@ _TOKEN = re.compile(
 
 
 def ptb_tokenize(captions: list[str]) -> list[list[str]]:
-    """Each caption's tokens as CIDEr counts them: lower-cased, clitics apart, punctuation gone.
+    """Each caption's tokens as CIDEr counts them: lower-cased, clitics apart, without punctuation.
 
-    The captions of one call are one text, as in the evaluator: whether "plan B." keeps its period also depends on the
-    first word of the next caption.
+    As in the evaluator they are one text: the next caption's first word decides whether "plan B." keeps its period.
     """
-    text = "\n".join(" ".join(caption.split()) for caption in captions)  # a caption is one line, whatever breaks it
+    text = "\n".join(" ".join(caption.split()) for caption in captions)  # one line per caption
     text = _ENTITY.sub(lambda found: _ENTITIES[found[0].lower()], text.translate(_CHARACTERS))
     lines: list[list[str]] = [[]]
     for token in _TOKEN.findall(text):

@@ -1,4 +1,4 @@
-"""The words that a model's three text-reading parts know: the Q-Former's, T5's and RAM's."""
+"""The vocabularies of the three parts that read or write words: Q-Former, T5 and RAM."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,30 +10,27 @@ from .tokenizers import UnigramTokenizer, WordPieceTokenizer
 
 @dataclass(frozen=True)
 class Vocabularies:
+    FILES = ("vocab.txt", "tokenizer.json", "ram_tag_list.txt", "ram_tag_list_threshold.txt")
     words: WordPieceTokenizer  # Q-Former
     pieces: UnigramTokenizer  # T5
     tags: list[str]  # RAM; empty without a tagger
     thresholds: list[float]  # the least score of each tag
 
-    FILES = ("vocab.txt", "tokenizer.json", "ram_tag_list.txt", "ram_tag_list_threshold.txt")
-
     @classmethod
     def from_folder(cls, folder: Path, config: LionConfig) -> "Vocabularies":
-        """Read the four files (two without a tagger). A ValueError says if one does not fit the model's sizes."""
-        vocab, tokenizer, tags, thresholds = (folder / name for name in cls.FILES)
+        """Read the files, the last two only with a tagger. A ValueError names one that does not fit the model."""
+        vocab, tokenizer, tags, scores = (folder / name for name in cls.FILES)
         words, pieces = WordPieceTokenizer.from_file(vocab), UnigramTokenizer.from_file(tokenizer)
-        names, floors = list[str](), list[float]()
+        names, least, count = list[str](), list[float](), 0
         if config.ram:
-            names = read_lines(tags)
-            for number, line in enumerate(read_lines(thresholds), 1):
-                with reading(f"{thresholds}, line {number}"):
-                    floors.append(float(line))
-        counts = [(vocab, len(words), config.qformer.vocab_size)]
-        if config.ram:
-            counts += [(tags, len(names), config.ram.tags), (thresholds, len(floors), config.ram.tags)]
-        for path, found, expected in counts:
+            names, count = read_lines(tags), config.ram.tags
+            for number, line in enumerate(read_lines(scores), 1):
+                with reading(f"{scores}, line {number}"):
+                    least.append(float(line))
+        sizes = [(vocab, len(words), config.qformer.vocab_size), (tags, len(names), count), (scores, len(least), count)]
+        for path, found, expected in sizes:
             if found != expected:
                 raise ValueError(f"{path} has {found} lines, the model needs {expected}")
         if len(pieces) > config.t5.vocab_size:
             raise ValueError(f"{tokenizer} has {len(pieces)} pieces, T5 only {config.t5.vocab_size}")
-        return cls(words, pieces, names, floors)
+        return cls(words, pieces, names, least)

@@ -1,37 +1,10 @@
-"""The shapes world: pictures of which everything is known."""
+"""The toy world: images of which everything is known, to train and test LION without any download."""
 
-from .world import (
-    COLOURS,
-    GRID,
-    INSTRUCTIONS,
-    KINDS,
-    MOST,
-    PLACES,
-    RELATIONS,
-    SHAPES,
-    SIDES,
-    TAGS,
-    Record,
-    Scene,
-    Split,
-    Thing,
-    by_attributes,
-    by_order,
-    by_relation,
-    caption,
-    expression,
-    matching,
-    plural,
-    questions,
-    records,
-    scene,
-    show,
-    tags,
-    write_vocabularies,
-)  # fmt: skip
+from .questions import KINDS, Record, caption, expression, questions, records, tags
+from .vocab import write_vocabularies
+from .world import COLOURS, SHAPES, TAGS, Scene, Split, Thing, scene
 
 __all__ = [
-    "COLOURS", "GRID", "INSTRUCTIONS", "KINDS", "MOST", "PLACES", "RELATIONS", "SHAPES", "SIDES", "TAGS", "Record",
-    "Scene", "Split", "Thing", "by_attributes", "by_order", "by_relation", "caption", "expression", "matching",
-    "plural", "questions", "records", "scene", "show", "tags", "write_vocabularies",
+    "COLOURS", "KINDS", "SHAPES", "TAGS", "Record", "Scene", "Split", "Thing",
+    "caption", "expression", "questions", "records", "scene", "tags", "write_vocabularies",
 ]  # fmt: skip

@@ -1,95 +1,83 @@
-"""How well a model does in the shapes world: every kind of question, each beside what a blind guess gets."""
+"""How well a model does in the toy world: each kind of question beside what a blind guess gets."""
 
 import random
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from .. import toy
 from ..box import Box
 from ..data.records import split_tags
 from ..evaluation import metrics
 from ..model.generate import GENERATION
 from ..pipeline import Lion
 from ..text.prompts import TASK_OF
+from .questions import INSTRUCTIONS, Record, records
+from .world import Scene, Thing
 
-MEASURED = {kind: texts[-1:] for kind, texts in toy.INSTRUCTIONS.items()}  # the instruction of the benchmarks
-PRESET_OF = {"caption": "caption", "rec": "locate", "reg": "describe"}  # for the others: answer
+MEASURED = {kind: texts[-1:] for kind, texts in INSTRUCTIONS.items()}  # the instructions of the benchmarks
+SETTINGS = {"caption": "caption", "vqa": "answer", "rec": "locate", "reg": "describe"}
 
 
 @dataclass(frozen=True)
 class ToyScore:
-    """A fraction (CIDEr: a tenth of it), what one gets without looking, and over how many questions."""
+    """One row: a fraction (for captions a tenth of CIDEr) and what the blind guess gets."""
 
     name: str
     score: float
     baseline: float
-    blind: str  # what the baseline does
-    count: int
+    blind: str  # the blind guess, in words
+    count: int  # questions
 
 
-def toy_rows(said: Sequence[tuple[toy.Scene, toy.Record, str]]) -> Iterator[ToyScore]:
-    groups: dict[str, list[tuple[toy.Scene, toy.Record, str]]] = {}
-    for row in said:
+def toy_scores(model: Lion, scenes: Sequence[Scene], batch_size: int = 32) -> list[ToyScore]:
+    """Ask about every scene: captions, questions of every sub-kind, REC and REG. A stage-1 or stage-2 model is asked
+    only about the level it was trained for."""
+    kinds = [kind for kind in SETTINGS if model.config.visual_input in ("all", TASK_OF[kind])]
+    rngs = [random.Random(f"eval {each.split} {each.seed}") for each in scenes]
+    asked = [(each, r) for each, rng in zip(scenes, rngs, strict=True) for r in records(each, rng, kinds, MEASURED)]
+    answered: list[tuple[Scene, Record, str]] = []
+    for kind in sorted(kinds):
+        pairs = [pair for pair in asked if pair[1]["kind"] == kind]
+        for start in range(0, len(pairs), batch_size):
+            batch = pairs[start : start + batch_size]
+            tags = [split_tags(record["tags"]) for _, record in batch] if model.model.ram is None else None
+            prompts, tasks = [record["question"] for _, record in batch], [TASK_OF[kind]] * len(batch)
+            answers = model.respond([each.image for each, _ in batch], prompts, tasks, GENERATION[SETTINGS[kind]], tags)
+            answered += [(*pair, answer.text.strip()) for pair, answer in zip(batch, answers, strict=True)]
+    return list(toy_rows(answered))
+
+
+def toy_rows(answered: Sequence[tuple[Scene, Record, str]]) -> Iterator[ToyScore]:
+    groups: dict[str, list[tuple[Scene, Record, str]]] = {}
+    for row in answered:
         kind, subkind = row[1]["kind"], row[1]["subkind"]
         groups.setdefault(f"VQA, {subkind}" if subkind else kind, []).append(row)
     for name, group in groups.items():
-        truth, texts = [record["answer"] for _, record, _ in group], [text.strip() for *_, text in group]
-        many = len(group)
+        scenes, texts = [scene for scene, *_ in group], [text for *_, text in group]
+        truth, count = [record["answer"] for _, record, _ in group], len(group)
+        exact = sum(map(str.__eq__, texts, truth)) / count
         if name == "caption":
-            ours = metrics.cider([[answer] for answer in truth], texts)[0] / 10
-            other = metrics.cider([[answer] for answer in truth], [*truth[1:], truth[0]])[0] / 10
-            yield ToyScore("captions, CIDEr / 10", ours, other, "another scene's caption", many)
+            ours, other = (metrics.cider([[t] for t in truth], said)[0] / 10 for said in (texts, truth[1:] + truth[:1]))
+            yield ToyScore("captions, CIDEr / 10", ours, other, "another scene's caption", count)
         elif name == "rec":
             boxes = [box for box in map(Box.parse, truth) if box]
-            hits = [
-                sum(t.box.iou(b) >= 0.5 for t in s.things) / len(s.things)
-                for (s, *_), b in zip(group, boxes, strict=True)
-            ]
-            guess = sum(hits) / many
-            yield ToyScore(
-                "REC, Acc@0.5", metrics.grounding(texts, boxes).accuracy, guess, "a random object's box", many
-            )
+            blind = random_thing(scenes, boxes, lambda thing, box: thing.box.iou(box) >= 0.5)
+            accuracy = metrics.grounding(texts, boxes).accuracy
+            yield ToyScore("REC, Acc@0.5", accuracy, blind, "a random object's box", count)
+        elif name == "reg":
+            blind = random_thing(scenes, truth, lambda thing, answer: f"the {thing.size} {thing.name}" == answer)
+            yield ToyScore("REG, exact", exact, blind, "a random object's name", count)
         else:
-            right = sum(map(str.__eq__, texts, truth)) / many
-            if name == "reg":
-                alike = (
-                    sum(f"the {t.size} {t.name}" == a for t in s.things) / len(s.things)
-                    for s, r, _ in group
-                    for a in [r["answer"]]
-                )
-                yield ToyScore("REG, exact", right, sum(alike) / many, "a random object's name", many)
-                continue
-            frequent = Counter(truth).most_common(1)[0]
-            yield ToyScore(name, right, frequent[1] / many, f"always {frequent[0]!r}", many)
-            if name == "VQA, existence":
-                counts, yes = metrics.pope(texts, truth), metrics.pope(["yes"] * many, truth)
-                yield ToyScore("POPE, F1", counts.f1, yes.f1, "always 'yes'", many)
-                yield ToyScore("POPE, accuracy", counts.accuracy, yes.accuracy, "always 'yes'", many)
+            frequent, times = Counter(truth).most_common(1)[0]
+            yield ToyScore(name, exact, times / count, f"always {frequent!r}", count)
+        if name == "VQA, existence":
+            pope, yes = metrics.pope(texts, truth), metrics.pope(["yes"] * count, truth)
+            yield ToyScore("POPE, F1", pope.f1, yes.f1, "always 'yes'", count)
+            yield ToyScore("POPE, accuracy", pope.accuracy, yes.accuracy, "always 'yes'", count)
 
 
-def toy_scores(model: Lion, scenes: Sequence[toy.Scene], batch_size: int = 32) -> list[ToyScore]:
-    """Captions, questions of every kind, REC, REG and POPE's existence, each beside what a blind guess gets."""
-    asked = []
-    for one in scenes:
-        rng = random.Random(f"eval {one.split} {one.seed}")
-        kinds = [kind for kind in ("caption", "vqa", "rec", "reg") if can(model, TASK_OF[kind])]
-        asked += [(one, record) for record in toy.records(one, rng, kinds, MEASURED)]
-    said: list[tuple[toy.Scene, toy.Record, str]] = []
-    asked.sort(key=lambda pair: pair[1]["kind"])
-    for kind in dict.fromkeys(record["kind"] for _, record in asked):
-        chosen = [pair for pair in asked if pair[1]["kind"] == kind]
-        preset = GENERATION[PRESET_OF.get(kind, "answer")]
-        for start in range(0, len(chosen), batch_size):
-            batch = chosen[start : start + batch_size]
-            pictures = [one.image for one, _ in batch]
-            tags = None if model.model.ram is not None else [split_tags(record["tags"]) for _, record in batch]
-            prompts = [record["question"] for _, record in batch]
-            told = model.respond(pictures, prompts, [TASK_OF[kind]] * len(batch), preset, tags)
-            said += [(one, record, answer.text) for (one, record), answer in zip(batch, told, strict=True)]
-    return list(toy_rows(said))
-
-
-def can(model: Lion, task: str) -> bool:
-    """A model of stage 1 knows image-level tasks, one of stage 2 region-level ones."""
-    return model.config.visual_input in ("all", task)
+def random_thing(scenes: Sequence[Scene], truth: Sequence[Any], right: Callable[[Thing, Any], bool]) -> float:
+    """How often a thing drawn at random from its scene is right."""
+    pairs = zip(scenes, truth, strict=True)
+    return sum(sum(right(t, answer) for t in s.things) / len(s.things) for s, answer in pairs) / len(scenes)

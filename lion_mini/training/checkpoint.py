@@ -1,12 +1,11 @@
-"""Checkpoints of a run and its result: folders that are whole or not there.
+"""Checkpoints of a run, and its result. Every file is whole or not there.
 
-    checkpoints/step-00000200/    trained.safetensors  optimizer.safetensors  state.json      to resume from
-    config.json, frozen.safetensors, trained.safetensors and the vocabularies                 to use
+    checkpoints/step-00000200.pt                                                   trained weights, optimizer, progress
+    config.json, frozen.safetensors, trained.safetensors and the vocabularies      the result
 
 A checkpoint holds no data position and no random state: both are functions of the seed and the step.
 """
 
-import json
 import os
 import shutil
 from collections.abc import Mapping, Sequence
@@ -15,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -24,7 +23,6 @@ from ..files import (
     atomic_write,
     check_tensors,
     read_folder,
-    read_json,
     reading,
     reason,
     remove,
@@ -35,10 +33,9 @@ from ..model.lion import LionModel
 from ..pipeline import read_config
 from ..text.vocabularies import Vocabularies
 from .report import say
-from .stages import part_of
+from .stages import PARTS, Job, part_of
 
 MAX_BAD = 0.05  # the share of unusable records that ends a run
-MOMENTS = ("exp_avg", "exp_avg_sq", "step")  # AdamW's state of each parameter
 
 
 @dataclass
@@ -61,78 +58,48 @@ class State:
             raise ValueError(f"{self.bad} of the first {self.seen + self.bad} records cannot be used: mend the data")
 
 
-def moments(optimizer: Optimizer) -> dict[str, Tensor]:
-    return {
-        f"{kind} {name}": optimizer.state[parameter][kind]
-        for group in optimizer.param_groups
-        for name, parameter in zip(group["names"], group["params"], strict=True)
-        for kind in MOMENTS
-        if parameter in optimizer.state
-    }
-
-
 def save(
-    folder: Path,
-    trained: Mapping[str, Tensor],
-    optimizer: Optimizer,
-    state: State,
-    settings: Mapping[str, Any],
-    keep: int,
+    folder: Path, trained: Mapping[str, Tensor], optimizer: Optimizer, state: State, settings: dict[str, Any], keep: int
 ) -> None:
     """Write a checkpoint and keep the last `keep`. If the disk is full, say so and go on: the older ones stay."""
-    target = folder / f"step-{state.step:08}"
-    if target.exists():
-        return
     try:
-        with atomic_write(target) as new:
-            new.mkdir()
-            save_file({name: tensor.detach() for name, tensor in trained.items()}, new / "trained.safetensors")
-            save_file(moments(optimizer), new / "optimizer.safetensors")
-            facts = {"state": asdict(state), "settings": settings}
-            (new / "state.json").write_text(json.dumps(facts, indent=1), encoding="utf-8")
+        with atomic_write(folder / f"step-{state.step:08}.pt") as new:
+            weights = {name: tensor.detach() for name, tensor in trained.items()}
+            checkpoint = {"trained": weights, "optimizer": optimizer.state_dict(), "state": asdict(state)}
+            torch.save(checkpoint | {"settings": settings}, new)
     except OSError as error:
         say(f"no checkpoint at step {state.step}, the ones before it stay: {reason(error)}")
         return
-    for old in sorted(folder.glob("step-*"))[:-keep]:
+    for old in sorted(folder.glob("step-*.pt"))[:-keep]:
         remove(old)
 
 
 def restore(
-    folder: Path,
-    trained: Mapping[str, Tensor],
-    optimizer: Optimizer,
-    settings: Mapping[str, Any],
-    rank: int,
+    folder: Path, trained: Mapping[str, Tensor], optimizer: Optimizer, settings: dict[str, Any], rank: int
 ) -> State:
     """Load the newest whole checkpoint into parameters and optimizer; a fresh State if there is none.
 
-    Rank 0 renames corrupt checkpoints. One with other settings is refused.
+    Rank 0 renames damaged checkpoints. One with other settings is refused.
     """
-    for path in sorted(folder.glob("step-*"), reverse=True):
+    for path in sorted(folder.glob("step-*.pt"), reverse=True):
         try:
             with reading(path):
-                facts = read_json(path / "state.json")
-                state, before = State(**facts["state"]), facts["settings"]
-                weights, optimized = (load_file(path / f"{name}.safetensors") for name in ("trained", "optimizer"))
+                checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+                state, before = State(**checkpoint["state"]), checkpoint["settings"]
         except ValueError as error:
             if rank == 0:
                 say(f"{error}: this checkpoint is damaged and renamed, the one before it is used")
-                remove(damaged := path.with_name(f"damaged-{path.name}"))
-                path.rename(damaged)
+                path.replace(path.with_name(f"damaged-{path.name}"))
             continue
         for name, value in before.items():
             if settings.get(name) != value:
                 now = f"{name} {value}, not {settings.get(name)}"
                 raise ValueError(f"{path} was trained with {now}: use the same settings, or another --out")
-        check_tensors(path, shapes_of(weights), shapes_of(trained))
+        check_tensors(path, shapes_of(checkpoint["trained"]), shapes_of(trained))
         with torch.no_grad():
             for name, tensor in trained.items():
-                tensor.copy_(weights[name])
-        for group in optimizer.param_groups:
-            for name, parameter in zip(group["names"], group["params"], strict=True):
-                if f"step {name}" in optimized:
-                    loaded = {kind: optimized[f"{kind} {name}"].to(parameter.device) for kind in MOMENTS}
-                    optimizer.state[parameter] = loaded
+                tensor.copy_(checkpoint["trained"][name])
+        optimizer.load_state_dict(checkpoint["optimizer"])
         if rank == 0:
             say(f"resuming from {path}")
         return state
@@ -145,8 +112,9 @@ def weight_files(init: Sequence[Path]) -> list[str]:
     return [f"{path.name}, {path.stat().st_size} bytes, {path.stat().st_mtime_ns}" for path in paths]
 
 
-def write_result(out: Path, init: Path, model: LionModel, stage: int, made_by: str) -> None:
+def write_result(job: Job, model: LionModel, made_by: str) -> None:
     """What `Lion.from_pretrained` opens, in the dtype of the frozen parts. Their file is hard-linked from `init`."""
+    out, init = job.out, job.init[0]
     frozen = {name for name in model.state_dict() if part_of(name) is None}
     stored = read_folder(init, "cpu", None)
     dtype = stored["t5.shared.weight"].dtype
@@ -167,7 +135,8 @@ def write_result(out: Path, init: Path, model: LionModel, stage: int, made_by: s
             shutil.copyfile(init / name, out / name)
     sync(out)
     with atomic_write(out / "config.json") as new:  # last: its presence says that the stage is finished
-        config = replace(model.config, stage=stage, made_by=made_by)
+        made_by = history(job.init, set(job.new) >= set(PARTS), made_by)
+        config = replace(model.config, stage=job.number, made_by=made_by)
         new.write_text(config.to_json(), encoding="utf-8")
 
 

@@ -13,8 +13,9 @@ each task's gates are initially open for its own adapter only.
 import argparse
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, Literal
 
 from torch import nn
@@ -45,6 +46,17 @@ class Stage:
     warmup: int = 1000
     mean: Literal["tokens", "samples"] = "tokens"  # the loss averages over all tokens, or within each sample first
     model: Mapping[str, Any] = field(default_factory=dict)  # changes to the LionConfig
+
+
+@dataclass(frozen=True)
+class Job:
+    """One stage to run."""
+
+    number: int
+    stage: Stage
+    init: list[Path]  # folders to start from
+    out: Path
+    new: Sequence[str] = ()  # parts to initialise even if a folder has them
 
 
 STAGES = {  # Appendix A; the fourth as the release's config has it

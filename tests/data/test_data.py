@@ -62,18 +62,18 @@ def test_the_releases_records(record: dict[str, Any], expected: dict[str, Any]) 
 
 
 BAD = [
-    ("text", "a record is a JSON object"),
-    ({"question": "what?"}, "it has no image"),
-    ({"image_id": 42, "question": "what?"}, "its image_id is 42, a number, and must be a path"),
-    ({"image": ["0.png"], "question": "what?"}, "its image is ['0.png'], not text, and must be a path"),
+    ("text", "a record must be an object"),
+    ({"question": "what?"}, "its image path must be text, found None"),
+    ({"image_id": 42, "question": "what?"}, "its image path must be text, found 42"),
+    ({"image": ["0.png"], "question": "what?"}, "its image path must be text, found ['0.png']"),
     ({"image": "0.png", "answer": "a"}, "it has no question"),
     ({"image": "0.png", "question": "  "}, "it has no question"),
-    ({"image": "0.png", "question": "what is <extra_id_0>?"}, "holds <extra_id_0>"),
-    ({"image": "0.png", "question": "what?", "answer": {"a": 1}}, "its answer is"),
-    ({"image": "0.png", "question": "what?", "tags": [1]}, "its tags are"),
-    ({"image": "0.png", "question": "what?", "tags": ["a", "<extra_id_0>"]}, "its tags hold <extra_id_0>"),
-    ({"image": "0.png", "question": "what?", "tags": "a, <extra_id_0>"}, "its tags hold <extra_id_0>"),
-    ({"image": "0.png", "question": "what?", "category": "regoin_level"}, "its category 'regoin_level' is neither"),
+    ({"image": "0.png", "question": "what is <extra_id_0>?"}, "must not hold <extra_id_0>"),
+    ({"image": "0.png", "question": "what?", "answer": {"a": 1}}, "its answer must be text"),
+    ({"image": "0.png", "question": "what?", "tags": [1]}, "each of its tags must be text, found 1"),
+    ({"image": "0.png", "question": "what?", "tags": ["a", "<extra_id_0>"]}, "tags must not hold <extra_id_0>"),
+    ({"image": "0.png", "question": "what?", "tags": "a, <extra_id_0>"}, "tags must not hold <extra_id_0>"),
+    ({"image": "0.png", "question": "what?", "category": "regoin_level"}, "'regoin_level' is none of region_level"),
     (REGION | {"answer": "[0.5,0.2,0.3,0.4]"}, "is no box"),
     (REGION | {"answer": "[10,20,300,400]"}, "is no box"),
     (REGION | {"question": "what is in [0.1,0.2,0.3]?"}, "is no box"),
@@ -104,16 +104,16 @@ def test_a_line_that_is_no_json_costs_only_itself(folder: Path) -> None:
     source = Records(folder / "a.jsonl", folder, BOTH)
     assert len(source) == 3
     assert source.read(2, random.Random()).question == "what?"
-    with pytest.raises(ValueError, match="record 2: not JSON"):
+    with pytest.raises(ValueError, match="record 2: it is not whole JSON"):
         source.read(1, random.Random())
 
 
-@pytest.mark.parametrize(("text", "words"), [("", "no record"), ("[]", "no record"), ("[1,", "not JSON")])
+@pytest.mark.parametrize(("text", "words"), [("", "no record"), ("[]", "no record"), ("[1,", "not whole JSON")])
 def test_a_file_without_records_stops_at_once(tmp_path: Path, text: str, words: str) -> None:
     (tmp_path / "a.json").write_text(text)
     with pytest.raises(ValueError, match=words):
         Records(tmp_path / "a.json", tmp_path, BOTH)
-    with pytest.raises(ValueError, match=r"none\.json cannot be read: No such file"):
+    with pytest.raises(ValueError, match=r"none\.json: No such file"):
         Records(tmp_path / "none.json", tmp_path, BOTH)
 
 

@@ -255,27 +255,6 @@ def test_pope_without_a_yes() -> None:
 # letters
 
 
-def test_mmbench_choice_of_the_fixture() -> None:
-    fixture = MISC["mmbench_can_infer"]
-    for case in fixture["cases"]:
-        assert metrics.mmbench_choice(case["prediction"], fixture["choices"]) == (case["inferred"] or None), case
-
-
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ("B one two three", "B"),  # the letter is among the last four words
-        ("B one two three four", None),
-        ("The answer is C, as anyone can very well see", "C"),
-        ("a dog " * 6, None),  # longer than twice all options
-        ("ONE DOG!", "B"),
-    ],
-)
-def test_mmbench_choice_of_longer_answers(text: str, expected: str | None) -> None:
-    options = {"A": "cat", "B": "dog", "C": "bird", "D": ""}  # missing options are empty
-    assert metrics.mmbench_choice(text, options) == expected
-
-
 def test_mmbench_needs_every_rotation() -> None:
     abilities = list(metrics.MMBENCH_ABILITIES)
     rows = [

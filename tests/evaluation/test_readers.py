@@ -13,10 +13,12 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from lion_mini import Box, annotations
+from lion_mini import Box
 from lion_mini.data import convert
 from lion_mini.data.records import Records
 from lion_mini.evaluation import readers
+from lion_mini.evaluation.benchmarks import read
+from lion_mini.images import ImageFolder
 from lion_mini.text.prompts import TEMPLATES
 
 Folder = Path
@@ -45,16 +47,16 @@ def test_coco_karpathy_in_three_forms(tmp_path: Path) -> None:
     truth = write(tmp_path, "coco_karpathy_test_gt.json", {"annotations": annotations, "images": [{"id": 391895}]})
     expected = [readers.Example("391895", name, references=tuple(said))]
     for path in (lavis, karpathy, truth):
-        assert readers.read("coco", [path]) == expected
+        assert read("coco", [path]) == expected
 
 
 def test_flickr30k_in_two_forms(tmp_path: Path) -> None:
     lavis = write(tmp_path, "a.json", [{"image": "flickr30k-images/1007129816.jpg", "caption": ["a", "b"]}])
     images = [{"filename": "1007129816.jpg", "split": "test", "sentences": [{"raw": "a"}, {"raw": "b"}]}]
     karpathy = write(tmp_path, "dataset_flickr30k.json", {"images": images})
-    assert readers.read("flickr30k", [lavis])[0].image == "flickr30k-images/1007129816.jpg"
+    assert read("flickr30k", [lavis])[0].image == "flickr30k-images/1007129816.jpg"
     for path in (lavis, karpathy):
-        (found,) = readers.read("flickr30k", [path])
+        (found,) = read("flickr30k", [path])
         assert (found.id, found.references) == ("1007129816", ("a", "b"))
 
 
@@ -64,7 +66,7 @@ def test_textcaps_is_read_by_key_and_grouped(tmp_path: Path) -> None:
         for id, said in (("0054c91397f2fe05", "one"), ("00aa", "two"), ("0054c91397f2fe05", "three"))
     ]
     path = write(tmp_path, "TextCaps_0.1_val.json", {"data": rows, "dataset_type": "val", "dataset_version": "0.1"})
-    first, second = readers.read("textcaps", [path])
+    first, second = read("textcaps", [path])
     assert first.image == "train_images/0054c91397f2fe05.jpg"
     assert first.references == ("one", "three")
     assert second.references == ("two",)
@@ -86,13 +88,13 @@ def okvqa_files(folder: Path, split: str = "val") -> tuple[Path, Path]:
 
 def test_okvqa_joins_two_files_in_any_order(tmp_path: Path) -> None:
     questions, annotations = okvqa_files(tmp_path)
-    (found,) = readers.read("okvqa", [questions, annotations])
-    assert found == readers.read("okvqa", [annotations, questions])[0]
+    (found,) = read("okvqa", [questions, annotations])
+    assert found == read("okvqa", [annotations, questions])[0]
     assert found.image == "val2014/COCO_val2014_000000297147.jpg"
     assert found.references == ("ride",) * 10  # the stemmed ones count
     name, ten = "val2014/COCO_val2014_000000297147.jpg", ["ride"] * 10
     lavis = [{"question_id": 2971475, "question": "What sport?", "answer": ten, "image": name, "dataset": "okvqa"}]
-    assert readers.read("okvqa", [write(tmp_path, "okvqa_val_eval.json", lavis)]) == [found]
+    assert read("okvqa", [write(tmp_path, "okvqa_val_eval.json", lavis)]) == [found]
 
 
 def test_aokvqa(tmp_path: Path) -> None:
@@ -102,35 +104,35 @@ def test_aokvqa(tmp_path: Path) -> None:
         "difficult_direct_answer": True, "rationales": [],
     }  # fmt: skip
     path = write(tmp_path, "aokvqa_v1p0_val.json", [row])
-    (found,) = readers.read("aokvqa", [path])
+    (found,) = read("aokvqa", [path])
     assert (found.image, found.group) == ("val2017/000000461751.jpg", "difficult")
     lavis = row | {"image": "val2014/COCO_val2014_000000461751.jpg", "difficult_direct_answer": False}
-    (found,) = readers.read("aokvqa", [write(tmp_path, "l.json", [lavis])])
+    (found,) = read("aokvqa", [write(tmp_path, "l.json", [lavis])])
     assert (found.image, found.group) == (lavis["image"], "")
     del row["direct_answers"]  # as in the test file, whose answers are hidden
-    with pytest.raises(ValueError, match=r"b\.json, record 1: the field direct_answers is missing"):
-        readers.read("aokvqa", [write(tmp_path, "b.json", [row])])
+    with pytest.raises(ValueError, match=r"b\.json, record 1: the field 'direct_answers' is missing"):
+        read("aokvqa", [write(tmp_path, "b.json", [row])])
 
 
 def test_gqa(tmp_path: Path) -> None:
     official = {"201307251": {"imageId": "n161313", "question": "Is it tall?", "answer": "no", "fullAnswer": "No."}}
-    (found,) = readers.read("gqa", [write(tmp_path, "testdev_balanced_questions.json", official)])
+    (found,) = read("gqa", [write(tmp_path, "testdev_balanced_questions.json", official)])
     assert found == readers.Example("201307251", "n161313.jpg", {"question": "Is it tall?"}, ("no",))
     lavis = [{"question_id": "201307251", "question": "Is it tall?", "answer": "no", "image": "n161313.jpg"}]
-    assert readers.read("gqa", [write(tmp_path, "lavis.json", lavis)]) == [found]
+    assert read("gqa", [write(tmp_path, "lavis.json", lavis)]) == [found]
 
 
 def test_iconqa(tmp_path: Path) -> None:
     row = {"question": "How many?", "choices": ["3", "2"], "answer": 1, "ques_type": "choose_txt"}
     for id in ("107", "99"):
         write(tmp_path, f"iconqa/test/choose_txt/{id}/data.json", row)
-    found = readers.read("iconqa", [tmp_path / "iconqa"])
+    found = read("iconqa", [tmp_path / "iconqa"])
     assert [e.id for e in found] == ["99", "107"]
     assert found[0].image == "test/choose_txt/99/image.png"
     assert (found[0].candidates, found[0].target) == (("3", "2"), 1)
     problems = write(tmp_path, "problems.json", {"99": row, "107": row, "5": {"ques_type": "fill_in_blank"}})
     splits = write(tmp_path, "pid_splits.json", {"choose_txt_test": ["99", "107"], "choose_txt_val": ["5"]})
-    assert readers.read("iconqa", [splits, problems]) == found
+    assert read("iconqa", [splits, problems]) == found
 
 
 def test_vsr(tmp_path: Path) -> None:
@@ -139,7 +141,7 @@ def test_vsr(tmp_path: Path) -> None:
         {"image": "000000050403.jpg", "image_link": link, "caption": "The dog is on it.", "label": 1, "relation": "on"},
         {"image": "000000050403.jpg", "caption": "The dog is under it.", "label": 0},
     ]
-    true, false = readers.read("vsr", [write(tmp_path, "test.jsonl", rows, lines=True)])
+    true, false = read("vsr", [write(tmp_path, "test.jsonl", rows, lines=True)])
     assert (true.image, true.candidates, true.target) == (
         "train2017/000000050403.jpg",
         ("yes", "true", "no", "false"),
@@ -160,14 +162,14 @@ def visdial_file(folder: Path, dialogs: int = 2) -> Path:
 
 def test_visdial_has_every_round(tmp_path: Path) -> None:
     path = visdial_file(tmp_path)
-    found = readers.read("visdial", [path])
+    found = read("visdial", [path])
     assert len(found) == 20
     assert found[0].image == "VisualDialog_val2018/VisualDialog_val2018_000000185565.jpg"
     assert found[0].fields == {"question": "is it 0", "history": ""}
     assert found[2].fields["history"] == "q: is it 0 a: yes 1 q: is it 1 a: yes 2"
     assert found[2].candidates[found[2].target or 0] == "yes 3"
     assert len({e.fields["history"] for e in found[:10]}) == 10  # unlike LAVIS, where all are the last
-    last = readers.read("visdial", [path], rounds="last")
+    last = [example for example in found if example.group == "last"]
     assert [e.id for e in last] == ["185565-10", "185566-10"]
     assert last[0] == found[9]
 
@@ -191,13 +193,13 @@ def refer_files(folder: Path) -> tuple[Path, Path]:
 
 def test_refer(tmp_path: Path) -> None:
     paths = refer_files(tmp_path)
-    found = readers.read("refcoco_testA", [*paths])
+    found = read("refcoco_testA", [*paths])
     assert [e.id for e in found] == ["8", "9"]
     assert found[0].image == "train2014/COCO_train2014_000000581857.jpg"  # not the ref's own file_name
     assert [e.fields["expression"] for e in found] == ["lady ' s head", "her"]
     assert found[0].box == Box(285.04 / 640, 23.29 / 427, (285.04 + 139.74) / 640, (23.29 + 123.11) / 427)
     with pytest.raises(ValueError, match=r"has no split 'testB', only testA, val"):
-        readers.read("refcoco_testB", [*paths])
+        read("refcoco_testB", [*paths])
 
 
 def test_a_pickle_of_python_2(tmp_path: Path) -> None:
@@ -207,7 +209,7 @@ def test_a_pickle_of_python_2(tmp_path: Path) -> None:
     path = tmp_path / "refs.p"
     path.write_bytes(raw)
     with pytest.raises(ValueError, match="has no split 'val', only café!"):
-        readers.read("refcoco_val", [path, instances])
+        read("refcoco_val", [path, instances])
 
 
 def test_a_pickle_that_would_run_code(tmp_path: Path) -> None:
@@ -221,29 +223,29 @@ def test_a_pickle_that_would_run_code(tmp_path: Path) -> None:
         (pickle.dumps([Evil()]), r"it asks for pathlib\S*, and only plain data is read"),
         (b"cos\nsystem\n(S'true'\ntR.", r"it asks for os\.system, and only"),
         (b"c__builtin__\neval\n(S'1'\ntR.", r"it asks for __builtin__\.eval"),
-        (pickle.dumps([{"a": 1}])[:-4], "is not a pickle"),
-        (b"", "is not a pickle"),
+        (pickle.dumps([{"a": 1}])[:-4], "is not a whole pickle"),
+        (b"", "is not a whole pickle"),
     ):
         path.write_bytes(data)
         with pytest.raises(ValueError, match=words):
-            readers.read("refcoco_val", [path, instances])
+            read("refcoco_val", [path, instances])
     assert not (tmp_path / "owned").exists()
 
 
 def test_shikra_and_minigpt4(tmp_path: Path) -> None:
     line = {"img_path": "COCO_train2014_000000581857.jpg", "expression": "the lady", "height": 427, "width": 640}
     shikra = write(tmp_path, "REC_refcoco_unc_val.jsonl", [line | {"bbox": [64, 42.7, 128, 85.4]}] * 2, lines=True)
-    first, second = readers.read("refcoco_val", [shikra])
+    first, second = read("refcoco_val", [shikra])
     assert first.box == second.box == Box(0.1, 0.1, 0.2, 0.2)  # two corners
     assert first.id != second.id  # by expression, never by image
     row = {"img_id": "COCO_train2014_000000581857_16", "sents": "the lady", "height": 427, "width": 640}
-    (found,) = readers.read("refcoco_val", [write(tmp_path, "m.json", [row | {"bbox": [64, 42.7, 64, 42.7]}])])
+    (found,) = read("refcoco_val", [write(tmp_path, "m.json", [row | {"bbox": [64, 42.7, 64, 42.7]}])])
     assert found.box is not None
     assert found.box.iou(Box(0.1, 0.1, 0.2, 0.2)) == pytest.approx(1)  # a corner with width and height
     assert found.image == "COCO_train2014_000000581857.jpg"
     bad = write(tmp_path, "bad.jsonl", [line | {"bbox": [64, 42.7, 64, 85.4]}], lines=True)
-    with pytest.raises(ValueError, match=r"bad\.jsonl, line 1: the bbox .* covers nothing of an image of 640 x 427"):
-        readers.read("refcoco_val", [bad])
+    with pytest.raises(ValueError, match=r"bad\.jsonl, line 1: the box covers nothing of the image"):
+        read("refcoco_val", [bad])
 
 
 # --- yes and no, letters
@@ -251,10 +253,10 @@ def test_shikra_and_minigpt4(tmp_path: Path) -> None:
 
 def test_pope(tmp_path: Path) -> None:
     row = {"question_id": 1, "image": "COCO_val2014_000000016631.jpg", "text": "Is there a snowboard in the image?"}
-    (found,) = readers.read("pope_random", [write(tmp_path, "p.json", [row | {"label": "yes"}], lines=True)])
+    (found,) = read("pope_random", [write(tmp_path, "p.json", [row | {"label": "yes"}], lines=True)])
     assert (found.references, found.fields["question"]) == (("yes",), row["text"])
-    with pytest.raises(ValueError, match=r"line 1: label is 'maybe', not yes or no"):
-        readers.read("pope_random", [write(tmp_path, "p.json", [row | {"label": "maybe"}], lines=True)])
+    with pytest.raises(ValueError, match=r"line 1: label must be in \('yes', 'no'\), found 'maybe'"):
+        read("pope_random", [write(tmp_path, "p.json", [row | {"label": "maybe"}], lines=True)])
 
 
 def mmbench_file(folder: Path, answer: str = "B") -> Path:
@@ -264,20 +266,7 @@ def mmbench_file(folder: Path, answer: str = "B") -> Path:
     names = ("index", "question", "hint", "A", "B", "C", "D", "answer", "category", "image", "l2-category", "split")
     rows = [
         ("241", 'Which "one"?\nLook', "", "red", "blue", "nan", "", answer, "x", text, "coarse_perception", "dev"),
-        (
-            "1000241",
-            "Which?",
-            "a hint",
-            "blue",
-            "red",
-            "",
-            "",
-            "A" * bool(answer),
-            "x",
-            "241",
-            "coarse_perception",
-            "dev",
-        ),
+        ("1000241", "Which?", "a hint", "blue", "red", "", "", "A" * bool(answer), "x", "241", "coarse_perception", ""),
     ]
     path = folder / "mmbench_dev.tsv"
     with open(path, "w", newline="", encoding="utf-8") as file:
@@ -286,13 +275,13 @@ def mmbench_file(folder: Path, answer: str = "B") -> Path:
 
 
 def test_mmbench(tmp_path: Path) -> None:
-    first, second = readers.read("mmbench", [mmbench_file(tmp_path)])
+    first, second = read("mmbench", [mmbench_file(tmp_path)])
     assert (first.candidates, first.references, first.target) == (("red", "blue"), ("A", "B"), 1)
     assert first.fields == {"question": 'Which "one"?\nLook', "hint": "", "options": "A. red\nB. blue"}
     assert first.image == second.image  # a row may name the one that has its picture
     assert (second.fields["hint"], second.target) == ("a hint", 0)
     assert Image.open(io.BytesIO(first.image if isinstance(first.image, bytes) else b"")).size == (8, 8)
-    assert readers.read("mmbench", [mmbench_file(tmp_path, answer="")])[0].target is None  # test: hidden
+    assert read("mmbench", [mmbench_file(tmp_path, answer="")])[0].target is None  # test: hidden
 
 
 # --- what is wrong with a file
@@ -302,28 +291,28 @@ def test_broken_files_are_one_sentence(tmp_path: Path) -> None:
     row = {"question_id": "1", "question": "Q", "answer": "no", "image": "1.jpg"}
     path = tmp_path / "x.json"
     for text, words in (
-        (json.dumps([row, row | {"question": 3}]), "record 2: question is 3"),
-        (json.dumps([row, {"question_id": "2"}]), "record 2: the field image is missing"),
+        (json.dumps([row, row | {"question": 3}]), "record 2: question must be text, found 3"),
+        (json.dumps([row, {"question_id": "2", "question": "Q"}]), "record 2: the field 'image' is missing"),
         (json.dumps([row, row]), "the id 1 stands there twice"),
-        (json.dumps([row, 7]), "record 2: expected an object with question_id, found 7"),
+        (json.dumps([row, 7]), "record 2: must be an object, found 7"),
         (json.dumps([row])[:-5], "is not whole JSON"),
         ("[]", "there is no example in it"),
-        ("", "is empty"),
-        ("7", "expected a list of records, found 7"),
+        ("", "is not whole JSON"),
+        ("7", "must be a list, found 7"),
     ):
         path.write_text(text, encoding="utf-8")
         with pytest.raises(ValueError, match=rf"x\.json.*{words}") as error:
-            readers.read("gqa", [path])
+            read("gqa", [path])
         assert "\n" not in str(error.value)
-    with pytest.raises(ValueError, match=r"nowhere\.json cannot be read: No such file"):
-        readers.read("gqa", [tmp_path / "nowhere.json"])
+    with pytest.raises(ValueError, match=r"nowhere\.json: No such file"):
+        read("gqa", [tmp_path / "nowhere.json"])
     with pytest.raises(ValueError, match="the task 'gqqa' is unknown; there are flickr30k"):
-        readers.read("gqqa", [path])
+        read("gqqa", [path])
     with pytest.raises(ValueError, match="the task 'refcocog_testA' is unknown"):
-        readers.read("refcocog_testA", [path])
+        read("refcocog_testA", [path])
     path.write_text('{"image": "a.jpg", "caption": "b", "label": 1}\n{"image": "a.j', encoding="utf-8")
-    with pytest.raises(ValueError, match=r"x\.json, line 2: not whole JSON"):
-        readers.read("vsr", [path])
+    with pytest.raises(ValueError, match=r"x\.json, line 2: it is not whole JSON"):
+        read("vsr", [path])
 
 
 def test_nothing_but_a_sentence_ever_comes_out(tmp_path: Path) -> None:
@@ -347,7 +336,7 @@ def test_nothing_but_a_sentence_ever_comes_out(tmp_path: Path) -> None:
         ("pope_random", [{"question_id": 1, "image": "1.jpg", "text": "Q", "label": "yes"}], True, []),
     ]
     for task, data, as_lines, others in whole:
-        readers.read(task, [write(tmp_path, "x.json", data, as_lines), *others])
+        read(task, [write(tmp_path, "x.json", data, as_lines), *others])
         for broken in mutations(data):
             path = write(tmp_path, "x.json", broken, as_lines and isinstance(broken, list))
             said = complaint(task, [path, *others])
@@ -362,7 +351,7 @@ def test_nothing_but_a_sentence_ever_comes_out(tmp_path: Path) -> None:
 
 def complaint(task: str, paths: list[Path]) -> str:
     try:
-        readers.read(task, paths)
+        read(task, paths)
     except ValueError as error:
         return str(error)
     return ""
@@ -384,8 +373,8 @@ def mutations(data: Any) -> Iterator[Any]:
 def test_any_end_of_a_path_finds_its_picture(tmp_path: Path) -> None:
     (tmp_path / "val2014").mkdir()
     (tmp_path / "val2014" / "1.jpg").touch()
-    assert annotations.Images(tmp_path).path("val2014/1.jpg") == tmp_path / "val2014" / "1.jpg"
-    inner = annotations.Images(tmp_path / "val2014")
+    assert ImageFolder(tmp_path).path("val2014/1.jpg") == tmp_path / "val2014" / "1.jpg"
+    inner = ImageFolder(tmp_path / "val2014")
     assert inner.path("coco/val2014/1.jpg") == tmp_path / "val2014" / "1.jpg"
     assert inner.path("2.jpg") is None
     with pytest.raises(ValueError, match=r"the image 2\.jpg is not below .*, and 0 of 1 others are not"):

@@ -191,18 +191,18 @@ def test_load_templates(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("{", "are not JSON"),
-        ("\udcff", "are not JSON"),
-        ("[" * 100000, "are not JSON"),
-        ("[]", "must map a task to a list of strings, found a list"),
+        ("{", "is not whole JSON"),
+        ("\udcff", "is not UTF-8 text"),
+        ("[" * 100000, "is nested too deeply"),
+        ("[]", "must be an object, found"),
         ('{"vqaa": ["x"]}', "the task 'vqaa' is unknown; there are caption, vqa"),
-        ('{"vqa": "x"}', "vqa must be a list of strings"),
-        ('{"vqa": []}', "vqa must be a list of strings"),
-        ('{"vqa": [1]}', "vqa must be a list of strings"),
-        ('{"caption": [""]}', "caption must be a list of strings"),
-        ('{"vqa": ["Answer it."]}', r"the vqa template 'Answer it.' must hold \{question\}"),
-        ('{"vqa": ["{question} {answer}"]}', "no other placeholder"),
-        ('{"caption": ["Say {answer}"]}', "must hold no placeholder"),
+        ('{"vqa": "x"}', "vqa must be a list, found 'x'"),
+        ('{"vqa": []}', "vqa '' must be a text with"),
+        ('{"vqa": [1]}', "vqa must be text, found 1"),
+        ('{"caption": [""]}', "caption '' must be a text with"),
+        ('{"vqa": ["Answer it."]}', r"vqa 'Answer it.' must be a text with the same fields as 'Given .*\{question\}'"),
+        ('{"vqa": ["{question} {answer}"]}', "must be a text with the same fields"),
+        ('{"caption": ["Say {answer}"]}', "with the same fields as 'Can you briefly"),
     ],
 )
 def test_bad_templates(tmp_path: Path, text: str, message: str) -> None:
@@ -214,5 +214,5 @@ def test_bad_templates(tmp_path: Path, text: str, message: str) -> None:
 
 
 def test_missing_templates(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"nowhere.json cannot be read: No such file"):
+    with pytest.raises(ValueError, match=r"nowhere.json: No such file"):
         load_templates(tmp_path / "nowhere.json")

@@ -1,4 +1,4 @@
-"""Stage 0 writes what a download would bring: the three stand-ins, whole, under LION's own names."""
+"""Stage 0 trains the three stand-ins and writes them under LION's own names."""
 
 import random
 from dataclasses import replace
@@ -10,8 +10,9 @@ from safetensors.torch import load_file
 
 from lion_mini import toy
 from lion_mini.config import PRESETS, LionConfig
-from lion_mini.model.lion import Lion, Text
+from lion_mini.model.lion import LionModel
 from lion_mini.text.tokenizers import UnigramTokenizer
+from lion_mini.text.vocabularies import Vocabularies
 from lion_mini.toy import labels, stage0
 
 
@@ -20,11 +21,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return stage0.run(tmp_path_factory.mktemp("stage0"), quick=True)
 
 
-def test_it_fills_every_frozen_part(folder: Path) -> None:
+def test_it_writes_every_frozen_part(folder: Path) -> None:
     config = LionConfig.from_json((folder / "config.json").read_text())
     assert config.made_by.startswith("stage 0: ")
     assert replace(config, made_by="") == PRESETS["tiny"]
-    expected = Lion(config).state_dict()
+    expected = LionModel(config).state_dict()
     found = load_file(folder / "model.safetensors")
     frozen = {k for k in expected if k.split(".")[0] in ("vit", "t5", "ram") and ".adapters." not in k}
     assert set(found) == frozen
@@ -32,14 +33,14 @@ def test_it_fills_every_frozen_part(folder: Path) -> None:
 
 
 def test_its_vocabularies_fit(folder: Path) -> None:
-    config, text = PRESETS["tiny"], Text.from_folder(folder, tagger=True)
+    text = Vocabularies.from_folder(folder, config := PRESETS["tiny"])
     assert len(text.words) == config.qformer.vocab_size
     assert len(text.pieces) <= config.t5.vocab_size
     assert text.tags == list(toy.TAGS)
     assert all(0 < threshold < 1 for threshold in text.thresholds)
 
 
-def test_it_leaves_the_random_numbers_alone(tmp_path: Path) -> None:
+def test_it_restores_the_random_state(tmp_path: Path) -> None:
     torch.manual_seed(5)
     expected = torch.rand(3)
     torch.manual_seed(5)
@@ -47,53 +48,53 @@ def test_it_leaves_the_random_numbers_alone(tmp_path: Path) -> None:
     assert torch.equal(torch.rand(3), expected)
 
 
-def test_the_projector_begins_the_same_in_every_run(folder: Path) -> None:
-    """With as many rows as in earnest: there, on two threads, `torch.linalg.lstsq` never gave the same bits again."""
+def test_the_projector_is_initialised_the_same_in_every_run(folder: Path) -> None:
+    """At full size: on two threads, `torch.linalg.lstsq` gave other bits in every run."""
     config, generator = PRESETS["tiny"], torch.Generator().manual_seed(0)
     scenes = [toy.scene(seed, "train") for seed in range(20)]
-    patches = labels.patch_labels(scenes, torch.stack([torch.from_numpy(labels.owners(s, 6)) for s in scenes]))
+    patches = labels.patch_labels(scenes, labels.owners(scenes, 6))
     features = torch.randn(2000, 37, config.vit.width, generator=generator).bfloat16()
-    pieces, begun = UnigramTokenizer.from_file(folder / "tokenizer.json"), []
+    pieces, runs = UnigramTokenizer.from_file(folder / "tokenizer.json"), []
     for _ in range(3):
         torch.manual_seed(0)
         reader = stage0.Reader(config, pieces)
         stage0.start_from_words(reader, features, patches.repeat(100, 1, 1))
-        begun.append([weight.clone() for weight in reader.projector.parameters()])
-    assert all(torch.equal(a, b) for other in begun[1:] for a, b in zip(begun[0], other, strict=True))
+        runs.append([weight.clone() for weight in reader.projector.parameters()])
+    assert all(torch.equal(a, b) for other in runs[1:] for a, b in zip(runs[0], other, strict=True))
     linear = reader.projector[1]
     assert isinstance(linear, torch.nn.Linear)
-    assert linear.weight.norm() < 100  # the direction that LayerNorm empties is left alone
+    assert linear.weight.norm() < 100  # the direction that LayerNorm leaves empty does not explode
 
 
-def test_the_projector_begins_with_the_words_for_what_is_there(folder: Path) -> None:
-    """Where the ViT's tokens tell shapes apart, each becomes the embedding of its shape's name more than another's."""
+def test_the_projector_starts_at_the_words_for_a_patch(folder: Path) -> None:
+    """If tokens differ by shape, each is mapped closer to the embedding of its shape's name than to another's."""
     config, pieces = PRESETS["tiny"], UnigramTokenizer.from_file(folder / "tokenizer.json")
     scenes = [toy.scene(seed, "train") for seed in range(100)]
-    patches = labels.patch_labels(scenes, torch.stack([torch.from_numpy(labels.owners(s, 6)) for s in scenes]))
+    patches = labels.patch_labels(scenes, labels.owners(scenes, 6))
     torch.manual_seed(0)
     tokens = torch.randn(len(toy.SHAPES) + 1, config.vit.width)[patches[..., 0]]
     reader = stage0.Reader(config, pieces)
     stage0.start_from_words(reader, torch.cat((tokens[:, :1], tokens), dim=1), patches)
     shape = patches[..., 0]
     names = reader.t5.shared.weight[[pieces.encode(word)[0] for word in toy.SHAPES]]
-    said = (reader.projector(tokens) @ names.T).argmax(-1)
-    assert torch.equal(said[shape < len(names)], shape[shape < len(names)])
+    nearest = (reader.projector(tokens) @ names.T).argmax(-1)
+    assert torch.equal(nearest[shape < len(names)], shape[shape < len(names)])
 
 
-def test_the_loss_of_tags_is_asymmetric() -> None:
-    """A surely right no costs nothing; a wrong yes costs less than a missed tag; all are finite."""
+def test_the_tag_loss_is_asymmetric() -> None:
+    """A confident true negative costs nothing, a false positive less than a missed tag; all are finite."""
     logits = torch.tensor([[-5.0], [1.0], [-1.0], [100.0]])
     wanted = torch.tensor([[0.0], [0.0], [1.0], [0.0]])
     sure, wrong, missed, extreme = (
-        stage0.asymmetric_loss(a[None], b[None]).item() for a, b in zip(logits, wanted, strict=True)
+        labels.asymmetric_loss(a[None], b[None]).item() for a, b in zip(logits, wanted, strict=True)
     )
     assert sure == 0 < wrong < missed
     assert extreme < 20
 
 
-def test_every_patch_has_its_owner() -> None:
+def test_a_patch_belongs_to_the_thing_on_it() -> None:
     scene = toy.scene(0, "train")
-    owner = labels.owners(scene, 6).reshape(6, 6)
+    (owner,) = labels.owners([scene], 6).reshape(-1, 6, 6).numpy()
     for i, thing in enumerate(scene.things):
         rows, columns = (owner == i).nonzero()
         assert rows.min() * 4 >= thing.top - 3
@@ -102,7 +103,7 @@ def test_every_patch_has_its_owner() -> None:
         assert (columns.max() + 1) * 4 <= thing.left + thing.side + 3
 
 
-def test_a_glimpse_of_few_shows_everything_once() -> None:
+def test_a_glimpse_of_few_has_one_token_per_thing() -> None:
     owner = torch.tensor([-1, 0, 0, 1, -1, -1, 2, 2, -1, -1])
     chosen = stage0.glimpse(owner, few=True, tokens=6)
     assert sorted(owner[chosen[chosen > 0] - 1].tolist())[-3:] == [0, 1, 2]
@@ -110,10 +111,9 @@ def test_a_glimpse_of_few_shows_everything_once() -> None:
     assert sorted(stage0.glimpse(owner, few=False, tokens=6).tolist()) == list(range(11))
 
 
-def test_what_words_mean() -> None:
-    """By hand: in scene(5) a small red cross lies at the left and below, a large red triangle right of it."""
+def test_what_words_mean(folder: Path) -> None:
+    """By hand: scene(5) has a small red cross at the bottom left and a large red triangle right of it."""
     cross, triangle = toy.scene(5, "train").things
-    folder = Path(toy.__file__).parent / "assets" / "tiny"
     pieces = UnigramTokenizer.from_file(folder / "tokenizer.json")
     meanings = labels.Meanings(pieces)
 
@@ -133,11 +133,11 @@ def test_what_words_mean() -> None:
     assert known("Where is the leftmost shape?", cross.box.to_text())["shape"][:8] == [3, 0, 0, *box, 2]
     question = {"question": "the cross", "answer": ""}
     tagged = meanings.prompts(["cross, red, small. the cross"], [question], [toy.scene(5, "train")])
-    assert (tagged[0, :-2] == -100).all()  # the tags before the question, and the </s> after it, mean nothing
+    assert (tagged[0, :-2] == -100).all()  # no label for the tags before the question and the </s> after it
     assert tagged[0, -2, 0] == 3
 
 
-def test_tags_come_in_any_order() -> None:
+def test_tags_are_shuffled() -> None:
     record = {"question": "Where is the large cross?", "tags": "cross, red, small, large"}
     prompts = {stage0.prompt(record, True, random.Random(seed)) for seed in range(200)}
     assert len(prompts) == 24
@@ -147,7 +147,7 @@ def test_tags_come_in_any_order() -> None:
     assert stage0.prompt(record, False, random.Random(0)) == record["question"]
 
 
-def test_only_what_is_known_counts() -> None:
+def test_ignored_fields_have_no_gradient() -> None:
     fields = (3, 2)
     logits = torch.randn(4, 5, requires_grad=True)
     wanted = torch.tensor([[0, -100], [2, -100], [-100, -100], [-100, 1]])

@@ -1,14 +1,13 @@
-"""The weights that ship: small, whole, and able to see."""
+"""The weights in the package are small, complete, and answer as well as the toy's README says."""
 
 import json
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
 
 import infer
 from lion_mini import Lion, toy
-from lion_mini.model.lion import TINY
+from lion_mini.pipeline import TINY
 from lion_mini.toy import scores
 
 
@@ -18,7 +17,7 @@ def test_small_enough_to_ship() -> None:
 
 
 def test_it_sees() -> None:
-    """Far below what the README reports, and far above a guess: a broken port of these weights would not get here."""
+    """Floors below the reported scores and far above a blind guess: broken weights would not reach them."""
     model = Lion.from_pretrained("tiny")
     rows = {row.name: row for row in scores.toy_scores(model, [toy.scene(i, "test") for i in range(40)])}
     floors = {"REC, Acc@0.5": 0.8, "REG, exact": 0.8, "VQA, colour": 0.8, "VQA, existence": 0.9, "VQA, counting": 0.6}
@@ -37,8 +36,8 @@ def test_without_arguments(tmp_path: Path, capsys: pytest.CaptureFixture) -> Non
 
 
 def test_the_readme_shows_what_was_measured() -> None:
-    """The table of the README is the one in results of `eval.py --scenes 1000`, kept beside the weights."""
+    """Its table equals scores.json, the result of `eval.py --scenes 1000` beside the weights."""
     measured = json.loads((TINY / "scores.json").read_text())
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    readme = (Path(toy.__file__).parent / "README.md").read_text(encoding="utf-8")
     for row in measured:
         assert f"| {row['name']} | {row['score']:.1%} | {row['baseline']:.1%} |" in readme

@@ -1,4 +1,4 @@
-"""The shapes world says the truth: a resolver that knows only the text and the shapes finds what was meant."""
+"""Every text about a scene is true: a brute-force resolver, given text and things, finds what it refers to."""
 
 import random
 import re
@@ -13,6 +13,8 @@ from lion_mini.config import PRESETS
 from lion_mini.text.prompts import EVAL_TEMPLATES, TEMPLATES
 from lion_mini.text.tokenizers import UnigramTokenizer, WordPieceTokenizer
 from lion_mini.toy import Record, Scene, Thing, records, scene
+from lion_mini.toy.__main__ import show
+from lion_mini.toy.questions import PLACES, by_attributes, by_order, by_relation
 
 SCENES = [scene(seed, "test") for seed in range(150)] + [scene(seed, "train") for seed in range(150)]
 SIDES = {"left of": (0, -1), "right of": (0, 1), "above": (1, -1), "below": (1, 1)}
@@ -32,7 +34,7 @@ def middle(thing: Thing, axis: int) -> float:
 
 
 def resolve(things: tuple[Thing, ...], expression: str) -> list[Thing]:
-    """All that an expression may mean, by brute force."""
+    """Every thing to which an expression may refer, by brute force."""
     phrase = expression.removeprefix("the ")
     for relation, (axis, sign) in SIDES.items():
         if f" {relation} the " in phrase:
@@ -50,7 +52,7 @@ def resolve(things: tuple[Thing, ...], expression: str) -> list[Thing]:
 
 
 def fields(template: str, text: str) -> str | None:
-    """What stands in the template's only field."""
+    """The content of the template's only field."""
     pattern = re.escape(template)
     for name in ("question", "answer", "expression", "box"):
         pattern = pattern.replace(re.escape(f"{{{name}}}"), "(.*)")
@@ -59,7 +61,7 @@ def fields(template: str, text: str) -> str | None:
 
 
 def content(record: Record) -> str:
-    """The question, answer, expression or box that the instruction was made from."""
+    """The question, answer, expression or box inside the instruction."""
     kind = record["kind"]
     templates = [*TEMPLATES[kind], *([EVAL_TEMPLATES[kind]] if kind in EVAL_TEMPLATES else [])]
     found = [text for template in templates if (text := fields(template, record["question"])) is not None]
@@ -89,7 +91,7 @@ def said(kind: str) -> list[tuple[Scene, Record]]:
     return [(s, r) for i, s in enumerate(SCENES) for r in records(s, random.Random(i)) if r["kind"] == kind]
 
 
-def test_a_scene_is_a_function_of_its_number() -> None:
+def test_a_scene_is_a_function_of_its_seed() -> None:
     for split in toy.Split.__args__:  # type: ignore[attr-defined]
         one, again, other = scene(3, split), scene(3, split), scene(4, split)
         assert one == again != other
@@ -100,7 +102,7 @@ def test_a_scene_is_a_function_of_its_number() -> None:
         scene(0, "val")  # type: ignore[arg-type]
 
 
-def test_training_and_held_out_scenes_never_meet() -> None:
+def test_no_arrangement_is_in_both_splits() -> None:
     def arrangements(split: toy.Split) -> set[frozenset[tuple[str, int]]]:
         all_things = [scene(seed, split).things for seed in range(1500)]
         return {frozenset((f"{t.size} {t.name}", t.cell) for t in things) for things in all_things}
@@ -110,7 +112,7 @@ def test_training_and_held_out_scenes_never_meet() -> None:
     assert not train & test
 
 
-def test_pictures_fit_the_model() -> None:
+def test_images_fit_the_model() -> None:
     width, height = scene(0, "train").image.size
     assert width == height
     assert width % PRESETS["tiny"].vit.image_size == 0
@@ -119,17 +121,16 @@ def test_pictures_fit_the_model() -> None:
 
 
 def test_scenes_are_as_promised() -> None:
-    overlapping = 0
     for s in SCENES:
         assert 2 <= len(s.things) <= 5
         assert len({t.name for t in s.things}) == len(s.things)
         assert [t.cell for t in s.things] == sorted({t.cell for t in s.things})
-        overlapping += any(a.box.iou(b.box) > 0 for a in s.things for b in s.things if a is not b)
+    overlapping = sum(any(a.box.iou(b.box) > 0 for a in s.things for b in s.things if a is not b) for s in SCENES)
     assert 0.02 * len(SCENES) < overlapping < 0.5 * len(SCENES)
 
 
 def test_boxes_are_where_the_colour_is() -> None:
-    """The first thing is drawn under all others, the last on top of all: its pixels fill its box exactly."""
+    """The last thing is drawn on top, so its pixels fill its box exactly."""
     for s in SCENES:
         pixels = np.asarray(s.image).astype(int)
         thing = s.things[-1]
@@ -147,7 +148,7 @@ def test_boxes_are_where_the_colour_is() -> None:
         assert pixels[ground].min() > 180, "something is drawn outside of every box"
 
 
-def test_every_kind_is_there() -> None:
+def test_records_of_every_kind() -> None:
     found = records(SCENES[0], random.Random(0))
     assert {r["kind"] for r in found} == set(toy.KINDS)
     assert [r["kind"] for r in records(SCENES[0], random.Random(0), ("rec", "caption"))] == ["caption", "rec"]
@@ -158,7 +159,7 @@ def test_every_kind_is_there() -> None:
         assert set(r["tags"].split(", ")) <= set(toy.TAGS)
 
 
-def test_every_expression_means_one_thing() -> None:
+def test_an_expression_refers_to_one_thing() -> None:
     forms = set()
     for s, r in said("rec"):
         expression = content(r)
@@ -168,8 +169,8 @@ def test_every_expression_means_one_thing() -> None:
     assert forms == {*SIDES, *ENDS}
     for s in SCENES:
         for target in s.things:
-            ways = (toy.by_attributes, toy.by_order, toy.by_relation)
-            assert toy.by_attributes(s.things, target)
+            ways = (by_attributes, by_order, by_relation)
+            assert by_attributes(s.things, target)
             assert all(resolve(s.things, text) == [target] for way in ways for text in way(s.things, target))
 
 
@@ -198,10 +199,10 @@ def test_captions_and_dialogue_are_true() -> None:
     for s, r in said("dialogue"):
         if found := re.fullmatch(r"Tell me about the (.*)\.", r["question"]):
             (one,) = named(s.things, found[1])
-            assert r["answer"] == f"It is {one.size} and {toy.PLACES[one.cell]}."
+            assert r["answer"] == f"It is {one.size} and {PLACES[one.cell]}."
         else:
-            (place,) = [p for p in toy.PLACES if r["question"] == f"What do you see {p}?"]
-            there = [t for t in s.things if toy.PLACES[t.cell] == place]
+            (place,) = [p for p in PLACES if r["question"] == f"What do you see {p}?"]
+            there = [t for t in s.things if PLACES[t.cell] == place]
             assert r["answer"] == (f"There is a {there[0].size} {there[0].name}." if there else "There is nothing.")
 
 
@@ -216,7 +217,7 @@ def test_tags_have_the_errors_of_a_tagger() -> None:
     assert 0.01 < invented / false < 0.06
 
 
-def test_the_vocabularies_hold_the_world(tmp_path: Path) -> None:
+def test_the_vocabularies_spell_every_text(tmp_path: Path) -> None:
     toy.write_vocabularies(tmp_path)
     pieces = UnigramTokenizer.from_file(tmp_path / "tokenizer.json")
     words = WordPieceTokenizer.from_file(tmp_path / "vocab.txt")
@@ -240,4 +241,4 @@ def test_the_vocabularies_hold_the_world(tmp_path: Path) -> None:
 
 
 def test_show_draws_scenes() -> None:
-    assert toy.show([0, 1], "test").height == 2 * toy.show([0], "test").height
+    assert show([0, 1], "test").height == 2 * show([0], "test").height

@@ -39,10 +39,10 @@ from lion_mini.config import (
     TagHeadConfig,
     VitConfig,
 )
+from lion_mini.data import mixture
 from lion_mini.data.mixture import Samples
 from lion_mini.data.records import CATEGORIES
 from lion_mini.model.lion import Batch, LionModel
-from lion_mini.training import checkpoint
 from lion_mini.training.checkpoint import history
 from lion_mini.training.stages import PARTS, STAGES, TOY, Stage, groups, part_of, schedule, unfreeze
 from lion_mini.training.start import begin, merge
@@ -500,7 +500,7 @@ def test_the_toy_run_and_its_ablations(
     stage0: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: list[str], expected: dict[str, Any]
 ) -> None:
     """`python train.py` with fewer steps: through all stages to a folder that opens, and exports where it is a LION."""
-    monkeypatch.setattr(train, "TINY", stage0)
+    monkeypatch.setattr("lion_mini.toy.jobs.TINY", stage0)
     argv = ["--steps", "2", "--batch", "4", "--device", "cpu", "--out", str(tmp_path / "run"), *flags]
     assert train.main(argv) == 0
     model = Lion.from_pretrained(tmp_path / "run" / "stage3")
@@ -572,11 +572,8 @@ def test_killed_and_resumed(stage0: Path, data: Path, whole: Path, tmp_path: Pat
 def test_killed_while_writing_a_checkpoint(stage0: Path, data: Path, whole: Path, tmp_path: Path) -> None:
     argv, log, out = command(3, stage0, data, tmp_path / "run"), tmp_path / "log", tmp_path / "run"
     assert finish(launch(argv, log, die_at=3)) == [-signal.SIGKILL]
-    assert sorted(p.name for p in (out / "checkpoints").iterdir()) == [
-        ".step-00000006.new",
-        "step-00000002",
-        "step-00000004",
-    ]
+    names = [".step-00000006.pt.new", "step-00000002.pt", "step-00000004.pt"]
+    assert sorted(p.name for p in (out / "checkpoints").iterdir()) == names
     assert train.main([*argv, "--resume"]) == 0
     same(out, whole)
 
@@ -587,10 +584,9 @@ def test_a_damaged_checkpoint_is_passed_over(
     argv, out = command(3, stage0, data, tmp_path / "run"), tmp_path / "run"
     assert train.main(argv) == 0
     (out / "config.json").unlink()
-    newest, before = (out / "checkpoints" / f"step-0000000{n}" for n in (8, 6))
-    file = newest / "optimizer.safetensors"
-    file.write_bytes(file.read_bytes()[:-100])
-    (out / "checkpoints" / ".step-00000009.new").mkdir()
+    newest, before = (out / "checkpoints" / f"step-0000000{n}.pt" for n in (8, 6))
+    newest.write_bytes(newest.read_bytes()[:-100])
+    (out / "checkpoints" / ".step-00000009.pt.new").touch()
     capsys.readouterr()
     assert train.main([*argv, "--resume"]) == 0
     said = capsys.readouterr().err
@@ -599,8 +595,8 @@ def test_a_damaged_checkpoint_is_passed_over(
     assert f"resuming from {before}" in said
     same(out, whole)
     kept = sorted(path.name for path in (out / "checkpoints").glob("[!.]*"))
-    assert kept == ["damaged-step-00000008", "step-00000006", "step-00000008"]
-    assert len(load_file(file)) > 0  # written anew
+    assert kept == ["damaged-step-00000008.pt", "step-00000006.pt", "step-00000008.pt"]
+    assert torch.load(newest, weights_only=True)["trained"]  # written again
 
 
 def test_another_recipe_does_not_go_on(
@@ -653,23 +649,25 @@ def test_signals_save(stage0: Path, data: Path, whole: Path, tmp_path: Path, nam
 
 
 def test_only_the_last_checkpoints_stay(whole: Path) -> None:
-    assert sorted(path.name for path in (whole / "checkpoints").iterdir()) == ["step-00000006", "step-00000008"]
+    assert sorted(path.name for path in (whole / "checkpoints").iterdir()) == ["step-00000006.pt", "step-00000008.pt"]
 
 
 def test_disk_full(
     stage0: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def full(tensors: dict[str, Tensor], path: Path) -> None:
-        if "00004" in str(path) and path.name == "optimizer.safetensors":
+    honest = torch.save
+
+    def full(data: dict[str, Any], path: Path) -> None:
+        if "00004" in str(path):
             path.write_bytes(b"half")
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        save_file(tensors, path)
+        honest(data, path)
 
-    monkeypatch.setattr(checkpoint, "save_file", full)
+    monkeypatch.setattr(torch, "save", full)
     out = tmp_path / "run"
     assert train.main(command(1, stage0, data, out, "--keep", 9)) == 0
     assert "no checkpoint at step 4, the ones before it stay: " in capsys.readouterr().err
-    assert [p.name[-1] for p in sorted((out / "checkpoints").iterdir())] == ["2", "6", "8"]
+    assert [p.stem[-1] for p in sorted((out / "checkpoints").iterdir())] == ["2", "6", "8"]
 
 
 # --- many processes
@@ -753,7 +751,7 @@ def test_a_batch_that_cannot_be_shared(
 def test_losses_that_are_no_numbers(
     stage0: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    honest = train.collate
+    honest = mixture.collate
 
     def poisoned(lion: Lion, samples: Samples) -> Batch:
         batch = honest(lion, samples)
@@ -771,7 +769,7 @@ def test_losses_that_are_no_numbers(
     for i, line in enumerate(lines):
         if math.isnan(line["loss"]):
             before, after = (
-                load_file(out / "checkpoints" / f"step-{n:08}" / "trained.safetensors") for n in (i, i + 1)
+                torch.load(out / "checkpoints" / f"step-{n:08}.pt", weights_only=True)["trained"] for n in (i, i + 1)
             )
             assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
 
