@@ -28,7 +28,7 @@ from torch import Tensor
 
 from lion_mini.config import PRESETS, LionConfig
 from lion_mini.files import Tensors, atomic_write, read_json, read_text, reading, run, write_shards
-from lion_mini.model.lion import LionModel
+from lion_mini.model.lion import skeleton
 from lion_mini.pipeline import Lion
 from lion_mini.quantize import quantise, to_int8
 from lion_mini.text.vocabularies import Vocabularies
@@ -201,12 +201,6 @@ def choose_config(path: Path | None, t5: Mapping[str, int]) -> LionConfig:
         return LionConfig.from_json(read_text(path))
 
 
-def planned(config: LionConfig) -> LionModel:
-    """The model on the meta device: names, shapes and dtypes alone."""
-    with torch.device("meta"):
-        return LionModel(config)
-
-
 # --- convert
 
 
@@ -222,7 +216,7 @@ def convert(args: argparse.Namespace) -> None:
             raise ValueError(f"{path}: the T5's {name} is {size}, the model's {expected}: --config gives other sizes")
     config = config if args.ram else replace(config, ram=None)
     Vocabularies.from_files(texts, config)  # raises if one does not fit
-    model = planned(config)
+    model = skeleton(config)
     plan = model.state_dict()
 
     # 2. Every parameter is in a file, or is initialised.
@@ -317,7 +311,7 @@ def inspect(args: argparse.Namespace) -> int:
         raise ValueError(f"{args.path}: none of its {len(source.shapes)} tensors has a name of an official file")
     print(f"{args.path}: {kind}, {len(source.shapes)} tensors")
     width = source.shapes.get("shared.weight", ())[-1:] or source.shapes.get("t5_proj.weight", ())[:1]
-    plan = planned(choose_config(args.config, dict(zip(["width"], width, strict=False)))).state_dict()
+    plan = skeleton(choose_config(args.config, dict(zip(["width"], width, strict=False)))).state_dict()
     problems, filled = 0, set[str | None]([None])
     for _, ours, line, wrong in places(source, KINDS[kind], plan):
         print(line)
@@ -335,7 +329,7 @@ def inspect(args: argparse.Namespace) -> int:
 
 def inspect_converted(folder: Path) -> int:
     model = Lion.from_pretrained(folder, dtype=None).model
-    plan, unknown = planned(model.config).state_dict(), 0
+    plan, unknown = skeleton(model.config).state_dict(), 0
     for name, tensor in model.state_dict().items():
         theirs = translate(name if name in plan else f"{name.removesuffix('scale')}weight", OFFICIAL)
         place = f"from {theirs}" if theirs else "UNKNOWN: the release has no such tensor"

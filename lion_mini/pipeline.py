@@ -23,7 +23,7 @@ from .config import EOS, IGNORE, PAD, LionConfig
 from .files import check_tensors, read_folder, read_text, reading, shapes_of
 from .images import lion_transform, ram_from_lion, ram_transform
 from .model.generate import GENERATION, Generation, generate, log_likelihoods
-from .model.lion import Batch, LionModel
+from .model.lion import Batch, LionModel, skeleton
 from .model.ram import Ram, select
 from .quantize import best_dtype, to_int8, usable
 from .text.prompts import EVAL_TEMPLATES, PLACEHOLDER, render, tag_sentence
@@ -76,8 +76,7 @@ class Lion:
         folder = TINY if str(folder) == "tiny" else Path(folder)
         config = read_config(folder)
         text = Vocabularies.from_folder(folder, config)
-        with torch.device("meta"):
-            model = LionModel(config)
+        model = skeleton(config)
         tensors = read_folder(folder, device, dtype)
         if any(tensor.dtype == torch.int8 for tensor in tensors.values()):
             to_int8(model)

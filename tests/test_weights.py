@@ -20,6 +20,7 @@ import weights
 from lion_mini import Lion, LionConfig
 from lion_mini.config import IGNORE, PRESETS
 from lion_mini.files import read_folder, write_shards
+from lion_mini.model.lion import skeleton
 
 FILES = {
     size: {
@@ -41,7 +42,7 @@ def manifest(file: str) -> dict[str, tuple[int, ...]]:
 
 
 def on_meta(config: LionConfig) -> dict[str, Tensor]:
-    return weights.planned(config).state_dict()
+    return skeleton(config).state_dict()
 
 
 # --- the real sizes, without the files

@@ -16,11 +16,12 @@ Compatible with the release's models/lion_t5.py.
 """
 
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from ..config import IGNORE, LionConfig
 from .aggregator import Aggregator
@@ -116,3 +117,16 @@ class LionModel(nn.Module):
         for part in (self.qformer, self.aggregator, self.t5):
             if part is not None:
                 part.recompute = mode
+
+
+class NoInit(TorchFunctionMode):
+    """Skips normal_: on the meta device it imports PyTorch's compiler, which takes a second."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return kwargs["tensor"] if func is nn.init.normal_ else func(*args, **(kwargs or {}))
+
+
+def skeleton(config: LionConfig) -> LionModel:
+    """A model of names and shapes, on the meta device, to be filled by `load_state_dict(assign=True)`."""
+    with torch.device("meta"), NoInit():
+        return LionModel(config)

@@ -18,7 +18,7 @@ from ..config import LionConfig
 from ..files import check_tensors, read_folder, shapes_of
 from ..model.adapters import MixtureOfAdapters
 from ..model.aggregator import Aggregator
-from ..model.lion import LionModel
+from ..model.lion import LionModel, skeleton
 from ..model.qformer import QFormer
 from ..pipeline import Lion, read_config
 from ..text.vocabularies import Vocabularies
@@ -39,8 +39,7 @@ def begin(
     if len(init) > 1 and config.adapters == 1:
         config = replace(config, adapter_width=len(init) * config.adapter_width)
     text = Vocabularies.from_folder(init[0], config)
-    with torch.device("meta"):
-        model = LionModel(config)
+    model = skeleton(config)
     expected = shapes_of(model.state_dict())
 
     # 1. Read the folders. What several have in common must be the same.

@@ -804,7 +804,7 @@ def test_bad_records_are_named_counted_and_at_last_too_many(
     assert train.main([*argv, "--batch", "16"]) == 2
     assert f"1 records in a row cannot be used: {alone}, record 1" in capsys.readouterr().err
     argv[argv.index("--data") + 1] = str(file)
-    for text, words in (("", "holds no record"), ("[", "is not JSON")):
+    for text, words in (("", "holds no record"), ("[", "not whole JSON")):
         file.write_text(text)
         argv[argv.index("--out") + 1] = str(tmp_path / "none")
         assert train.main(argv) == 2
