@@ -14,7 +14,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-Record = Callable[[Tensor], Any] | None  # is given the attention weights (b, h, t, n); None in normal use
+Recorder = Callable[[Tensor], Any] | None  # is given the attention weights (b, h, t, n); None in normal use
 
 
 def split_heads(x: Tensor, heads: int) -> Tensor:  # (b, t, h*e) -> (b, h, t, e)
@@ -28,7 +28,7 @@ def attention(
     mask: Tensor | None = None,
     scale: float | None = None,
     dropout: float = 0.0,
-    record: Record = None,
+    record: Recorder = None,
 ) -> Tensor:  # (b, h, t, e), (b, h, n, e), (b, h, n, e) -> (b, t, h*e)
     """softmax(q k^T * scale + mask) v for all heads; scale is 1/sqrt(e) by default.
 

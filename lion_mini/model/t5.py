@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from ..config import IGNORE, PAD, T5Config
 from .adapters import MixtureOfAdapters
-from .layers import Record, attention, recomputed, split_heads
+from .layers import Recorder, attention, recomputed, split_heads
 
 
 def bucket(distance: Tensor, buckets: int, max_distance: int) -> Tensor:
@@ -58,7 +58,7 @@ def relative_bias(table: nn.Embedding, length: int, max_distance: int, causal: b
 class Attention(nn.Module):
     """x + W_o attention(RMSNorm(x), ...), to the sequence itself (`forward`) or to an encoded one (`cross`)."""
 
-    record: Record = None
+    record: Recorder = None
 
     def __init__(self, config: T5Config):
         super().__init__()

@@ -16,11 +16,11 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from ..config import VitConfig
-from .layers import Mlp, Record, attention
+from .layers import Mlp, Recorder, attention
 
 
 class Attention(nn.Module):
-    record: Record = None
+    record: Recorder = None
 
     def __init__(self, width: int, heads: int):
         super().__init__()
