@@ -10,7 +10,7 @@ _BOX = re.compile(rf"\[{','.join([_NUMBER] * 4)}\]")
 
 @dataclass(frozen=True)
 class Box:
-    """Left, top, right and bottom edge. A model may write an inverted box, so that only `checked` refuses one."""
+    """Left, top, right and bottom edge. A model may write an inverted box, so only `checked` refuses one."""
 
     x1: float
     y1: float
@@ -19,15 +19,10 @@ class Box:
 
     @classmethod
     def checked(cls, x1: float, y1: float, x2: float, y2: float) -> "Box":
-        """The box, if it lies inside the image and has an area; else a ValueError says what is wrong."""
-        box = f"the box {x1:g},{y1:g},{x2:g},{y2:g}"
-        for name, value in (("x1", x1), ("y1", y1), ("x2", x2), ("y2", y2)):
-            if not 0 <= value <= 1:
-                raise ValueError(f"{box} lies outside the image: {name} {value:g} is not a fraction between 0 and 1")
-        for axis, before, start, end in (("x", "left of", x1, x2), ("y", "above", y1, y2)):
-            if start >= end:
-                fault = "empty" if start == end else "inverted"
-                raise ValueError(f"{box} is {fault}: {axis}1 {start:g} must be {before} {axis}2 {end:g}")
+        """The box; a ValueError if it is not inside the image or has no area."""
+        if not (0 <= x1 < x2 <= 1 and 0 <= y1 < y2 <= 1):
+            fault = "is inverted, empty or outside the image: 0 <= x1 < x2 <= 1 and 0 <= y1 < y2 <= 1 must hold"
+            raise ValueError(f"the box {x1:g},{y1:g},{x2:g},{y2:g} {fault}")
         return cls(x1, y1, x2, y2)
 
     @classmethod

@@ -7,9 +7,11 @@ one more name in `tasks`.
 """
 
 import json
-from dataclasses import asdict, dataclass, field, is_dataclass, replace
+from dataclasses import asdict, dataclass, is_dataclass
 from types import UnionType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from .files import need
 
 PAD, EOS = 0, 1  # T5's token ids; decoding starts from PAD
 IGNORE = -100  # a label that no loss counts
@@ -101,20 +103,20 @@ class RamConfig:
     tag_width: int = 512
     tags: int = 4585
     init_std: float = 0.02
-    head: TagHeadConfig = field(default_factory=TagHeadConfig)
+    head: TagHeadConfig = TagHeadConfig()
 
 
 @dataclass(frozen=True)
 class LionConfig:
     """The whole model. `ram=None` is a LION without its tagger: tags must then be given."""
 
-    vit: VitConfig = field(default_factory=VitConfig)
+    vit: VitConfig = VitConfig()
     taps: tuple[int, ...] = (38, 28, 18)  # blocks that the aggregator reads, 0-based, last first
-    qformer: QFormerConfig = field(default_factory=QFormerConfig)
-    aggregator: AggregatorConfig = field(default_factory=AggregatorConfig)
-    t5: T5Config = field(default_factory=T5Config)
+    qformer: QFormerConfig = QFormerConfig()
+    aggregator: AggregatorConfig = AggregatorConfig()
+    t5: T5Config = T5Config()
     adapter_width: int = 64
-    ram: RamConfig | None = field(default_factory=RamConfig)
+    ram: RamConfig | None = RamConfig()
     tasks: tuple[str, ...] = ("region", "image")  # the router's rows; adapter k starts as task k's own
     adapters: int = 2  # per feed-forward layer: 1 in stages 1 and 2, one per task and a router in stage 3
     visual_input: Literal["image", "region", "all"] = "all"  # which branches: Q-Former, aggregator, both
@@ -128,15 +130,10 @@ class LionConfig:
     def __post_init__(self) -> None:
         if self.adapters not in (0, 1, len(self.tasks)):
             raise ValueError(f"adapters is 0, 1 or {len(self.tasks)} (one per task), not {self.adapters}")
-        for tap in self.taps:
-            if not 0 <= tap < self.vit.depth:
-                raise ValueError(f"tap {tap} is not one of the ViT's blocks 0 to {self.vit.depth - 1}")
-        for name, width, heads in (
-            ("vit", self.vit.width, self.vit.heads),
-            ("qformer", self.qformer.width, self.qformer.heads),
-            ("aggregator", self.vit.width, self.aggregator.heads),
-        ):
-            if width % heads:
+        if not all(0 <= tap < self.vit.depth for tap in self.taps):
+            raise ValueError(f"taps {self.taps} are not all among the ViT's blocks 0 to {self.vit.depth - 1}")
+        for name, width in (("vit", self.vit.width), ("qformer", self.qformer.width), ("aggregator", self.vit.width)):
+            if width % (heads := getattr(self, name).heads):
                 raise ValueError(f"{name}: width {width} is not a multiple of its {heads} heads")
 
     @property
@@ -155,29 +152,24 @@ class LionConfig:
 
 def _parse(kind: Any, value: Any, path: str) -> Any:
     """`value` from JSON as `kind`: a dataclass, Literal, tuple, `X | None` or plain type."""
+    inner = get_args(kind)
     if isinstance(kind, type) and is_dataclass(kind):
         types = get_type_hints(kind)
-        if unknown := sorted(set(value) - set(types)):
-            raise ValueError(f"{path}.{unknown[0]} is unknown; {kind.__name__} has {', '.join(types)}")
+        if unknown := sorted(need(value, dict, path).keys() - types.keys()):
+            raise ValueError(f"{path}.{unknown[0]} is unknown; there are {', '.join(types)}")
         return kind(**{name: _parse(types[name], item, f"{path}.{name}") for name, item in value.items()})
-    if get_origin(kind) is tuple and isinstance(value, list):
-        return tuple(_parse(get_args(kind)[0], item, path) for item in value)
+    if get_origin(kind) is tuple:
+        return tuple(_parse(inner[0], item, path) for item in need(value, list, path))
     if get_origin(kind) is UnionType:
-        return None if value is None else _parse(get_args(kind)[0], value, path)
-    if get_origin(kind) is Literal and value in get_args(kind):
-        return value
-    if kind is float and type(value) is int:
-        return float(value)
-    if type(value) is not kind:
-        expected = " or ".join(get_args(kind)) if get_origin(kind) is Literal else getattr(kind, "__name__", kind)
-        raise ValueError(f"{path} must be {expected}, found {value!r:.60}")
-    return value
+        return None if value is None else _parse(inner[0], value, path)
+    if get_origin(kind) is Literal and value not in inner:
+        raise ValueError(f"{path} must be {' or '.join(inner)}, found {value!r:.60}")
+    return value if get_origin(kind) is Literal else kind(need(value, kind, path))
 
 
-_XL = LionConfig()
 PRESETS = {
-    "xl": _XL,
-    "xxl": replace(_XL, t5=replace(_XL.t5, width=4096, heads=64, mlp_width=10240)),
+    "xl": LionConfig(),
+    "xxl": LionConfig(t5=T5Config(width=4096, heads=64, mlp_width=10240)),
     "tiny": LionConfig(
         vit=VitConfig(image_size=48, patch_size=8, width=128, depth=6, heads=4, mlp_width=512),
         taps=(5, 4, 2),

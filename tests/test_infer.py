@@ -209,7 +209,7 @@ WRONG: dict[str, tuple[list[object], str]] = {
     "empty question": ([PHOTO, "--ask", "  "], "--ask is empty"),
     "empty expression": ([PHOTO, "--locate", ""], "--locate is empty"),
     "placeholder": ([PHOTO, "--ask", "who <extra_id_0>?"], "<extra_id_0>"),
-    "inverted box": ([PHOTO, "--describe", "0.5,0.1,0.2,0.9"], "x1 0.5 must be left of x2 0.2"),
+    "inverted box": ([PHOTO, "--describe", "0.5,0.1,0.2,0.9"], "0.5,0.1,0.2,0.9 is inverted, empty or outside"),
     "box outside": ([PHOTO, "--describe", "0.5,0.1,1.2,0.9"], "outside the image"),
     "pixels outside": ([PHOTO, "--pixels", "--describe", "5,5,9000,50"], "outside the image"),
     "no box": ([PHOTO, "--describe", "left"], "expected four numbers"),
