@@ -223,11 +223,11 @@ def test_callers_mistakes(golden_model: Lion, facts: dict, numbers: dict[str, Te
     pixels, questions, tags, tasks = inputs(facts, numbers, 0)
     for change, words in (
         ({"tasks": ["image", "regoin"]}, "the task 'regoin' is unknown; there are region, image"),
-        ({"tasks": ["image"]}, "one per question"),
+        ({"tasks": ["image"]}, "one entry per question"),
         ({"questions": ["  ", "a"]}, "question 0 is empty"),
         ({"questions": ["a", "b <extra_id_0> c"]}, "question 1 or its tags hold <extra_id_0>"),
         ({"pixels": pixels[:, :, :-1]}, r"pixels must be \(b, 3, 56, 56\)"),
-        ({"pixels": pixels[:1]}, "one per question"),
+        ({"pixels": pixels[:1]}, "one entry per question"),
         ({"tags": "red, blue"}, "tags must be a list, one entry per question"),
         ({"tags": [["red"]]}, "tags must be a list, one entry per question: found 1 for 2"),
         ({"tags": [["red"], ["a <extra_id_0>"]]}, "question 1 or its tags hold <extra_id_0>"),
@@ -241,9 +241,7 @@ def test_callers_mistakes(golden_model: Lion, facts: dict, numbers: dict[str, Te
         with pytest.raises(ValueError, match="one list of texts per question"):
             golden_model.rank(pixels, questions, tags, tasks, candidates)
     for answers in (["a"], ["a", "b", "c", "d"]):
-        with pytest.raises(
-            ValueError, match=f"answers must be a list, one entry per question: found {len(answers)} for 2"
-        ):
+        with pytest.raises(ValueError, match=f"answers must be a list, .*: found {len(answers)} for 2"):
             golden_model(pixels, questions, answers, tags, tasks)
     pictures = [Image.new("RGB", (9, 9))] * 2
     odds: list[Any] = ["red, blue", [["red"]]]
