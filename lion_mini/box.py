@@ -34,10 +34,7 @@ class Box:
 
     @classmethod
     def parse(cls, text: str) -> "Box | None":
-        """The first `[four numbers]` in a model's answer; None if there is none or a number exceeds 1.
-
-        Spaces are allowed, as the paper prints them; signs, other brackets and several boxes in one bracket are not.
-        """
+        """The first `[four numbers]` in a model's answer, as the paper prints them; None if a number exceeds 1."""
         match = _BOX.search(text)
         box = match and cls(*map(float, match.groups()))
         return box if box and max(astuple(box)) <= 1 else None

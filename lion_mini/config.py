@@ -7,9 +7,8 @@ one more name in `tasks`.
 """
 
 import json
-from dataclasses import asdict, dataclass, is_dataclass
-from types import UnionType
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from dataclasses import asdict, dataclass, is_dataclass, replace
+from typing import Any
 
 from .files import need
 
@@ -18,9 +17,7 @@ IGNORE = -100  # a label that no loss counts
 
 
 @dataclass(frozen=True)
-class VitConfig:
-    """EVA-CLIP ViT-g/14; the public file holds a 40th block that LION does not run."""
-
+class VitConfig:  # EVA-CLIP ViT-g/14; the public file holds a 40th block that LION does not run
     image_size: int = 224
     patch_size: int = 14
     width: int = 1408
@@ -35,9 +32,7 @@ class VitConfig:
 
 
 @dataclass(frozen=True)
-class QFormerConfig:
-    """BERT-base with cross-attention in every second layer and 32 learned queries."""
-
+class QFormerConfig:  # BERT-base with cross-attention in every second layer and 32 learned queries
     width: int = 768
     depth: int = 12
     heads: int = 12
@@ -52,9 +47,7 @@ class QFormerConfig:
 
 
 @dataclass(frozen=True)
-class AggregatorConfig:
-    """The vision aggregator: one block per tap after the first, as wide as the ViT."""
-
+class AggregatorConfig:  # The vision aggregator: one block per tap after the first, as wide as the ViT
     heads: int = 16
     mlp_width: int = 3072  # the release leaves BertConfig's default, although the width is 1408
     norm_eps: float = 1e-12
@@ -64,9 +57,7 @@ class AggregatorConfig:
 
 
 @dataclass(frozen=True)
-class T5Config:
-    """FlanT5-XL; heads * head_width need not equal width."""
-
+class T5Config:  # FlanT5-XL; heads * head_width need not equal width
     width: int = 2048
     head_width: int = 64
     heads: int = 32
@@ -80,9 +71,7 @@ class T5Config:
 
 
 @dataclass(frozen=True)
-class TagHeadConfig:
-    """RAM's recognition decoder: cross-attention from tags to image, no self-attention."""
-
+class TagHeadConfig:  # RAM's recognition decoder: cross-attention from tags to image, no self-attention
     width: int = 768
     depth: int = 2
     heads: int = 4
@@ -91,9 +80,7 @@ class TagHeadConfig:
 
 
 @dataclass(frozen=True)
-class RamConfig:
-    """Recognize Anything: Swin-L/384 and a tagging head over 4585 tags."""
-
+class RamConfig:  # Recognize Anything: Swin-L/384 and a tagging head over 4585 tags
     image_size: int = 384
     patch_size: int = 4
     width: int = 192
@@ -107,9 +94,7 @@ class RamConfig:
 
 
 @dataclass(frozen=True)
-class LionConfig:
-    """The whole model. `ram=None` is a LION without its tagger: tags must then be given."""
-
+class LionConfig:  # The whole model. `ram=None` is a LION without its tagger: tags must then be given
     vit: VitConfig = VitConfig()
     taps: tuple[int, ...] = (38, 28, 18)  # blocks that the aggregator reads, 0-based, last first
     qformer: QFormerConfig = QFormerConfig()
@@ -119,8 +104,8 @@ class LionConfig:
     ram: RamConfig | None = RamConfig()
     tasks: tuple[str, ...] = ("region", "image")  # the router's rows; adapter k starts as task k's own
     adapters: int = 2  # per feed-forward layer: 1 in stages 1 and 2, one per task and a router in stage 3
-    visual_input: Literal["image", "region", "all"] = "all"  # which branches: Q-Former, aggregator, both
-    tags: Literal["soft", "plain", "none"] = "soft"  # image tags behind the soft prompt, tags alone, or no tags
+    visual_input: str = "all"  # which branches: image (Q-Former), region (aggregator), or all
+    tags: str = "soft"  # image tags behind the soft prompt, tags alone, or no tags
     max_question_tokens: int = 128  # what the Q-Former reads
     max_prompt_tokens: int = 128  # what T5 reads, in training only
     max_answer_tokens: int = 128  # in training only
@@ -128,6 +113,9 @@ class LionConfig:
     made_by: str = ""  # the commands, seeds and hours that did
 
     def __post_init__(self) -> None:
+        for name, choices in (("visual_input", ("image", "region", "all")), ("tags", ("soft", "plain", "none"))):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} must be {' or '.join(choices)}, not {getattr(self, name)!r:.60}")
         if self.adapters not in (0, 1, len(self.tasks)):
             raise ValueError(f"adapters is 0, 1 or {len(self.tasks)} (one per task), not {self.adapters}")
         if not all(0 <= tap < self.vit.depth for tap in self.taps):
@@ -147,24 +135,20 @@ class LionConfig:
     @classmethod
     def from_json(cls, text: str) -> "LionConfig":
         """The config that `to_json` wrote. An unknown field or a value of another type raises with its path."""
-        return _parse(cls, json.loads(text), "config")
+        return _parse(cls(), json.loads(text), "config")
 
 
-def _parse(kind: Any, value: Any, path: str) -> Any:
-    """`value` from JSON as `kind`: a dataclass, Literal, tuple, `X | None` or plain type."""
-    inner = get_args(kind)
-    if isinstance(kind, type) and is_dataclass(kind):
-        types = get_type_hints(kind)
-        if unknown := sorted(need(value, dict, path).keys() - types.keys()):
-            raise ValueError(f"{path}.{unknown[0]} is unknown; there are {', '.join(types)}")
-        return kind(**{name: _parse(types[name], item, f"{path}.{name}") for name, item in value.items()})
-    if get_origin(kind) is tuple:
-        return tuple(_parse(inner[0], item, path) for item in need(value, list, path))
-    if get_origin(kind) is UnionType:
-        return None if value is None else _parse(inner[0], value, path)
-    if get_origin(kind) is Literal and value not in inner:
-        raise ValueError(f"{path} must be {' or '.join(inner)}, found {value!r:.60}")
-    return value if get_origin(kind) is Literal else kind(need(value, kind, path))
+def _parse(default: Any, value: Any, path: str) -> Any:
+    """`value` from JSON in place of `default`, which shows its type; of a config, fields may be left out."""
+    if value is None and path == "config.ram":
+        return None
+    if is_dataclass(default) and not isinstance(default, type):
+        if unknown := sorted(need(value, dict, path).keys() - vars(default).keys()):
+            raise ValueError(f"{path}.{unknown[0]} is unknown; there are {', '.join(vars(default))}")
+        return replace(default, **{k: _parse(getattr(default, k), v, f"{path}.{k}") for k, v in value.items()})
+    if isinstance(default, tuple):
+        return tuple(_parse(default[0], item, path) for item in need(value, list, path))
+    return type(default)(need(value, type(default), path))
 
 
 PRESETS = {

@@ -98,8 +98,8 @@ def load_templates(path: str | Path) -> dict[str, tuple[str, ...]]:
     Shikra's placeholders (`<expr>`, `<objs>`, `<question>`) will do. A ValueError says what is wrong with the file.
     """
     loaded = dict(TEMPLATES)
-    for kind, templates in read_json(Path(path)).items():
-        with reading(path):
+    with reading(path):
+        for kind, templates in read_json(Path(path)).items():
             if kind not in TEMPLATES:
                 raise ValueError(f"the task {kind!r} is unknown; there are {', '.join(TEMPLATES)}")
             texts = [need(text, str, kind) for text in need(templates, list, kind) or [""]]

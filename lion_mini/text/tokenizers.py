@@ -11,6 +11,7 @@ Hugging Face's `tokenizers`. Only characters newer than Unicode 8 may differ: Py
 """
 
 import re
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache, lru_cache
 from pathlib import Path
@@ -70,14 +71,14 @@ class UnigramTokenizer:
     def __len__(self) -> int:
         return len(self.tokens)
 
-    def encode(self, text: str, limit: int | None = None) -> list[int]:
+    def encode(self, text: str, limit: int = sys.maxsize) -> list[int]:
         """The ids of a text and `</s>`; beyond `limit` the front is cut off."""
         ids: list[int] = []
         for i, raw in enumerate(self.split_raw(text)):
             for j, part in enumerate([raw] if isinstance(raw, int) else self.split_normal(self.normalise(raw))):
                 words = [] if isinstance(part, int) else self.words(part, first=i == j == 0)
                 ids += [part] if isinstance(part, int) else [id for word in words for id in self.cut(word)]
-        return [*_keep_last(ids, limit, 1), self.eos_id]
+        return [*ids[max(0, len(ids) + 1 - limit) :], self.eos_id]
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of ids, without special tokens and ids beyond the vocabulary (T5's embedding has more rows)."""
@@ -134,13 +135,13 @@ class WordPieceTokenizer:
     def __len__(self) -> int:
         return len(self.vocab)
 
-    def encode(self, text: str, limit: int | None = None) -> list[int]:
+    def encode(self, text: str, limit: int = sys.maxsize) -> list[int]:
         """`[CLS]`, the ids of a text and `[SEP]`; beyond `limit` the front of the text is cut off."""
         ids: list[int] = []
         for part in self.split_raw(text):
             words = [] if isinstance(part, int) else "".join(map(_fold, part)).split()
             ids += [part] if isinstance(part, int) else [id for word in words for id in self.cut(word)]
-        return [self.cls_id, *_keep_last(ids, limit, 2), self.sep_id]
+        return [self.cls_id, *ids[max(0, len(ids) + 2 - limit) :], self.sep_id]
 
     def decode(self, ids: Iterable[int]) -> str:
         """The lower-case text of ids, without special tokens."""
@@ -187,13 +188,6 @@ class _Splitter:
             if self.tokens[parts[i]].get("rstrip"):
                 parts[i + 1] = parts[i + 1].lstrip(SPACE)
         return [self.tokens[part]["id"] if i % 2 else part for i, part in enumerate(parts) if part]
-
-
-def _keep_last(ids: list[int], limit: int | None, around: int) -> list[int]:
-    """As many of the last ids as fit into `limit` with the special tokens around them."""
-    if limit is not None and limit < around:
-        raise ValueError(f"limit is {limit}, but every text comes with {around} special tokens")
-    return ids if limit is None else ids[max(0, len(ids) + around - limit) :]
 
 
 def _tidy(text: str) -> str:

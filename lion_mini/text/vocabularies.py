@@ -19,18 +19,15 @@ class Vocabularies:
     @classmethod
     def from_folder(cls, folder: Path, config: LionConfig) -> "Vocabularies":
         """Read the files, the last two only with a tagger. A ValueError names one that does not fit the model."""
-        vocab, tokenizer, tags, scores = (folder / name for name in cls.FILES)
+        vocab, tokenizer, tags, thresholds = (folder / name for name in cls.FILES)
         words, pieces = WordPieceTokenizer.from_file(vocab), UnigramTokenizer.from_file(tokenizer)
-        names, least, count = list[str](), list[float](), 0
-        if config.ram:
-            names, count = read_lines(tags), config.ram.tags
-            for number, line in enumerate(read_lines(scores), 1):
-                with reading(f"{scores}, line {number}"):
-                    least.append(float(line))
-        sizes = [(vocab, len(words), config.qformer.vocab_size), (tags, len(names), count), (scores, len(least), count)]
-        for path, found, expected in sizes:
-            if found != expected:
-                raise ValueError(f"{path} has {found} lines, the model needs {expected}")
+        names, lines = (read_lines(tags), read_lines(thresholds)) if config.ram else ([], [])
+        count = config.ram.tags if config.ram else 0
+        sizes = (vocab, words, config.qformer.vocab_size), (tags, names, count), (thresholds, lines, count)
+        for path, entries, expected in sizes:
+            if len(entries) != expected:
+                raise ValueError(f"{path} has {len(entries)} lines, the model needs {expected}")
         if len(pieces) > config.t5.vocab_size:
             raise ValueError(f"{tokenizer} has {len(pieces)} pieces, T5 only {config.t5.vocab_size}")
-        return cls(words, pieces, names, least)
+        with reading(thresholds):
+            return cls(words, pieces, names, list(map(float, lines)))
