@@ -6,6 +6,7 @@ from dataclasses import astuple, dataclass
 
 _NUMBER = r"\s*([0-9]+(?:\.[0-9]*)?|\.[0-9]+)\s*"
 _BOX = re.compile(rf"\[{','.join([_NUMBER] * 4)}\]")
+_clamp = lambda value: min(max(0.0, value), 1.0)
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,3 @@ class Box:
         left, top = max(self.x1, other.x1), max(self.y1, other.y1)
         shared = Box(left, top, min(self.x2, other.x2), min(self.y2, other.y2)).area
         return shared / (self.area + other.area - shared) if self.area and other.area else 0.0
-
-
-def _clamp(value: float) -> float:
-    return min(max(0.0, value), 1.0)

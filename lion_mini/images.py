@@ -93,8 +93,7 @@ def open_image(source: str | Path | IO[bytes]) -> Image.Image:
 def draw_boxes(image: Image.Image, boxes: Sequence[tuple[Box, str] | tuple[Box, str, str | None]]) -> Image.Image:
     """A copy of the picture with (box, label) or (box, label, colour) drawn on; colours are PIL's names or #rrggbb.
 
-    A tiny picture is enlarged by a whole factor (to 256 px or more, 4096 at most) so that labels can be read. Labels
-    stay inside; long ones end in dots, non-Latin letters become squares. ValueError for an unknown colour.
+    A tiny picture is enlarged by a whole factor, so that labels can be read. Labels stay inside; long ones end in dots.
     """
     factor = max(1, min(math.ceil(256 / min(image.size)), 4096 // max(image.size)))
     width, height = image.width * factor, image.height * factor

@@ -34,7 +34,6 @@ DTYPES: dict[str, DType] = {"auto": "auto", "stored": None, "float32": torch.flo
 Texts = Sequence[str]
 Images = Sequence[Image.Image]
 Tags = Sequence[Texts] | Texts | None  # per question a list, or one text joined by ", "; None: RAM's
-ANSWER = GENERATION["answer"]
 Scored = list[tuple[str, float]]  # a picture's tags with RAM's scores
 
 
@@ -87,10 +86,8 @@ class Lion:
 
     # --- words -> Batch
 
-    def batch(
-        self, pixels: Tensor, questions: Texts, tags: Tags, tasks: Texts, answers: Texts | None = None
-    ) -> Batch:  # pixels (b, 3, s, s)
-        """Tensors for the model. With `answers`, for training, prompts and answers have a largest length."""
+    def batch(self, pixels: Tensor, questions: Texts, tags: Tags, tasks: Texts, answers: Texts | None = None) -> Batch:
+        """Pixels (b, 3, s, s) and words as tensors. With `answers` (training) prompts and answers have a largest length."""
         self.check(pixels, questions, tags, tasks, answers)
         # 1. Tags, unless they are given.
         if tags is None:
@@ -118,15 +115,16 @@ class Lion:
         size, count = self.config.vit.image_size, len(questions)
         for name, values in (("pixels", pixels), ("tags", tags), ("tasks", tasks), ("answers", answers)):
             if values is not None and (isinstance(values, str) or len(values) != count):
-                raise ValueError(f"{name} must be a list, one entry per question: found {len(values)} for {count}")
+                found = f"a {type(values).__name__} of {len(values)}"
+                raise ValueError(f"{name} must have one entry for each of {count} questions, found {found}")
         if pixels.shape[1:] != (3, size, size):
             raise ValueError(f"pixels must be (b, 3, {size}, {size}), found {tuple(pixels.shape)}")
         if unknown := set(tasks) - set(self.config.tasks):
             raise ValueError(f"the task {min(unknown)!r} is unknown; there are {', '.join(self.config.tasks)}")
-        for i, (question, tag) in enumerate(zip(questions, tags or [""] * count, strict=True)):
+        for i, (question, words) in enumerate(zip(questions, tags or [""] * count, strict=True)):
             if not question.strip():
                 raise ValueError(f"question {i} is empty")
-            if PLACEHOLDER in "".join([question, *tag]):
+            if PLACEHOLDER in "".join([question, *words]):
                 raise ValueError(f"question {i} or its tags hold {PLACEHOLDER}, which is the soft prompt's place")
 
     def prompts(self, questions: Texts, tags: Sequence[Texts]) -> list[str]:
@@ -134,7 +132,7 @@ class Lion:
         if self.config.tags == "none":
             return list(questions)
         soft = self.config.tags == "soft"
-        return [tag_sentence(one, soft) + question for one, question in zip(tags, questions, strict=True)]
+        return [tag_sentence(words, soft) + question for words, question in zip(tags, questions, strict=True)]
 
     def training_prompt(self, question: str, tags: Texts) -> list[int]:
         """The prompt's ids, at most `max_prompt_tokens` if that is possible: tags are dropped from the end."""
@@ -150,9 +148,7 @@ class Lion:
 
     # --- Batch -> model -> words
 
-    def __call__(
-        self, pixels: Tensor, questions: Texts, answers: Texts, tags: Tags, tasks: Texts
-    ) -> Tensor:  # (b, 3, s, s) -> ()
+    def __call__(self, pixels: Tensor, questions: Texts, answers: Texts, tags: Tags, tasks: Texts) -> Tensor:  # -> ()
         """The language-modelling loss: the mean cross-entropy over all answer tokens, `</s>` included."""
         return self.model(self.batch(pixels, questions, tags, tasks, answers))
 
@@ -163,13 +159,13 @@ class Lion:
 
     @torch.inference_mode()
     def generate_ids(
-        self, pixels: Tensor, questions: Texts, tags: Tags, tasks: Texts, settings: Generation = ANSWER
+        self, pixels: Tensor, questions: Texts, tags: Tags, tasks: Texts, settings: Generation = GENERATION["answer"]
     ) -> Tensor:  # (b, 3, s, s) -> (b * returns, t)
         batch = self.batch(pixels, questions, tags, tasks)
         return generate(self.model.t5, *self.model.encode(batch), batch.task, settings)
 
     def generate(
-        self, pixels: Tensor, questions: Texts, tags: Tags, tasks: Texts, settings: Generation = ANSWER
+        self, pixels: Tensor, questions: Texts, tags: Tags, tasks: Texts, settings: Generation = GENERATION["answer"]
     ) -> list[str] | list[list[str]]:
         """One string per sample, or a list of `settings.returns` strings per sample if that is more than one."""
         ids, n = self.generate_ids(pixels, questions, tags, tasks, settings).tolist(), settings.returns
@@ -228,21 +224,20 @@ class Lion:
         """Answers about pictures of any size: both transforms, tags, prompt, answer and its score."""
         pixels = torch.stack([lion_transform(image, self.config.vit.image_size) for image in images])
         self.check(pixels, questions, tags, tasks)
-        if self.config.tags == "none":
-            tags = [()] * len(images)
-        if tags is None:
+        given: Tags = [()] * len(images) if self.config.tags == "none" else tags
+        if given is None:
             scored = self.scored_tags(images)
         else:
-            scored = [[(tag, 1.0) for tag in (one.split(", ") if isinstance(one, str) else one)] for one in tags]
-        names = [[tag for tag, _ in one] for one in scored]
+            scored = [[(tag, 1.0) for tag in (row.split(", ") if isinstance(row, str) else row)] for row in given]
+        names = [[tag for tag, _ in row] for row in scored]
         batch = self.batch(pixels, questions, names, tasks)
         encoded = (*self.model.encode(batch), batch.task)
         ids = generate(self.model.t5, *encoded, settings)[:: settings.returns].tolist()
         written = [row[1 : row.index(EOS) + 1] if EOS in row else row[1:] for row in ids]
         sums = log_likelihoods(self.model.t5, *encoded, [[row] for row in written])
         return [
-            Answer(self.text.pieces.decode(row), prompt, one, total[0] / len(row))
-            for row, prompt, one, total in zip(written, self.prompts(questions, names), scored, sums, strict=True)
+            Answer(self.text.pieces.decode(row), prompt, tags, total / len(row))
+            for row, prompt, tags, [total] in zip(written, self.prompts(questions, names), scored, sums, strict=True)
         ]
 
     def ask(self, image: Image.Image, kind: str, settings: Generation, **fields: str | Box) -> str:
@@ -273,8 +268,5 @@ def pad(rows: Sequence[Sequence[int]], value: int) -> tuple[Tensor, Tensor | Non
 
 def read_config(folder: Path) -> LionConfig:
     """The config.json of a folder that weights.py convert or training wrote."""
-    path = folder / "config.json"
-    if not path.is_file():
-        raise ValueError(f"{folder} has no config.json: it is not a folder of weights.py or train.py")
-    with reading(path):
+    with reading(path := folder / "config.json"):
         return LionConfig.from_json(read_text(path))

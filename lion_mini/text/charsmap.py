@@ -64,11 +64,6 @@ def clusters(text: str) -> list[str]:
     return [text[start:end] for start, end in pairwise([*starts, len(text)])]
 
 
-def split_at_spaces(text: str, first: bool) -> list[str]:
-    """The words; the first is empty if the text begins with a space."""
-    return re.split(f"[{SPACE}]+", text)
-
-
 class Metaspace:
     """A space becomes a visible mark that belongs to the word behind it: "a dog" is ▁a, ▁dog."""
 
@@ -101,7 +96,7 @@ def read_steps(key: str, spec: Any) -> list[Any]:
             case "normalizer", {"type": "Strip", "strip_left": left, "strip_right": right}:
                 return [methodcaller("lstrip", SPACE)] * left + [methodcaller("rstrip", SPACE)] * right
             case "pre_tokenizer", {"type": "WhitespaceSplit"}:
-                return [split_at_spaces]
+                return [lambda text, first: re.split(f"[{SPACE}]+", text)]
             case "pre_tokenizer" | "decoder", {"type": "Metaspace"}:
                 return [Metaspace(spec)]
         raise ValueError("it is unknown or incomplete")

@@ -13,7 +13,7 @@ Hugging Face's `tokenizers`. Only characters newer than Unicode 8 may differ: Py
 import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from functools import cache, lru_cache
+from functools import cache, lru_cache, reduce
 from pathlib import Path
 from typing import Any
 from unicodedata import category, normalize
@@ -22,9 +22,7 @@ from ..files import need, read_json, read_text, reading
 from .charsmap import SPACE, read_steps
 
 # The blocks of Chinese characters that BERT's authors chose.
-_HAN = re.compile(
-    "[㐀-䶿一-鿿\uf900-\ufaff\U00020000-\U0002a6df\U0002a700-\U0002b81f\U0002b920-\U0002ceaf\U0002f800-\U0002fa1f]"
-)
+_HAN = "[㐀-䶿一-鿿\uf900-\ufaff\U00020000-\U0002a6df\U0002a700-\U0002b81f\U0002b920-\U0002ceaf\U0002f800-\U0002fa1f]"
 
 
 class UnigramTokenizer:
@@ -87,9 +85,7 @@ class UnigramTokenizer:
         return _tidy("".join(t.replace(self.decoder.mark, " " if i else first) for i, t in enumerate(tokens)))
 
     def normalise(self, text: str) -> str:
-        for step in self.normalizers:
-            text = step(text)
-        return text
+        return reduce(lambda text, step: step(text), self.normalizers, text)
 
     def words(self, text: str, first: bool) -> list[str]:  # first: the whole text begins with this part
         words = [text]
@@ -168,7 +164,7 @@ def _fold(char: str) -> str:
     if char == "\ufffd" or (category(char) in ("Cc", "Cf", "Co", "Cs") and char not in "\t\n\r"):
         return ""
     plain = [c for c in normalize("NFD", char) if category(c) != "Mn"]
-    apart = _HAN.match(char) or any(category(c)[0] == "P" or c in "$+<=>^`|~" for c in plain)
+    apart = re.match(_HAN, char) or any(category(c)[0] == "P" or c in "$+<=>^`|~" for c in plain)
     return f" {''.join(plain)} " if apart else "".join(plain).lower()
 
 

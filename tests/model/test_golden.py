@@ -223,13 +223,13 @@ def test_callers_mistakes(golden_model: Lion, facts: dict, numbers: dict[str, Te
     pixels, questions, tags, tasks = inputs(facts, numbers, 0)
     for change, words in (
         ({"tasks": ["image", "regoin"]}, "the task 'regoin' is unknown; there are region, image"),
-        ({"tasks": ["image"]}, "one entry per question"),
+        ({"tasks": ["image"]}, "one entry for each of 2 questions"),
         ({"questions": ["  ", "a"]}, "question 0 is empty"),
         ({"questions": ["a", "b <extra_id_0> c"]}, "question 1 or its tags hold <extra_id_0>"),
         ({"pixels": pixels[:, :, :-1]}, r"pixels must be \(b, 3, 56, 56\)"),
-        ({"pixels": pixels[:1]}, "one entry per question"),
-        ({"tags": "red, blue"}, "tags must be a list, one entry per question"),
-        ({"tags": [["red"]]}, "tags must be a list, one entry per question: found 1 for 2"),
+        ({"pixels": pixels[:1]}, "one entry for each of 2 questions"),
+        ({"tags": "red, blue"}, "tags must have one entry for each of 2 questions"),
+        ({"tags": [["red"]]}, "tags must have one entry for each of 2 questions, found a list of 1"),
         ({"tags": [["red"], ["a <extra_id_0>"]]}, "question 1 or its tags hold <extra_id_0>"),
         ({"tags": ["red", "a <extra_id_0>"]}, "question 1 or its tags hold <extra_id_0>"),
     ):
@@ -241,14 +241,14 @@ def test_callers_mistakes(golden_model: Lion, facts: dict, numbers: dict[str, Te
         with pytest.raises(ValueError, match="one list of texts per question"):
             golden_model.rank(pixels, questions, tags, tasks, candidates)
     for answers in (["a"], ["a", "b", "c", "d"]):
-        with pytest.raises(ValueError, match=f"answers must be a list, .*: found {len(answers)} for 2"):
+        with pytest.raises(ValueError, match=f"answers must have one entry .* found a list of {len(answers)}"):
             golden_model(pixels, questions, answers, tags, tasks)
     pictures = [Image.new("RGB", (9, 9))] * 2
     odds: list[Any] = ["red, blue", [["red"]]]
     for odd in odds:
-        with pytest.raises(ValueError, match="tags must be a list, one entry per question"):
+        with pytest.raises(ValueError, match="tags must have one entry for each of 2 questions"):
             golden_model(pixels, questions, ["a", "b"], odd, tasks)
-        with pytest.raises(ValueError, match="tags must be a list, one entry per question"):
+        with pytest.raises(ValueError, match="tags must have one entry for each of 2 questions"):
             golden_model.respond(pictures, questions, tasks, Generation(), odd)
 
 
