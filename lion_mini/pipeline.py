@@ -87,7 +87,7 @@ class Lion:
     # --- words -> Batch
 
     def batch(self, pixels: Tensor, questions: Texts, tags: Tags, tasks: Texts, answers: Texts | None = None) -> Batch:
-        """Pixels (b, 3, s, s) and words as tensors. With `answers` (training) prompts and answers have a largest length."""
+        """Pixels (b, 3, s, s) and words as tensors. With `answers` (training) lengths are limited."""
         self.check(pixels, questions, tags, tasks, answers)
         # 1. Tags, unless they are given.
         if tags is None:

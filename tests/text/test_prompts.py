@@ -102,7 +102,7 @@ def test_parse_survives_any_string() -> None:
 
 def test_checked_box() -> None:
     assert Box.checked(0, 0.25, 0.5, 1) == Box(0, 0.25, 0.5, 1)
-    with pytest.raises(ValueError, match="the box 0.5,0.2,0.3,0.9 is inverted, empty or outside the image: 0 <= x1"):
+    with pytest.raises(ValueError, match=r"the box 0.5,0.2,0.3,0.9 is inverted, empty or outside the image: 0 <= x1"):
         Box.checked(0.5, 0.2, 0.3, 0.9)
     empty = (0.5, 0.2, 0.6, 0.2), (0.5, 0.2, 0.5, 0.3)
     for bad in (*empty, (-0.1, 0, 1, 1), (0, 0, 1, 20), (0, math.nan, 1, 1)):
