@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from lion_mini.data.mixture import MicroBatches, Mixture, loader
+from lion_mini.data.mixture import MicroBatches, Mixture, micro_batches
 from lion_mini.data.records import Records, check
 from lion_mini.images import lion_transform
 from lion_mini.toy.source import Toy
@@ -70,15 +70,15 @@ BAD = [
     ({"image": "0.png", "question": "  "}, "it has no question"),
     ({"image": "0.png", "question": "what is <extra_id_0>?"}, "must not hold <extra_id_0>"),
     ({"image": "0.png", "question": "what?", "answer": {"a": 1}}, "its answer must be text"),
-    ({"image": "0.png", "question": "what?", "tags": [1]}, "each of its tags must be text, found 1"),
+    ({"image": "0.png", "question": "what?", "tags": [1]}, "its tag must be text, found 1"),
     ({"image": "0.png", "question": "what?", "tags": ["a", "<extra_id_0>"]}, "tags must not hold <extra_id_0>"),
     ({"image": "0.png", "question": "what?", "tags": "a, <extra_id_0>"}, "tags must not hold <extra_id_0>"),
     ({"image": "0.png", "question": "what?", "category": "regoin_level"}, "'regoin_level' is none of region_level"),
     (REGION | {"answer": "[0.5,0.2,0.3,0.4]"}, "is no box"),
     (REGION | {"answer": "[10,20,300,400]"}, "is no box"),
     (REGION | {"question": "what is in [0.1,0.2,0.3]?"}, "is no box"),
-    ({"image": "missing.png", "question": "what?"}, "missing.png cannot be read: No such file"),
-    ({"image": "long" * 99, "question": "what?"}, "cannot be read: File name too long"),
+    ({"image": "missing.png", "question": "what?"}, "missing.png: No such file"),
+    ({"image": "long" * 99, "question": "what?"}, "File name too long"),
     ({"image": "broken.png", "question": "what?"}, "broken.png"),
 ]
 
@@ -89,13 +89,19 @@ def test_each_bad_record_is_one_sentence_with_its_place(folder: Path) -> None:
     for name in ("bad.json", "bad.jsonl"):
         source = Records(write(folder / name, [*(record for record, _ in BAD), good]), folder, BOTH)
         batch = MicroBatches(Mixture([source], None, seed=1), len(source), 28)[0]
-        assert batch.questions == ["what?"]
-        assert len(batch.bad) == len(BAD)
-        assert len(batch.pixels) == 1
+        assert batch.questions == ["what?"] * len(batch.pixels)  # the batch is full: each was replaced by the good one
+        assert len(batch.pixels) == len(source)
         for i, (_, words) in enumerate(BAD, 1):
-            (sentence,) = (line for line in batch.bad if line.startswith(f"{folder / name}, record {i}: "))
+            (sentence,) = {line for line in batch.bad if line.startswith(f"{folder / name}, record {i}: ")}
             assert words in sentence
             assert "\n" not in sentence
+
+
+def test_only_bad_records_end_the_run(folder: Path) -> None:
+    for count, words in ((3, "3 records in a row"), (101, "100 records in a row")):
+        batches = MicroBatches(Mixture([numbered(folder, "a.jsonl", count, category="none")], None, seed=1), 2, 28)
+        with pytest.raises(ValueError, match=f"{words} cannot be used: .*a.jsonl, record .*'none' is none of"):
+            next(micro_batches(batches, range(9), workers=0))
 
 
 def test_a_line_that_is_no_json_costs_only_itself(folder: Path) -> None:
@@ -175,7 +181,7 @@ def test_processes_share_an_epoch_without_gap_or_overlap(folder: Path, processes
     seen = [
         answer
         for rank in range(processes)
-        for batch in loader(micro, range(rank, 24 // size, processes), workers=0)
+        for _, batch in micro_batches(micro, range(rank, 24 // size, processes), workers=0)
         for answer in batch.answers
     ]
     assert sorted(map(int, seen)) == list(range(24))
@@ -183,9 +189,9 @@ def test_processes_share_an_epoch_without_gap_or_overlap(folder: Path, processes
 
 def test_workers_change_nothing(folder: Path) -> None:
     micro = MicroBatches(Mixture([numbered(folder, "a.jsonl", 24)], None, seed=5), 4, 28)
-    alone, helped = (list(loader(micro, range(1, 12, 2), workers)) for workers in (0, 2))
-    assert [b.names for b in alone] == [b.names for b in helped]
-    assert all(torch.equal(a.pixels, b.pixels) for a, b in zip(alone, helped, strict=True))
+    alone, helped = (list(micro_batches(micro, range(1, 6, 2), workers)) for workers in (0, 2))
+    assert [(n, batch.names) for n, batch in alone] == [(n, batch.names) for n, batch in helped]
+    assert all(torch.equal(a.pixels, b.pixels) for (_, a), (_, b) in zip(alone, helped, strict=True))
 
 
 def test_only_image_level_is_augmented(folder: Path) -> None:
