@@ -31,7 +31,7 @@ from tqdm import tqdm, trange
 
 from lion_mini import GENERATION, Box, Lion, toy
 from lion_mini.data.records import TASKS, Records
-from lion_mini.data.tagging import tag_records
+from lion_mini.data.convert import tag_records
 from lion_mini.files import reading, run
 from lion_mini.images import draw_boxes, open_image
 from lion_mini.pipeline import DTYPES, Answer

@@ -17,9 +17,12 @@ Instructions are drawn from the paper's templates (or those of `--templates FILE
 
 import argparse
 import json
+import os
 import random
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import astuple
 from functools import partial
 from itertools import zip_longest
@@ -27,11 +30,12 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image, ImageDraw
+from tqdm import tqdm, trange
 
 from ..box import Box
 from ..evaluation.readers import Example, any_box_of, aokvqa, captions, refcoco, rows, textcaps, vqa
 from ..files import atomic_write, json_lines, need, printable, read_json, reading, run
-from ..images import ImageFolder, draw_boxes
+from ..images import ImageFolder, draw_boxes, open_image
 from ..text.prompts import TASK_OF, TEMPLATES, load_templates, render
 from . import records as training
 from .records import BRACKETED, Records
@@ -217,6 +221,65 @@ def draw(examples: Iterable[training.Example]) -> Image.Image:
         text = "\n".join(f"{printable(text):.55}" for text in (example.question, example.answer))
         ImageDraw.Draw(sheet).text((x + 4, 300), text, fill="black")
     return sheet
+
+
+def tag_records(source: Records, out: Path, batch_size: int, tagger: Callable[[list], list]) -> int:
+    """Write the records to `out`, one per line in their order; those without tags get the tags of their picture.
+
+    A record that cannot be used is named on stderr and copied. The first records may be in `out` already. `tagger` maps
+    pictures to lists of tags, and is not called if none are missing. Returns how many records have no tags.
+    """
+    done, tags = resume(source, out), dict[Path, list[str]]()
+    with open(out, "ab") as file:
+        for start in trange(done, len(source), batch_size, unit_scale=batch_size, disable=None):
+            batch = range(start, min(start + batch_size, len(source)))
+            paths, new = dict[int, Path](), dict[Path, Image.Image]()  # per untagged record; the pictures to be tagged
+            for i in batch:
+                try:
+                    with reading(source.name(i)):
+                        fields = source.fields(i)
+                        if fields["tags"] is None:
+                            paths[i] = source.picture(fields["image"])
+                            if paths[i] not in tags:
+                                new[paths[i]] = open_image(paths[i])
+                except ValueError as error:
+                    tqdm.write(str(error), file=sys.stderr)
+            tags.update(zip(new, tagger(list(new.values())) if new else (), strict=True))
+            for i in batch:
+                more = {"tags": tags[paths[i]]} if paths.get(i) in tags else {}
+                file.write(as_line(source.line(i), more) + b"\n")
+            file.flush()
+    return sum(split(line)[1] is None for line in out.read_bytes().split(b"\n")[:-1])
+
+
+def resume(source: Records, out: Path) -> int:
+    """Count the records in `out`. A killed run's torn last line is cut off."""
+    if out.is_dir() or out.resolve() == source.path.resolve():
+        raise ValueError(f"--out {out} is a folder or the file that --data reads: choose another file")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    *lines, torn = out.read_bytes().split(b"\n") if out.exists() else [b""]
+    line = as_line(source.line(min(max(len(lines), 1), len(source)) - 1), {})
+    ours = split(lines[-1])[0] == split(line)[0] if lines else torn.startswith(line[:-1][: len(torn)])
+    if not ours or len(lines) > len(source):
+        raise ValueError(f"--out {out} does not hold the first records of --data: choose another file")
+    if torn:
+        os.truncate(out, out.stat().st_size - len(torn))
+    return len(lines)
+
+
+def as_line(line: bytes, more: dict[str, Any]) -> bytes:
+    """The record as one line of JSON, with `more` fields. A line that is no record stays as it is."""
+    with suppress(ValueError, RecursionError, TypeError):
+        return json.dumps(json.loads(line) | more, ensure_ascii=False).encode("utf-8", "backslashreplace")
+    return line.strip()
+
+
+def split(line: bytes) -> tuple[Any, Any]:
+    """The record of a line without its tags, and the tags."""
+    with suppress(ValueError, RecursionError):
+        if isinstance(record := json.loads(line), dict):
+            return record, record.pop("tags", None)
+    return line, None
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -73,32 +73,31 @@ class Records:
     def __len__(self) -> int:
         return len(self.whole or self.starts)
 
+    def line(self, index: int) -> bytes:
+        if self.whole:
+            return json.dumps(self.whole[index]).encode()
+        with open(self.path, "rb") as file:
+            file.seek(self.starts[index])
+            return file.readline()
+
+    def fields(self, index: int) -> dict[str, Any]:
+        """Image, question, answer, tags and task of a record."""
+        with reading(self.name(index)):
+            return check(json.loads(self.line(index)))
+
+    def name(self, index: int) -> str:
+        return f"{self.path}, record {index + 1}"
+
+    def picture(self, name: str) -> Path:
+        """The path of a picture; one that is missing should lie below `root`."""
+        return self.images.find(name) or self.images.root / name
+
     def read(self, index: int, rng: random.Random) -> Example:
         with reading(name := self.name(index)):
             fields = self.fields(index)
             if fields["task"] not in self.tasks:
                 raise ValueError(f"it is {fields['task']}-level, which this stage does not train")
             return Example(open_image(self.picture(fields.pop("image"))), name=name, **fields)
-
-    def name(self, index: int) -> str:
-        return f"{self.path}, record {index + 1}"
-
-    def fields(self, index: int) -> dict[str, Any]:
-        """Image, question, answer, tags and task of a record."""
-        with reading(self.name(index)):
-            return check(self.raw(index))
-
-    def picture(self, name: str) -> Path:
-        """The path of a picture; one that is missing should lie below `root`."""
-        return self.images.find(name) or self.images.root / name
-
-    def raw(self, index: int) -> Any:
-        return self.whole[index] if self.whole else json.loads(self.line(index))
-
-    def line(self, index: int) -> bytes:
-        with open(self.path, "rb") as file:
-            file.seek(self.starts[index])
-            return file.readline()
 
 
 def check(record: Any) -> dict[str, Any]:

@@ -136,7 +136,7 @@ def test_list_and_lines_are_the_same_records(folder: Path) -> None:
         assert (one.question, one.answer) == (two.question, two.answer) == (f"question {i}", str(i))
     for source in (lines, whole):  # as some editors begin a text
         source.path.write_bytes(b"\xef\xbb\xbf" + source.path.read_bytes())
-        assert [Records(source.path, folder, BOTH).raw(i) for i in range(12)] == whole.whole
+        assert [json.loads(Records(source.path, folder, BOTH).line(i)) for i in range(12)] == whole.whole
 
 
 # --- order
