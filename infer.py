@@ -91,8 +91,7 @@ def open_lion(args: argparse.Namespace) -> Lion:
     if args.no_tags:
         lion.config = replace(lion.config, tags="none")
     if args.dtype == "auto":
-        chosen = str(lion.dtype).removeprefix("torch.")
-        print(f"--dtype auto: {args.weights} computes in {chosen} on {lion.device}", file=sys.stderr)
+        print(f"--dtype auto: {args.weights} computes in {str(lion.dtype)[6:]} on {lion.device}", file=sys.stderr)
     return lion
 
 

@@ -19,6 +19,7 @@ import argparse
 import json
 import os
 import random
+import re
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -40,8 +41,6 @@ from ..text.prompts import TASK_OF, TEMPLATES, load_templates, render
 from . import records as training
 from .records import BRACKETED, Records
 
-Sample = tuple[str, str, Any]  # picture; question, expression or (for captions) nothing; answer or Box
-
 
 def records(name: str, kind: str, paths: Sequence[Path], templates: dict[str, tuple[str, ...]], seed: int) -> Iterator:
     """The records of a data set in its order. `question` is empty if the text that its template needs is empty."""
@@ -58,8 +57,8 @@ def records(name: str, kind: str, paths: Sequence[Path], templates: dict[str, tu
         yield {"image": image, "question": question, "answer": answer, "category": f"{TASK_OF[kind]}_level"}
 
 
-def samples(examples: Iterable[Example], kind: str) -> Iterator[Sample]:
-    """Each caption; the annotators' most frequent answer, of equally frequent ones the first; boxes with an area."""
+def samples(examples: Iterable[Example], kind: str) -> Iterator[tuple[str, str, Any]]:
+    """Picture; question, expression or (for captions) nothing; answer or Box. Of several answers the most frequent."""
     for example in examples:
         image = str(example.image)
         if kind == "caption":
@@ -68,7 +67,7 @@ def samples(examples: Iterable[Example], kind: str) -> Iterator[Sample]:
         elif example.box is None:
             answer = max(example.references, key=example.references.count, default="")
             yield image, example.fields["question"], answer
-        elif Box(*(round(edge, 3) for edge in astuple(example.box))).area:  # as it is written
+        elif Box(*(round(edge, 3) for edge in astuple(example.box))).area:  # as records write it
             yield image, example.fields["expression"], example.box
 
 
@@ -108,33 +107,26 @@ def regions(paths: Sequence[Path]) -> Iterator[Example]:
 
 def official_regions(paths: Sequence[Path]) -> Iterator[tuple[str, Any]]:
     """Each region with its place, its fields named as in Shikra's lines; `bbox` is x, y, width and height."""
-    pictures, described = dict[str, dict[str, Any]](), list[tuple[str, Any]]()
-    for path in paths:
-        for where, row in rows(path, read_json(path, list)):
-            with reading(where):
-                if "regions" in row:
-                    described.append((where, row))
-                else:  # only the URL tells VG_100K from VG_100K_2
-                    pictures[str(row["image_id"])] = row | {"img_path": "/".join(row["url"].split("/")[-2:])}
-    if not pictures or not described:
-        raise ValueError(f"{' and '.join(map(str, paths))}: expected region_descriptions.json and image_data.json")
-    for where, row in described:
-        for place, region in rows(where, row, "regions"):
+    listed = [each for path in paths for each in rows(path, read_json(path, list))]
+    with reading(" and ".join(map(str, paths))):
+        pictures = {str(row["image_id"]): row for _, row in listed if "regions" not in row}
+    for where, row in listed:
+        for place, region in rows(where, row, "regions") if "regions" in row else ():
             with reading(place):
                 id = str(region.get("image_id", row.get("id")))  # version 1.0 has it in the row alone
                 if id not in pictures:
-                    raise ValueError(f"image_data.json has no image {id}")
+                    raise ValueError(f"image_data.json, which --ann needs too, has no image {id}")
+                image = "/".join(pictures[id]["url"].split("/")[-2:])  # only the URL tells VG_100K from VG_100K_2
                 bbox = [region[edge] for edge in ("x", "y", "width", "height")]
-                yield place, pictures[id] | {"bbox": bbox, "expression": region["phrase"]}
+                yield place, pictures[id] | {"img_path": image, "bbox": bbox, "expression": region["phrase"]}
 
 
 def released(paths: Sequence[Path]) -> Iterator[dict[str, Any]]:
     for source in (Records(path, Path()) for path in paths):
-        for i in range(len(source)):
-            fields = source.fields(i)
-            fields["category"] = f"{fields.pop('task')}_level"
-            tags = fields.pop("tags")
-            yield fields if tags is None else fields | {"tags": tags}
+        for fields in map(source.fields, range(len(source))):
+            given = {name: fields[name] for name in ("image", "question", "answer")}
+            tags = {} if fields["tags"] is None else {"tags": fields["tags"]}
+            yield given | {"category": f"{fields['task']}_level"} | tags
 
 
 DATA_SETS: dict[str, tuple[Callable, dict[str, int]]] = {  # the reader; kinds of record, and their number in Table 7
@@ -194,8 +186,8 @@ def inspect(args: argparse.Namespace) -> None:
             continue
         missing += picture is None
         counts[f"{fields['task']}_level, {'with' if fields['tags'] is not None else 'without'} tags"] += 1
-        longest.append((len(fields["question"].split()), number, printable(fields["question"])))
-        longest = sorted(longest, reverse=True)[:3]
+        words = len(fields["question"].split())
+        longest = sorted([*longest, (words, number, printable(fields["question"]))], reverse=True)[:3]
     print(f"{args.file}: {len(source):,} records")
     for name, count in sorted(counts.items()):
         print(f"  {count:,} {name}")
@@ -236,12 +228,11 @@ def tag_records(source: Records, out: Path, batch_size: int, tagger: Callable[[l
             paths, new = dict[int, Path](), dict[Path, Image.Image]()  # per untagged record; the pictures to be tagged
             for i in batch:
                 try:
-                    with reading(source.name(i)):
-                        fields = source.fields(i)
-                        if fields["tags"] is None:
-                            paths[i] = source.picture(fields["image"])
-                            if paths[i] not in tags:
-                                new[paths[i]] = open_image(paths[i])
+                    fields = source.fields(i)
+                    if fields["tags"] is None:
+                        paths[i] = path = source.picture(fields["image"])
+                        with reading(fields["name"]):
+                            new |= {} if path in tags else {path: open_image(path)}
                 except ValueError as error:
                     tqdm.write(str(error), file=sys.stderr)
             tags.update(zip(new, tagger(list(new.values())) if new else (), strict=True))
@@ -249,7 +240,8 @@ def tag_records(source: Records, out: Path, batch_size: int, tagger: Callable[[l
                 more = {"tags": tags[paths[i]]} if paths.get(i) in tags else {}
                 file.write(as_line(source.line(i), more) + b"\n")
             file.flush()
-    return sum(split(line)[1] is None for line in out.read_bytes().split(b"\n")[:-1])
+    with open(out, "rb") as file:
+        return sum(not re.search(rb'"tags": [\["]', line) for line in file)  # quotes inside a text are escaped
 
 
 def resume(source: Records, out: Path) -> int:
@@ -258,9 +250,9 @@ def resume(source: Records, out: Path) -> int:
         raise ValueError(f"--out {out} is a folder or the file that --data reads: choose another file")
     out.parent.mkdir(parents=True, exist_ok=True)
     *lines, torn = out.read_bytes().split(b"\n") if out.exists() else [b""]
-    line = as_line(source.line(min(max(len(lines), 1), len(source)) - 1), {})
-    ours = split(lines[-1])[0] == split(line)[0] if lines else torn.startswith(line[:-1][: len(torn)])
-    if not ours or len(lines) > len(source):
+    last = lines[-1] if lines else torn
+    begun = as_line(source.line(min(max(len(lines), 1), len(source)) - 1), {})[:-1]  # tags may follow
+    if len(lines) > len(source) or not last.startswith(begun[: len(last)]):
         raise ValueError(f"--out {out} does not hold the first records of --data: choose another file")
     if torn:
         os.truncate(out, out.stat().st_size - len(torn))
@@ -268,18 +260,11 @@ def resume(source: Records, out: Path) -> int:
 
 
 def as_line(line: bytes, more: dict[str, Any]) -> bytes:
-    """The record as one line of JSON, with `more` fields. A line that is no record stays as it is."""
-    with suppress(ValueError, RecursionError, TypeError):
-        return json.dumps(json.loads(line) | more, ensure_ascii=False).encode("utf-8", "backslashreplace")
+    """The record as one line of JSON, with `more` fields behind its own. A line that is no record stays as it is."""
+    with suppress(ValueError, RecursionError, AttributeError):
+        record = {name: value for name, value in json.loads(line).items() if (name, value) != ("tags", None)} | more
+        return json.dumps(record, ensure_ascii=False).encode("utf-8", "backslashreplace")
     return line.strip()
-
-
-def split(line: bytes) -> tuple[Any, Any]:
-    """The record of a line without its tags, and the tags."""
-    with suppress(ValueError, RecursionError):
-        if isinstance(record := json.loads(line), dict):
-            return record, record.pop("tags", None)
-    return line, None
 
 
 def main(argv: list[str] | None = None) -> int:

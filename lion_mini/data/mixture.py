@@ -84,32 +84,28 @@ class MicroBatches(Dataset):
         self.mixture, self.size, self.image_size, self.ram_size = mixture, size, image_size, ram_size
 
     def __getitem__(self, g: int) -> Samples | ValueError:
-        bad: list[str] = []
-        try:
-            usable = [self.usable(position, bad) for position in range(g * self.size, (g + 1) * self.size)]
-        except ValueError as error:
-            return error  # raised in a worker, it would bring a traceback along
-        pixels, examples = zip(*usable, strict=True)
+        pixels, examples, bad = list[Tensor](), list[Example](), list[str]()
+        for position in range(g * self.size, (g + 1) * self.size):
+            epoch, number, index = self.mixture.at(position)
+            source = self.mixture.sources[number]
+            for _ in range(patience := min(PATIENCE, len(source))):
+                rng = random.Random(f"{self.mixture.seed} {epoch} {number} {index}")
+                try:
+                    example = source.read(index, rng)
+                    break
+                except ValueError as error:
+                    bad.append(str(error))
+                    index = (index + 1) % len(source)
+            else:  # returned, because raised in a worker it would bring a traceback along
+                return ValueError(f"{patience} records in a row cannot be used: {bad[-1]}")
+            transform = partial(augment, rng=rng) if source.augments and example.task == "image" else lion_transform
+            pixels.append(transform(example.image, self.image_size))
+            examples.append(example)
         untagged = [ram_transform(e.image, self.ram_size) for e in examples if self.ram_size and e.tags is None]
         words = zip(*((e.question, e.answer, e.tags, e.task, e.name) for e in examples), strict=True)
         questions, answers, tags, tasks, names = map(list, words)
         ram_pixels = torch.stack(untagged) if untagged else None
         return Samples(torch.stack(pixels), ram_pixels, questions, answers, tags, tasks, names, bad)
-
-    def usable(self, position: int, bad: list[str]) -> tuple[Tensor, Example]:
-        """Pixels and example at a position, or of the next usable record of its source. `bad` gets the faults."""
-        epoch, number, index = self.mixture.at(position)
-        source = self.mixture.sources[number]
-        for _ in range(patience := min(PATIENCE, len(source))):
-            rng = random.Random(f"{self.mixture.seed} {epoch} {number} {index}")
-            try:
-                example = source.read(index, rng)
-                transform = partial(augment, rng=rng) if source.augments and example.task == "image" else lion_transform
-                return transform(example.image, self.image_size), example
-            except ValueError as error:
-                bad.append(str(error))
-                index = (index + 1) % len(source)
-        raise ValueError(f"{patience} records in a row cannot be used: {bad[-1]}")
 
 
 def micro_batches(batches: MicroBatches, numbers: Sequence[int], workers: int) -> Iterator[tuple[int, Samples]]:

@@ -81,23 +81,20 @@ class Records:
             return file.readline()
 
     def fields(self, index: int) -> dict[str, Any]:
-        """Image, question, answer, tags and task of a record."""
-        with reading(self.name(index)):
-            return check(json.loads(self.line(index)))
-
-    def name(self, index: int) -> str:
-        return f"{self.path}, record {index + 1}"
+        """Image, question, answer, tags, task and name of a record."""
+        with reading(name := f"{self.path}, record {index + 1}"):
+            return check(json.loads(self.line(index))) | {"name": name}
 
     def picture(self, name: str) -> Path:
         """The path of a picture; one that is missing should lie below `root`."""
         return self.images.find(name) or self.images.root / name
 
     def read(self, index: int, rng: random.Random) -> Example:
-        with reading(name := self.name(index)):
-            fields = self.fields(index)
+        fields = self.fields(index)
+        with reading(fields["name"]):
             if fields["task"] not in self.tasks:
                 raise ValueError(f"it is {fields['task']}-level, which this stage does not train")
-            return Example(open_image(self.picture(fields.pop("image"))), name=name, **fields)
+            return Example(open_image(self.picture(fields.pop("image"))), **fields)
 
 
 def check(record: Any) -> dict[str, Any]:
@@ -105,8 +102,7 @@ def check(record: Any) -> dict[str, Any]:
     need(record, dict, "a record")
     image = record.get("image") or record.get("image_path") or record.get("image_id")
     question, answer, tags = record.get("question") or "", record.get("answer", ""), record.get("tags")
-    if isinstance(answer, list):
-        answer = answer[0] if answer else ""
+    answer = next(iter(answer), "") if isinstance(answer, list) else answer
     if tags is not None:
         tags = split_tags(tags) if isinstance(tags, str) else need(tags, list, "its field tags")
     texts = [("image path", image), ("question", question), ("answer", answer), *(("tag", tag) for tag in tags or ())]
