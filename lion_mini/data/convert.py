@@ -115,7 +115,7 @@ def official_regions(paths: Sequence[Path]) -> Iterator[tuple[str, Any]]:
             with reading(place):
                 id = str(region.get("image_id", row.get("id")))  # version 1.0 has it in the row alone
                 if id not in pictures:
-                    raise ValueError(f"image_data.json, which --ann needs too, has no image {id}")
+                    raise ValueError(f"image {id} is not in image_data.json, which --ann must name too")
                 image = "/".join(pictures[id]["url"].split("/")[-2:])  # only the URL tells VG_100K from VG_100K_2
                 bbox = [region[edge] for edge in ("x", "y", "width", "height")]
                 yield place, pictures[id] | {"img_path": image, "bbox": bbox, "expression": region["phrase"]}
