@@ -38,8 +38,8 @@ from ..evaluation.readers import Example, any_box_of, aokvqa, captions, refcoco,
 from ..files import atomic_write, json_lines, need, printable, read_json, reading, run
 from ..images import ImageFolder, draw_boxes, open_image
 from ..text.prompts import TASK_OF, TEMPLATES, load_templates, render
-from . import records as training
 from .records import BRACKETED, Records
+from .records import Example as TrainingExample
 
 
 def records(name: str, kind: str, paths: Sequence[Path], templates: dict[str, tuple[str, ...]], seed: int) -> Iterator:
@@ -174,7 +174,7 @@ def convert(args: argparse.Namespace) -> None:
 def inspect(args: argparse.Namespace) -> None:
     """Print what a file of records holds and what is wrong in it, and draw three of its records."""
     source, counts, missing = Records(args.file, args.images), Counter[str](), 0
-    wrong, longest, drawn = list[str](), list[tuple[int, int, str]](), list[training.Example]()
+    wrong, longest, drawn = list[str](), list[tuple[int, int, str]](), list[TrainingExample]()
     for number in range(1, len(source) + 1):
         try:
             fields = source.fields(number - 1)
@@ -202,7 +202,7 @@ def inspect(args: argparse.Namespace) -> None:
         print(f"  three of them are drawn in {args.picture}")
 
 
-def draw(examples: Iterable[training.Example]) -> Image.Image:
+def draw(examples: Iterable[TrainingExample]) -> Image.Image:
     """Records side by side: the picture with its boxes, question and answer."""
     sheet = Image.new("RGB", (1080, 360), "white")
     for x, example in zip(range(0, 1080, 360), examples, strict=False):
