@@ -214,7 +214,7 @@ WRONG: dict[str, tuple[list[object], str]] = {
     "pixels outside": ([PHOTO, "--pixels", "--describe", "5,5,9000,50"], "outside the image"),
     "no box": ([PHOTO, "--describe", "left"], "expected four numbers"),
     "code for a box": ([PHOTO, "--describe", "__import__('os'),0,1,1"], "expected four numbers"),
-    "not a picture": ([Path(__file__)], "is not an image"),
+    "not a picture": ([Path(__file__)], "cannot identify image file"),
     "dtype": ([PHOTO, "--dtype", "float16"], "T5 overflows in float16"),
     "no batch": ([PHOTO, "--batch-size", 0], "--batch-size must be at least 1"),
     "no tags": ([PHOTO, "--use-tags", " , "], "--use-tags is empty"),

@@ -73,8 +73,9 @@ EVAL_TEMPLATES: dict[str, str] = {
     "Please select the correct answer from the options above. \n",
 }
 
-# Which row of the router a kind of instruction uses.
+# Which row of the router a kind of instruction uses, and which entry of GENERATION decodes its answer.
 TASK_OF = {kind: "region" if kind in ("rec", "reg") else "image" for kind in [*TEMPLATES, *EVAL_TEMPLATES]}
+DECODING = dict.fromkeys(TASK_OF, "answer") | {"caption": "caption", "rec": "locate", "reg": "describe"}
 _FIELD = re.compile(r"\{(question|answer|expression|box|history|hint|options)\}")
 _SHIKRA = {"<question>": "{question}", "<answer>": "{answer}", "<expr>": "{expression}", "<objs>": "{box}"}
 
