@@ -219,8 +219,8 @@ def test_long_candidates_count_to_their_end(golden_model: Lion, facts: dict, num
 def test_recorded_attention(golden_model: Lion, facts: dict, numbers: dict[str, Tensor]) -> None:
     """Every attention module hands its weights out, and the logits stay the same."""
     batch = golden_model.batch(*both(facts, numbers), ["a dog.", "beer", "[0.440,0.060]", "a man"])
-    logits, weights = golden_model.model.logits(batch), []
-    modules = [module for module in golden_model.model.modules() if hasattr(module, "record")]
+    logits, weights = golden_model.model.logits(batch), list[Tensor]()
+    modules: list[Any] = [module for module in golden_model.model.modules() if hasattr(module, "record")]
     for module in modules:
         module.record = weights.append
     assert relative(golden_model.model.logits(batch), logits) < 1e-4
