@@ -95,17 +95,13 @@ def draw_samples(lion: Lion, sources: Sequence[Source], out: Path, count: int = 
     lion.model.eval()
     images, questions, tasks = ([getattr(e, name) for e in examples] for name in ("image", "question", "task"))
     tags = None if any(example.tags is None for example in examples) else [e.tags or [] for e in examples]
-    answers = lion.respond(images, questions, tasks, GENERATION["locate"], tags)
+    answers = [answer.text for answer in lion.respond(images, questions, tasks, GENERATION["locate"], tags)]
     lion.model.train()
     picture = Image.new("RGB", (3 * side, -(-len(examples) // 3) * (side + 80)), "white")
     draw, font = ImageDraw.Draw(picture), ImageFont.load_default(11)
     for i, (example, answer) in enumerate(zip(examples, answers, strict=True)):
         x, y = i % 3 * side, i // 3 * (side + 80)
-        texts = (
-            ("question", example.question, "blue"),
-            ("true", example.answer, "green"),
-            ("model", answer.text, "red"),
-        )
+        texts = (("question", example.question, "blue"), ("true", example.answer, "green"), ("model", answer, "red"))
         boxes = [(box, label, color) for label, text, color in texts if (box := Box.parse(text))]
         picture.paste(draw_boxes(example.image, boxes).resize((side - 4, side - 4)), (x + 2, y + 2))
         lines = [line for label, text, _ in texts for line in textwrap.wrap(f"{label}: {text}", 54)[:2]]
