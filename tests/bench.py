@@ -64,7 +64,7 @@ from lion_mini.model.ram import Ram  # noqa: E402
 from lion_mini.model.t5 import T5, Attention  # noqa: E402
 from lion_mini.text.prompts import EVAL_TEMPLATES, render  # noqa: E402
 from lion_mini.text.tokenizers import UnigramTokenizer, WordPieceTokenizer  # noqa: E402
-from lion_mini.toy.source import Toy  # noqa: E402
+from lion_mini.toy.questions import Toy  # noqa: E402
 
 BASE = LionConfig(
     vit=VitConfig(width=768, depth=12, heads=12, mlp_width=3072),
