@@ -18,9 +18,8 @@ from .questions import RELATIONS, Record, matching, plural
 from .world import COLOURS, COORDINATES, GRID, MOST, SHAPES, SIDES, Scene, Thing
 
 FIELDS = (len(SHAPES) + 1, len(COLOURS), len(SIDES), *[GRID + 1] * 4)  # classes; the last shape is background
-BACKGROUND = [len(SHAPES), *[IGNORE] * 6]
 REFERENT = (*FIELDS, MOST + 1)  # classes of a noun: the thing, and how many things fit
-UNKNOWN: list[float] = [IGNORE] * (len(REFERENT) + 5)  # five measures, in halves of the image: a centre, a relation
+UNKNOWN: list[float] = [IGNORE] * (len(REFERENT) + 5)  # 5 measures in halves of the image: a centre, a relation
 NOUNS = {form: noun for noun in (*SHAPES, "shape") for form in (noun, plural(noun))}
 DIRECTIONS = {relation.split()[0]: side for relation, side in RELATIONS.items()}
 
@@ -32,14 +31,14 @@ def facts(thing: Thing) -> list[int]:
 
 def patch_labels(scenes: Sequence[Scene], side: int) -> tuple[Tensor, Tensor]:  # -> (b, side * side), (b, ·, fields)
     """Per patch the index of the thing that covers most of it, -1 for background; and the thing's FIELDS."""
-    owners, labels = list[Tensor](), list[Tensor]()
+    owners, labels, background = list[Tensor](), list[Tensor](), [len(SHAPES), *[IGNORE] * 6]
     for scene in scenes:
         covered = torch.zeros(len(scene.things), GRID, GRID)
         for area, thing in zip(covered, scene.things, strict=True):
             area[thing.top : thing.top + thing.side, thing.left : thing.left + thing.side] = 1
         share, owner = F.adaptive_avg_pool2d(covered, side).flatten(1).max(0)
         owners.append(owner.where(share > 0, -1))
-        labels.append(torch.tensor([*map(facts, scene.things), BACKGROUND])[owners[-1]])
+        labels.append(torch.tensor([*map(facts, scene.things), background])[owners[-1]])
     return torch.stack(owners), torch.stack(labels)
 
 
@@ -87,7 +86,7 @@ def field_loss(logits: Tensor, labels: Tensor, fields: Sequence[int]) -> Tensor:
 
 
 def word_loss(predicted: Tensor, labels: Tensor) -> Tensor:  # (..., classes and measures), (..., labels) -> ()
-    """Cross-entropy for the classes, squared error for the measures."""
+    """Cross-entropy for the classes, squared error for the measures: a noun's 2, then a relation's 3."""
     total = 0.2 * field_loss(predicted[..., :-5], labels[..., :-5].long(), REFERENT)
     for weight, measures in ((1, slice(-5, -3)), (2, slice(-3, None))):
         known = labels[..., measures] != IGNORE

@@ -1,7 +1,7 @@
 """What can be said about a scene, and training examples of it in the paper's instructions."""
 
 import random
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from itertools import permutations
 
 from ..box import Box
@@ -37,41 +37,35 @@ def ahead(a: Thing, b: Thing, side: tuple[int, int]) -> float:
 
 def by_attributes(things: Sequence[Thing], target: Thing) -> list[str]:
     """Every choice of size, colour and shape that fits the target alone, from vague to precise."""
-    phrases = [
-        f"{size}{colour}{noun}"
-        for noun in ("shape", target.shape) for colour in ("", f"{target.colour} ") for size in ("", f"{target.size} ")
-    ]  # fmt: skip
+    sizes, colours, nouns = ("", f"{target.size} "), ("", f"{target.colour} "), ("shape", target.shape)
+    phrases = [f"{size}{colour}{noun}" for noun in nouns for colour in colours for size in sizes]
     return [f"the {phrase}" for phrase in phrases if matching(things, phrase) == [target]]
 
 
-def by_order(things: Sequence[Thing], target: Thing) -> list[str]:
+def by_order(things: Sequence[Thing], target: Thing) -> Iterator[str]:
     """ "the leftmost circle", if there are several circles and the target is the leftmost by a margin."""
-    phrases = []
     for word, side in EXTREMES.items():
         for noun in (target.shape, "shape", f"{target.colour} shape"):
             rest = [thing for thing in matching(things, noun) if thing is not target]
             if rest and all(ahead(target, thing, side) >= MARGIN for thing in rest):
-                phrases.append(f"the {word} {noun}")
-    return phrases
+                yield f"the {word} {noun}"
 
 
-def by_relation(things: Sequence[Thing], target: Thing) -> list[str]:
+def by_relation(things: Sequence[Thing], target: Thing) -> Iterator[str]:
     """ "the circle above the red cross", if there are several circles and by a margin only the target is above it."""
-    phrases = []
     for word, side in RELATIONS.items():
         for anchor in things:
             for noun in (target.shape, "shape"):
                 rest = [thing for thing in matching(things, noun) if thing not in (target, anchor)]
                 alone = rest and all(ahead(thing, anchor, side) <= 0 for thing in rest)
                 if alone and ahead(target, anchor, side) >= MARGIN:
-                    phrases.append(f"the {noun} {word} the {anchor.name}")
-    return phrases
+                    yield f"the {noun} {word} the {anchor.name}"
 
 
 def expression(things: Sequence[Thing], target: Thing, rng: random.Random) -> str:
     """A phrase that fits the target alone. Six in ten use its attributes, the rest its position if that is possible."""
-    way = rng.choices([by_attributes, by_order, by_relation], (6, 2, 2))[0]
-    return rng.choice(way(things, target) or by_attributes(things, target))
+    way: Callable[..., Iterable[str]] = rng.choices((by_attributes, by_order, by_relation), (6, 2, 2))[0]
+    return rng.choice([*way(things, target)] or by_attributes(things, target))
 
 
 def caption(things: Sequence[Thing]) -> str:

@@ -28,8 +28,7 @@ def write_vocabularies(folder: str | Path) -> None:
 
     pieces = ["▁", *map(chr, range(33, 127)), *COORDINATES]
     pieces += [f"▁{word}" for word in known if len(word) > 1 or word in "Aa"]
-    pieces += ["x1", "x2", "y1", "y2", "▁[", '▁"', "▁,", *TAGS, "▁0", "▁1", "▁2", "▁3", "▁4", "▁5"]
-    pieces += ['"Is', '"How', '"What']
+    pieces += ["x1", "x2", "y1", "y2", "▁[", '▁"', "▁,", *TAGS, *(f"▁{i}" for i in range(6)), '"Is', '"How', '"What']
     special = ["<pad>", "</s>", "<unk>"]
     scored = [(name, 0.0) for name in special]
     scored += [(piece, -10.0 if len(piece) == 1 else -5.0) for piece in dict.fromkeys(pieces)]
