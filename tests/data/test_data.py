@@ -12,7 +12,7 @@ from PIL import Image
 from lion_mini.data.mixture import MicroBatches, Mixture, micro_batches
 from lion_mini.data.records import Records, check
 from lion_mini.images import lion_transform
-from lion_mini.toy.source import Toy
+from lion_mini.toy.questions import Toy
 
 BOTH = ("image", "region")
 REGION = {"image": "0.png", "question": "where is the dog?", "answer": "[0.100,0.200,0.300,0.400]", "category": "REF"}

@@ -500,7 +500,7 @@ def test_the_toy_run_and_its_ablations(
     stage0: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: list[str], expected: dict[str, Any]
 ) -> None:
     """`python train.py` with fewer steps: through all stages to a folder that opens, and exports where it is a LION."""
-    monkeypatch.setattr("lion_mini.toy.jobs.TINY", stage0)
+    monkeypatch.setattr("lion_mini.toy.stage0.TINY", stage0)
     argv = ["--steps", "2", "--batch", "4", "--device", "cpu", "--out", str(tmp_path / "run"), *flags]
     assert train.main(argv) == 0
     model = Lion.from_pretrained(tmp_path / "run" / "stage3")
