@@ -3,8 +3,6 @@
 `weights.py convert --dtype int8` makes a model for a card or laptop of 8 GB: an Int8Linear for every nn.Linear.
 """
 
-from collections.abc import Iterator
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -51,18 +49,12 @@ def quantise(weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:  # (o
     return (weight.float() / scale.float()[:, None]).round().clamp(-127, 127).to(torch.int8), scale
 
 
-def linears(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Linear]]:
-    """Every linear layer, with its parent module and its name there."""
-    for parent in [module for module in model.modules() if not isinstance(module, nn.Linear)]:
-        for name, child in parent.named_children():
-            if isinstance(child, nn.Linear):
-                yield parent, name, child
-
-
 def to_int8(model: nn.Module) -> None:
     """Replace every linear layer; one at a time, so that memory never holds two models."""
-    for parent, name, linear in linears(model):
-        setattr(parent, name, Int8Linear(linear))
+    for parent in list(model.modules()):
+        for name, child in parent.named_children():
+            if isinstance(child, nn.Linear):
+                setattr(parent, name, Int8Linear(child))
 
 
 def usable(device: str | torch.device) -> torch.device:

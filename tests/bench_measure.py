@@ -1,31 +1,36 @@
-"""How bench.py measures and shows: runs that take turns, rows with a limit, a table and two plots."""
+"""How bench.py measures and prints: runs that take turns, the limit of each, a table and two plots."""
 
 import argparse
 import math
+import os
+import platform
+import re
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
 
+import peers
 import torch
+import torch.nn.functional as F
 from bench_work import Phase
 from conftest import relative
 from PIL import Image, ImageDraw
-from torch import Tensor, nn
-
-from lion_mini.quantize import pack
+from torch import Tensor
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 COLORS = ("#274690", "#c44536", "#3a7d44", "#7d5ba6", "#d98324", "#5b8fb9")
+INSTRUCTIONS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "amx_int8")
 
 Run = Callable[[], object]
+Curves = Sequence[tuple[str, list[tuple[float, float]]]]  # color, points
 
 
 @dataclass(frozen=True)
 class Row:
-    """A line of the table; transformers and the limit where there are any."""
+    """A line of the table. Units: s, B, samples, or x for a ratio."""
 
     part: str
     what: str
@@ -38,7 +43,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Case:
-    """What is timed together under one name."""
+    """Two runs of the same work. Where both return tensors, these must agree."""
 
     what: str
     ours: Run
@@ -46,17 +51,21 @@ class Case:
     phases: Sequence[Phase] = ()
 
 
-def timed(run: Run) -> float:
-    start = time.perf_counter()
-    run()
-    return time.perf_counter() - start
+def machine() -> str:
+    """The processor, its cores, and the instruction sets that decide how fast a product is."""
+    path = Path("/proc/cpuinfo")
+    info = path.read_text() if path.is_file() else ""
+    name = re.search(r"model name\s*: (.+)", info)
+    flags = info.split()
+    sets = [f"{each} {'yes' if each in flags else 'no'}" for each in INSTRUCTIONS] if info else []
+    return ", ".join([name[1] if name else platform.processor(), f"{os.cpu_count()} cores", *sets])
 
 
 def in_turns(runs: dict[str, Run], rounds: int, yardsticks: Sequence[str] = ()) -> dict[str, float]:
-    """The median of each, measured in turns, so that what else the machine does falls on all alike.
+    """The median seconds of each run. They take turns, so that the machine's other load falls on all alike.
 
-    A yardstick is run twice at each turn, and the second time counts: after seconds of something else the first large
-    product finds neither its memory nor the processor's clock ready, and took up to 1.6 times as long."""
+    A yardstick runs twice in each turn, and the second time counts. Cold, it took up to 1.6 times as long.
+    """
     for run in runs.values():
         run()
     times: dict[str, list[float]] = {name: [] for name in runs}
@@ -64,26 +73,30 @@ def in_turns(runs: dict[str, Run], rounds: int, yardsticks: Sequence[str] = ()) 
         for name, run in runs.items():
             if name in yardsticks:
                 run()
-            times[name].append(timed(run))
+            start = time.perf_counter()
+            run()
+            times[name].append(time.perf_counter() - start)
     return {name: statistics.median(values) for name, values in times.items()}
 
 
 @cache
 def fastest_product(dtype: torch.dtype, quick: bool) -> tuple[Run, float]:
-    """The product that this machine does at the highest rate, plain or packed, and its multiplications and additions.
+    """The matrix product with the highest rate among PyTorch's public ways, and its multiplications and additions.
 
-    On an AMD processor the two are far apart in float32, where PyTorch gives a plain product to MKL: a limit made of
-    plain ones would be beaten twofold."""
-    shapes = (
-        [(64, 64, 64)] if quick else [(1024, 2048, 2048), (2048, 1024, 4096), (2048, 2048, 2048), (512, 4096, 4096)]
-    )
+    `linear` in float32 calls MKL, which is slow on AMD processors. A 1x1 convolution and oneDNN's tensors call oneDNN.
+    """
+    shapes = [(1024, 2048, 2048), (2048, 1024, 4096), (2048, 2048, 2048), (512, 4096, 4096)]
     runs: dict[str, Run] = {}
     operations: dict[str, float] = {}
-    for rows, width, out in shapes:
-        layer, x = nn.Sequential(nn.Linear(width, out, bias=False, dtype=dtype)), torch.randn(rows, width).to(dtype)
-        for name in (f"plain {rows} {width} {out}", f"packed {rows} {width} {out}"):
-            runs[name], operations[name] = partial(layer[0], x), 2.0 * rows * width * out
-            pack(layer)
+    for rows, width, out in [(64, 64, 64)] if quick else shapes:
+        x, weight = torch.randn(rows, width).to(dtype), torch.randn(out, width).to(dtype)
+        image = x.view(1, rows, 1, width).permute(0, 3, 1, 2)  # channels last
+        ways: list[Run] = [partial(F.linear, x, weight), partial(F.conv2d, image, weight[..., None, None])]
+        if dtype == torch.float32 and torch.backends.mkldnn.is_available():
+            ways.append(partial(F.linear, x.to_mkldnn(), weight.to_mkldnn()))
+        for i, way in enumerate(ways):
+            name = f"{i} {rows} {width} {out}"
+            runs[name], operations[name] = way, 2.0 * rows * width * out
     with torch.inference_mode():
         times = in_turns(runs, 1 if quick else 5)
     best = max(times, key=lambda name: operations[name] / times[name])
@@ -91,22 +104,23 @@ def fastest_product(dtype: torch.dtype, quick: bool) -> tuple[Run, float]:
 
 
 @cache
-def much_memory(quick: bool) -> Tensor:
+def large_tensor(quick: bool) -> Tensor:
     """Far larger than any cache."""
     return torch.ones(2**20 if quick else 2**27)
 
 
 def race(part: str, dtype: str, cases: Sequence[Case], args: argparse.Namespace, rounds: int = 99) -> list[Row]:
-    """One row per case: ours, theirs, a large product and a large read take turns."""
-    (product, operations), big = fastest_product(DTYPES[dtype], args.quick), much_memory(args.quick)
-    runs: dict[str, Run] = {"product": product, "read": lambda: big.sum()}
-    for case in cases:
-        runs[f"ours {case.what}"] = case.ours
-        if case.theirs is not None:
-            runs[f"theirs {case.what}"] = case.theirs
+    """One row per case. Ours, theirs, a large product and a large read take turns."""
+    (product, operations), large = fastest_product(DTYPES[dtype], args.quick), large_tensor(args.quick)
+    runs: dict[str, Run] = {"product": product, "read": large.sum}
     with torch.inference_mode():
+        for case in cases:
+            runs[f"ours {case.what}"] = case.ours
+            if case.theirs is not None and peers.available():
+                runs[f"theirs {case.what}"] = case.theirs
+                agree(case.ours(), case.theirs(), dtype)
         times = in_turns(runs, min(rounds, args.rounds), ("product", "read"))
-    multiply, read = operations / times["product"], big.nbytes / times["read"]
+    multiply, read = operations / times["product"], large.nbytes / times["read"]
 
     def row(case: Case) -> Row:
         limit = sum(max(work / multiply, size / read) for work, size in case.phases)
@@ -115,71 +129,28 @@ def race(part: str, dtype: str, cases: Sequence[Case], args: argparse.Namespace,
     return [row(case) for case in cases]
 
 
-def agree(found: Tensor, expected: Tensor) -> None:
-    """The same to rounding: else there is nothing to compare."""
-    error = relative(found, expected)
-    assert error < (1e-3 if found.dtype == torch.float32 else 0.1), f"not the same results, by {error:.1e}"
+def agree(ours: object, theirs: object, dtype: str) -> None:
+    """Numbers agree to rounding. Token ids are equal in float32; in bfloat16 random weights have near ties."""
+    if isinstance(ours, Tensor) and isinstance(theirs, Tensor):
+        if ours.is_floating_point():
+            error = relative(ours, theirs)
+            assert error < {"float32": 1e-3, "bfloat16": 0.1}[dtype], f"the results differ by {error:.1e}"
+        elif dtype == "float32":
+            assert torch.equal(ours, theirs), "the tokens differ"
 
 
-def same(run: Callable[[], Tensor], model: nn.Module) -> None:
-    """Packed, as infer.py and eval.py do before a model answers on a CPU, and that it changes nothing."""
-    with torch.inference_mode():
-        before = run()
-        pack(model)
-        agree(run(), before)
+# --- the table and the plots
 
 
-# --- what a person sees
+HEAD = f"{'':10} {'':36} {'':9} {'ours':>14} {'transformers':>14} {'/ ours':>7} {'limit':>14} {'ours /':>7}"
 
 
-Lines = dict[str, list[tuple[float, float]]]
-
-
-def draw(rows: Sequence[Row], path: Path, width: int = 420, height: int = 320) -> None:
-    """Two plots side by side, both axes logarithmic: seconds per sample over the batch, and over the prompt."""
-    picture = Image.new("RGB", (2 * width + 220, height), "white")
-    plots: dict[str, Lines] = {"batch": {}, "prompt": {}}
-    for row in rows:
-        for axis, lines in plots.items():
-            kind, _, value = row.what.partition(f", {axis} ")
-            if row.part == "growth" and row.unit == "s" and value:
-                for who, seconds in (("ours", row.ours), ("transformers", row.theirs)):
-                    if seconds is not None:
-                        lines.setdefault(f"{kind}, {row.dtype}, {who}", []).append((float(value), seconds))
-    names = dict.fromkeys(name for lines in plots.values() for name in lines)
-    colors = {name: COLORS[i % len(COLORS)] for i, name in enumerate(names)}
-    for i, (axis, title) in enumerate((("batch", "batch"), ("prompt", "tokens of the prompt"))):
-        plot = Image.new("RGB", (width, height), "white")
-        draw_plot(ImageDraw.Draw(plot), plots[axis], colors, title, width, height)
-        picture.paste(plot, (i * width, 0))
-    for i, (name, color) in enumerate(colors.items()):
-        ImageDraw.Draw(picture).text((2 * width + 8, 30 + 16 * i), name, fill=color, anchor="lm")
-    picture.save(path)
-
-
-def draw_plot(
-    pen: ImageDraw.ImageDraw, lines: Lines, colors: Mapping[str, str], title: str, width: int, height: int
-) -> None:
-    """Ticks at the values that were measured, and at the powers of ten of a second."""
-    left, right, top, bottom = 58, width - 16, 24, height - 34
-    places = [point for line in lines.values() for point in line]
-    ticks = sorted({x for x, _ in places})
-    low = math.floor(math.log10(min(y for _, y in places)))
-    high = max(low + 1, math.ceil(math.log10(max(y for _, y in places))))
-    across = lambda x: left + (right - left) * math.log(x / ticks[0]) / math.log(ticks[-1] / ticks[0])
-    up = lambda y: bottom - (bottom - top) * (math.log10(y) - low) / (high - low)
-    for x in ticks:
-        pen.text((across(x), bottom + 9), f"{x:g}", fill="black", anchor="mm")
-    for power in range(low, high + 1):
-        pen.line([(left, up(10**power)), (right, up(10**power))], fill="#dddddd")
-        pen.text((left - 4, up(10**power)), f"{10.0**power:g} s", fill="black", anchor="rm")
-    pen.line([(left, top), (left, bottom), (right, bottom)], fill="black")
-    pen.text(((left + right) / 2, bottom + 24), title, fill="black", anchor="mm")
-    pen.text((left, 9), "seconds per sample", fill="black", anchor="lm")
-    for name, line in lines.items():
-        pen.line([(across(x), up(y)) for x, y in line], fill=colors[name], width=2)
-        for x, y in line:
-            pen.ellipse((across(x) - 3, up(y) - 3, across(x) + 3, up(y) + 3), fill=colors[name])
+def line(row: Row) -> str:
+    """A row of the table, with transformers' time over ours, and ours over the limit."""
+    faster = f"{row.theirs / row.ours:.2f}" if row.theirs and row.unit == "s" else ""
+    above = f"{row.ours / row.limit:.2f}" if row.limit else ""
+    ours, theirs, limit = (amount(value, row.unit) for value in (row.ours, row.theirs, row.limit))
+    return f"{row.part:10} {row.what:36} {row.dtype:9} {ours:>14} {theirs:>14} {faster:>7} {limit:>14} {above:>7}"
 
 
 def amount(value: float | None, unit: str) -> str:
@@ -190,24 +161,50 @@ def amount(value: float | None, unit: str) -> str:
     return f"{value:,.0f}" if unit == "samples" else f"{value:.4f} {unit}"
 
 
-HEAD = f"{'':10} {'':36} {'':9} {'ours':>14} {'transformers':>14} {'/ ours':>7} {'limit':>14} {'ours /':>7}"
-
-
-def line(row: Row) -> str:
-    """Transformers' time over ours, and ours over the limit: the second is never below 1 but by noise."""
-    faster = f"{row.theirs / row.ours:.2f}" if row.theirs and row.unit == "s" else ""
-    above = f"{row.ours / row.limit:.2f}" if row.limit else ""
-    return (
-        f"{row.part:10} {row.what:36} {row.dtype:9} {amount(row.ours, row.unit):>14} "
-        f"{amount(row.theirs, row.unit):>14} {faster:>7} {amount(row.limit, row.unit):>14} {above:>7}"
-    )
-
-
 def halved(rows: Sequence[Row]) -> list[Row]:
-    """Beside every time in both dtypes, bfloat16 over float32."""
-    whole = {(row.part, row.what): row for row in rows if row.dtype == "float32" and row.unit == "s"}
-    return [
-        Row(row.part, row.what, "16 / 32", row.ours / whole[row.part, row.what].ours, unit="x")
-        for row in rows
-        if row.dtype == "bfloat16" and (row.part, row.what) in whole
-    ]
+    """bfloat16's time over float32's, for every row that has both."""
+    single = {(row.part, row.what): row.ours for row in rows if row.dtype == "float32" and row.unit == "s"}
+    pairs = [row for row in rows if row.dtype == "bfloat16" and (row.part, row.what) in single]
+    return [Row(r.part, r.what, "16 / 32", r.ours / single[r.part, r.what], unit="x") for r in pairs]
+
+
+def draw(rows: Sequence[Row], path: Path, width: int = 420, height: int = 320) -> None:
+    """Two plots side by side, logarithmic: seconds per sample over the batch, and over the prompt's length."""
+    picture = Image.new("RGB", (2 * width + 220, height), "white")
+    pen, colors = ImageDraw.Draw(picture), dict[str, str]()
+    for i, (axis, title) in enumerate((("batch", "batch"), ("prompt", "tokens of the prompt"))):
+        curves: dict[str, list[tuple[float, float]]] = {}
+        for row in rows:
+            kind, _, value = row.what.partition(f", {axis} ")
+            for who, seconds in (("ours", row.ours), ("transformers", row.theirs)):
+                if row.part == "growth" and row.unit == "s" and value and seconds is not None:
+                    curves.setdefault(f"{kind}, {row.dtype}, {who}", []).append((float(value), seconds))
+        for name in curves:
+            colors.setdefault(name, COLORS[len(colors) % len(COLORS)])
+        draw_plot(pen, [(colors[name], points) for name, points in curves.items()], title, i * width, width, height)
+    for i, (name, color) in enumerate(colors.items()):
+        pen.text((2 * width + 8, 30 + 16 * i), name, fill=color, anchor="lm")
+    picture.save(path)
+
+
+def draw_plot(pen: ImageDraw.ImageDraw, curves: Curves, title: str, x0: int, width: int, height: int) -> None:
+    """Ticks at the measured values, and at powers of ten seconds. `x0` is the plot's left edge."""
+    left, right, top, bottom = x0 + 58, x0 + width - 16, 24, height - 34
+    points = [point for _, curve in curves for point in curve]
+    ticks = sorted({x for x, _ in points})
+    low = math.floor(math.log10(min(y for _, y in points)))
+    high = max(low + 1, math.ceil(math.log10(max(y for _, y in points))))
+    across = lambda x: left + (right - left) * math.log(x / ticks[0]) / math.log(ticks[-1] / ticks[0])
+    up = lambda y: bottom - (bottom - top) * (math.log10(y) - low) / (high - low)
+    for x in ticks:
+        pen.text((across(x), bottom + 9), f"{x:g}", fill="black", anchor="mm")
+    for power in range(low, high + 1):
+        pen.line([(left, up(10**power)), (right, up(10**power))], fill="#dddddd")
+        pen.text((left - 4, up(10**power)), f"{10.0**power:g} s", fill="black", anchor="rm")
+    pen.line([(left, top), (left, bottom), (right, bottom)], fill="black")
+    pen.text(((left + right) / 2, bottom + 24), title, fill="black", anchor="mm")
+    pen.text((x0, 9), "seconds per sample", fill="black", anchor="lm")
+    for color, curve in curves:
+        pen.line([(across(x), up(y)) for x, y in curve], fill=color, width=2)
+        for x, y in curve:
+            pen.ellipse((across(x) - 3, up(y) - 3, across(x) + 3, up(y) + 3), fill=color)

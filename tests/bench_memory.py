@@ -1,46 +1,47 @@
-"""Bytes: what a training step needs at its fullest, and the largest batch that fits into so much memory.
+"""Bytes: the peak of a training step, and the largest batch that fits on a card.
 
-`peak_bytes` counts every tensor that is made while something runs, when it is made and when it goes, whatever made it:
-the forward pass, a layer computed again, the backward pass. It sees storages, so views cost nothing and what existed
-before (weights, gradients, moments) is not counted, and neither is what a kernel takes for itself meanwhile. The count
-is exact and the same on every machine; and since it needs no numbers, only shapes, it can follow a step of the real
-LION-XXL on fake tensors, which hold nothing.
+`peak_bytes` counts every tensor from when an operation makes it until it is freed: in the forward pass, the backward
+pass and recomputed layers. It counts storages, so views are free. What existed before (weights, gradients, moments)
+does not count, nor does a kernel's workspace. The count is exact and the same on every machine. It needs shapes alone,
+so it can follow a step of LION-XXL on fake tensors.
 """
 
-import shutil
 import subprocess
 import sys
 import time
 import weakref
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import rehearse
 import torch
+import torch.nn.functional as F
 from conftest import OFFICIAL, ROOT
-from safetensors.torch import save_file
+from einops import rearrange
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.nn.functional import scaled_dot_product_attention
 from torch.optim import AdamW
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import weights
 from lion_mini import Lion, LionConfig
-from lion_mini.data.mixture import Batch
-from lion_mini.model import layers
-from lion_mini.model.lion import Text
-from lion_mini.training.stages import STAGES, choose, groups, part_of
-from train import Gradients, mixed_precision, share_of_loss
+from lion_mini.model import bert, t5, vit
+from lion_mini.model.lion import Batch, LionModel
+from lion_mini.text.vocabularies import Vocabularies
+from lion_mini.training.stages import STAGES, groups, part_of, unfreeze
+from train import autocast
 
-STATE = 12  # bytes for each parameter that trains: its gradient and AdamW's two moments, all float32
+CPU = torch.device("cpu")
+STATE = 12  # bytes for each trained parameter: its gradient and AdamW's two moments, in float32
 
 
 class Peak(TorchDispatchMode):
-    """Sees every operation; a class only because torch wants one."""
+    """Counts the bytes that are alive, at every operation."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -60,9 +61,9 @@ class Peak(TorchDispatchMode):
                 self.known.add(storage._cdata)
                 self.now += size
                 self.most = max(self.most, self.now)
-                weakref.finalize(storage, self.gone, storage._cdata, size)
+                weakref.finalize(storage, self.free, storage._cdata, size)
 
-    def gone(self, key: int, size: int) -> None:
+    def free(self, key: int, size: int) -> None:
         self.known.discard(key)
         self.now -= size
 
@@ -77,63 +78,58 @@ def peak_bytes(run: Callable[[], object]) -> int:
 
 
 def training(
-    config: LionConfig, text: Text, number: int, size: int, words: tuple[int, int], half: bool, card: bool = False
-) -> tuple[Lion, Batch, Callable[[], Tensor], Callable[[], None]]:
-    """A stage's model and batch, its forward and backward pass, and its whole step, as train.py does them.
+    config: LionConfig, text: Vocabularies, number: int, half: bool, card: bool = False
+) -> tuple[Lion, Callable[[Batch], None], Callable[[Batch], None]]:
+    """A stage's model, the two passes of a micro-batch, and a whole step, as in train.py. `half` is autocast.
 
-    `words` are the tokens of prompt and answer. On a `card` what is frozen is bfloat16, and attention keeps no scores.
+    On a `card` the frozen matrices are bfloat16.
     """
     stage = STAGES[number]
-    model = Lion(replace(config, **stage.model), text)
-    trained = choose(model, stage)
-    if card:
-        for name, parameter in model.named_parameters():
-            if part_of(name) is None and parameter.ndim > 1 and name != "t5.shared.weight":
-                parameter.data = parameter.data.bfloat16()
-    optimizer = AdamW(groups(trained, stage), lr=0.0, fused=True)
-    gradients = Gradients(list(trained.values()), torch.device("cpu"))
-    batch = made_up(model, stage.tasks, size, *words)
+    model = LionModel(replace(config, **stage.model))
+    trained = unfreeze(model, stage)
+    for name, parameter in model.named_parameters():
+        if card and part_of(name) is None and parameter.ndim > 1 and name != "t5.shared.weight":
+            parameter.data = parameter.data.bfloat16()
+    for parameter in trained.values():
+        parameter.grad = torch.zeros_like(parameter)  # there from the second micro-batch of a step on
+    optimizer = AdamW(groups(trained, stage.constant), lr=0.0, fused=True)
 
-    def passes() -> Tensor:
-        gradients.flat.zero_()
-        with mixed_precision("cpu", half):
-            loss = share_of_loss(model, batch, stage.mean, size * words[1])
+    def passes(batch: Batch) -> None:
+        with autocast(CPU, half):
+            loss = model(batch, stage.mean)
         loss.backward()
-        return loss.detach()
 
-    def step() -> None:
-        passes()
-        gradients.clip(1.0)
+    def step(batch: Batch) -> None:
+        passes(batch)
+        nn.utils.clip_grad_norm_(trained.values(), 1.0)
         optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
 
-    return model, batch, passes, step
+    return Lion(model, text), passes, step
 
 
-def made_up(model: Lion, tasks: tuple[str, ...], size: int, prompt: int, answer: int) -> Batch:
-    """Noise, and texts of so many tokens: every "a" is one."""
-    config, tags = model.config, ["a", "a"]
-    question = " ".join("a" * max(1, prompt + 1 - len(model.training_prompt("a", tags))))
-    side = config.vit.image_size
-    said = " ".join("a" * (answer - 1))
+def made_up(lion: Lion, number: int, size: int, words: tuple[int, int]) -> tuple[Any, ...]:
+    """Arguments of `Lion.batch`: noise, and prompts and answers of so many tokens (an "a" is one)."""
+    side, tags, tasks = lion.config.vit.image_size, ["a", "a"], STAGES[number].tasks
+    question = " ".join("a" * max(1, words[0] + 1 - len(lion.training_prompt("a", tags))))
+    answer = " ".join("a" * (words[1] - 1))
     kinds = [tasks[i % len(tasks)] for i in range(size)]
-    pixels = torch.randn(size, 3, side, side)
-    return Batch(pixels, [question] * size, [said] * size, [tags] * size, kinds, ["made up"] * size, [])
+    return torch.randn(size, 3, side, side), [question] * size, [tags] * size, kinds, [answer] * size
 
 
-def held(model: nn.Module) -> tuple[int, int]:
-    """Bytes of the parameters, and of what AdamW holds beside those that train."""
+def held(model: nn.Module) -> int:
+    """Bytes of the parameters, and of gradients and moments."""
     parameters = list(model.parameters())
-    return sum(p.nbytes for p in parameters), STATE * sum(p.numel() for p in parameters if p.requires_grad)
+    return sum(p.nbytes for p in parameters) + STATE * sum(p.numel() for p in parameters if p.requires_grad)
 
 
-def one_layer(model: Lion, tokens: int, size: int, half: bool) -> int:
+def one_layer(model: LionModel, tokens: int, size: int, half: bool) -> int:
     """The peak of one encoder layer's forward and backward pass."""
     x = torch.randn(size, tokens, model.config.t5.width, requires_grad=True)
-    bias = torch.zeros(1, model.config.t5.heads, tokens, tokens)
-    task = torch.zeros(size, dtype=torch.long)
+    bias, task = torch.zeros(1, model.config.t5.heads, tokens, tokens), torch.zeros(size, dtype=torch.long)
 
     def run() -> None:
-        with mixed_precision("cpu", half):
+        with autocast(CPU, half):
             y = model.t5.encoder[0](x, bias, task)
         y.backward(y.detach())
 
@@ -143,18 +139,27 @@ def one_layer(model: Lion, tokens: int, size: int, half: bool) -> int:
 # --- the largest batch
 
 
-def step_bytes(config: LionConfig, text: Text, size: int, recompute: bool, words: tuple[int, int]) -> int:
-    """All that a step of stage 3 takes on a card: weights, trained state, and the peak of its two passes."""
-    distinct = lambda pixels, **_: (pixels, torch.arange(len(pixels)))  # tensors that hold nothing cannot say
-    fused = lambda q, k, v, mask, scale, dropout: scaled_dot_product_attention(q, k, v, mask, dropout, scale=scale)
-    kernels = patch.object(layers, "plain_attention", fused)  # the CPU's way for bfloat16; a card's keeps no scores
-    with FakeTensorMode(), patch.object(Tensor, "unique", distinct), kernels:
-        model, _, passes, _ = training(config, text, 3, size, words, half=True, card=True)
-        model.recompute(recompute)
-        return sum(held(model)) + peak_bytes(passes)
+def fused(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, scale: float | None = None,
+          dropout: float = 0.0, record: object = None) -> Tensor:  # fmt: skip
+    """`layers.attention` as a card computes it: the kernel keeps no scores."""
+    x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, scale=scale)
+    return rearrange(x, "b h t e -> b t (h e)")
 
 
-def line(config: LionConfig, text: Text, recompute: bool, words: tuple[int, int]) -> tuple[int, int]:
+def step_bytes(config: LionConfig, text: Vocabularies, size: int, recompute: bool, words: tuple[int, int]) -> int:
+    """All that stage 3 takes on a card: weights, gradients, moments, and the peak of the two passes."""
+    with FakeTensorMode() as mode:
+        lion, passes, _ = training(config, text, 3, half=True, card=True)
+    real = lion.batch(*made_up(lion, 3, size, words))
+    with mode, ExitStack() as stack:
+        for module in (bert, t5, vit):
+            stack.enter_context(patch.object(module, "attention", fused))
+        batch = replace(real, **{name: mode.from_tensor(x) for name, x in vars(real).items() if x is not None})
+        lion.model.recompute(recompute)
+        return held(lion.model) + peak_bytes(lambda: passes(batch))
+
+
+def bytes_by_batch(config: LionConfig, text: Vocabularies, recompute: bool, words: tuple[int, int]) -> tuple[int, int]:
     """a and b of bytes = a + b * batch, from batches of 2 and 4."""
     two, four = (step_bytes(config, text, size, recompute, words) for size in (2, 4))
     return 2 * two - four, (four - two) // 2
@@ -173,36 +178,28 @@ finally:
 """
 
 
-def process(script: str | Path, *arguments: str | Path) -> tuple[float, int]:
-    """Seconds and peak memory of a script in a process of its own (Linux).
+def process(*command: object) -> tuple[float, int]:
+    """Seconds and peak memory of a script in a process of its own. Linux only.
 
-    The process is asked itself: what the system tells its parent is at least what the parent held when it forked.
+    The process reports its own peak: what wait4 gives its parent is at least what the parent held at the fork.
     """
     start = time.perf_counter()
-    command = [sys.executable, "-c", WATCHED, str(script), *map(str, arguments)]
-    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    assert not done.returncode, f"{script}: {done.stderr}"
+    line = [sys.executable, "-c", WATCHED, *map(str, command)]
+    done = subprocess.run(line, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    assert not done.returncode, f"{command[0]}: {done.stderr}"
     return time.perf_counter() - start, 1024 * int(done.stderr.split()[-1])
 
 
-def official_files(config: LionConfig, folder: Path) -> list[str | Path]:
-    """The files of a release of that size, random, and the command that converts them."""
-    plan = Lion.plan(config).state_dict()
-    (folder / "t5").mkdir()
-    (folder / "config.json").write_text(config.to_json())
-    shutil.copy(OFFICIAL / "flan-t5" / "tokenizer.json", folder / "t5")
-    command: list[str | Path] = [
-        "weights.py", "convert", "--config", folder / "config.json", "--t5", folder / "t5",
-        "--bert", OFFICIAL / "bert-base-uncased", "--ram-tags", OFFICIAL / "ram_tag_list.txt",
-        "--ram-thresholds", OFFICIAL / "ram_tag_list_threshold.txt",
-    ]  # fmt: skip
-    for kind, table in (("vit", weights.EVA), ("t5", weights.T5), ("ram", weights.RAM), ("lion", weights.LION)):
+def official_files(config: LionConfig, folder: Path) -> list[object]:
+    """Write the files of a release of that size, random. Returns the command that converts them."""
+    with torch.device("meta"):
+        plan = LionModel(config).state_dict()
+    tables = {"vit": weights.EVA, "t5": weights.T5, "ram": weights.RAM, "lion": weights.LION}
+    files: dict[str, rehearse.Manifest] = {}
+    for kind, table in tables.items():
         names = {weights.translate(ours, weights.inverted(table)): tensor.shape for ours, tensor in plan.items()}
-        tensors = {name: 0.02 * torch.randn(shape) for name, shape in names.items() if name is not None}
-        if kind == "t5":
-            save_file(tensors, folder / "t5" / "model.safetensors")
-        else:
-            halves = {name: tensor.half() for name, tensor in tensors.items()}
-            torch.save(halves if kind == "vit" else {"model": tensors}, folder / f"{kind}.pth")
-            command += [f"--{kind}", folder / f"{kind}.pth"]
-    return command
+        files[kind] = {name: shape for name, shape in names.items() if name is not None}
+    texts = ("bert-base-uncased/vocab.txt", "flan-t5/tokenizer.json", *Vocabularies.FILES[2:])
+    rehearse.write(files, config.t5, [OFFICIAL / text for text in texts], folder)
+    (folder / "sizes.json").write_text(config.to_json())
+    return [*rehearse.conversion(folder), "--config", folder / "sizes.json"]

@@ -1,7 +1,7 @@
-"""How much work each part is: what bench.py's limits are made of.
+"""How much work each part is, for bench.py's limits.
 
-A phase is its multiplications and additions, two for each weight and row and two for each score of attention and each
-use of one, and the bytes of its matrices, which must be read at least once. Norms and activations are not counted.
+A phase is (operations, bytes). Operations are multiplications and additions: two per weight and row, two per score of
+attention and two per use of a score. Bytes are those of its matrices, each read once. Norms and activations are free.
 """
 
 from collections.abc import Iterator
@@ -9,20 +9,20 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lion_mini import Lion
+from lion_mini.model.lion import LionModel
 from lion_mini.model.ram import Ram
 from lion_mini.model.t5 import T5
 
-Phase = tuple[float, float]  # multiplications and additions, bytes of weights
-
-
-def products(*pairs: tuple[nn.Module, int]) -> float:
-    """Multiplications and additions of so many rows through every matrix of a module."""
-    return sum(2 * rows * matrix.numel() for module, rows in pairs for matrix in matrices(module))
+Phase = tuple[float, float]
 
 
 def matrices(module: nn.Module) -> Iterator[Tensor]:
     return (m.weight for m in module.modules() if isinstance(m, nn.Linear | nn.Conv2d))
+
+
+def products(*pairs: tuple[nn.Module, int]) -> float:
+    """Operations of so many rows through every matrix of a module."""
+    return sum(2 * rows * matrix.numel() for module, rows in pairs for matrix in matrices(module))
 
 
 def stored(*modules: nn.Module) -> float:
@@ -30,17 +30,17 @@ def stored(*modules: nn.Module) -> float:
 
 
 def scores(queries: int, keys: int, width: int) -> float:
-    """Attention's own two products."""
+    """Operations of attention's own two products."""
     return 4 * queries * keys * width
 
 
-def vit_work(model: Lion, b: int) -> list[Phase]:
+def vit(model: LionModel, b: int) -> list[Phase]:
     c = model.config.vit
     return [(b * (products((model.vit, c.tokens)) + c.depth * scores(c.tokens, c.tokens, c.width)), stored(model.vit))]
 
 
-def qformer_work(model: Lion, b: int, t: int) -> list[Phase]:
-    """Queries and text pass the self-attention, queries alone the cross-attention, each their feed-forward layer."""
+def qformer(model: LionModel, b: int, t: int) -> list[Phase]:
+    """Queries and text go through self-attention, queries alone through cross-attention."""
     assert model.qformer is not None
     q, n, width = model.config.qformer.queries, model.config.vit.tokens, model.config.qformer.width
     total = products((model.qformer.proj, q))
@@ -52,21 +52,21 @@ def qformer_work(model: Lion, b: int, t: int) -> list[Phase]:
     return [(b * total, stored(model.qformer))]
 
 
-def aggregator_work(model: Lion, b: int) -> list[Phase]:
+def aggregator(model: LionModel, b: int) -> list[Phase]:
     assert model.aggregator is not None
     n = model.config.vit.tokens
     attention = 2 * len(model.aggregator.blocks) * scores(n, n, model.config.vit.width)
     return [(b * (products((model.aggregator, n)) + attention), stored(model.aggregator))]
 
 
-def encoder_work(t5: T5, b: int, n: int) -> list[Phase]:
+def encoder(t5: T5, b: int, n: int) -> list[Phase]:
     c = t5.config
     attention = c.encoder_depth * scores(n, n, c.heads * c.head_width)
     return [(b * (products((t5.encoder, n)) + attention), stored(t5.encoder))]
 
 
-def decoder_work(t5: T5, b: int, rows: int, n: int, tokens: int, reads: int = 0) -> list[Phase]:
-    """The image's keys and values, once; then every token reads the rest of the decoder and those keys and values."""
+def decoder(t5: T5, b: int, rows: int, n: int, tokens: int, reads: int = 0) -> list[Phase]:
+    """The image's keys and values, once. Then each token reads them and the rest of the decoder; or `reads` times."""
     c, layers = t5.config, list[Any](t5.decoder)
     inner, item = c.heads * c.head_width, t5.lm_head.weight.itemsize
     image = [module for layer in layers for module in (layer.cross_attn.k, layer.cross_attn.v)]
@@ -77,22 +77,20 @@ def decoder_work(t5: T5, b: int, rows: int, n: int, tokens: int, reads: int = 0)
     return [once, (tokens * each, (reads or tokens) * size)]
 
 
-def swin_work(ram: Ram, b: int) -> list[Phase]:
-    c, swin = ram.config, ram.swin
-    side = c.image_size // c.patch_size
-    total = products((swin.patch_embed, side**2))
-    stages: Any = swin.stages
+def swin(ram: Ram, b: int) -> list[Phase]:
+    c, side = ram.config, ram.config.image_size // ram.config.patch_size
+    total = products((ram.swin.patch_embed, side**2))
+    stages: Any = ram.swin.stages
     for i, stage in enumerate(stages):
-        width = c.width * 2**i
         total += products((stage.blocks, side**2))
-        total += len(stage.blocks) * scores(side**2, min(c.window, side) ** 2, width)
+        total += len(stage.blocks) * scores(side**2, min(c.window, side) ** 2, c.width * 2**i)
         if stage.merge is not None:
             side //= 2
             total += products((stage.merge, side**2))
-    return [(b * total, stored(swin))]
+    return [(b * total, stored(ram.swin))]
 
 
-def head_work(ram: Ram, b: int) -> list[Phase]:
+def head(ram: Ram, b: int) -> list[Phase]:
     c = ram.config
     n = 1 + (c.image_size // c.patch_size // 2 ** (len(c.depths) - 1)) ** 2
     total = products((ram.image_proj, n), (ram.fc, c.tags))

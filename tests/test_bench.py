@@ -1,4 +1,4 @@
-"""The benchmark runs, every part of it. What it measures is no test's business."""
+"""Every part of the benchmark runs. Its figures are not tested."""
 
 import json
 import math
@@ -20,10 +20,10 @@ from lion_mini.model.t5 import T5
 def figures(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[dict[str, Any]], Path]:
     png = tmp_path_factory.mktemp("bench") / "growth.png"
     with pytest.MonkeyPatch.context() as patch:
-        said: list[str] = []
-        patch.setattr("builtins.print", lambda *texts, **_: said.append(" ".join(map(str, texts))))
+        printed: list[str] = []
+        patch.setattr("builtins.print", lambda *texts, **_: printed.append(" ".join(map(str, texts))))
         assert bench.main(["--quick", "--json", "--threads", "1", "--png", str(png)]) == 0
-    return json.loads(said[-1])["rows"], png
+    return json.loads(printed[-1])["rows"], png
 
 
 def test_every_part_has_figures(figures: tuple[list[dict[str, Any]], Path]) -> None:
@@ -31,37 +31,37 @@ def test_every_part_has_figures(figures: tuple[list[dict[str, Any]], Path]) -> N
     assert {row["part"] for row in rows} == set(bench.PARTS)
     for row in rows:
         least = -math.inf if row["what"].startswith("a token") or "rest" in row["what"] else 0
-        assert math.isfinite(row["ours"]), row  # the differences of two times may be anything
+        assert math.isfinite(row["ours"]), row  # a difference of two times may be negative
         assert row["ours"] > least, row
         assert row["limit"] is None or row["limit"] > least, row
     with Image.open(png) as picture:
         assert len(picture.convert("RGB").getcolors(2**20) or []) >= 6
 
 
-def test_transformers_stands_beside_us(figures: tuple[list[dict[str, Any]], Path]) -> None:
+def test_parts_that_transformers_has(figures: tuple[list[dict[str, Any]], Path]) -> None:
     oracle()
     beside = {row["part"] for row in figures[0] if row["theirs"] is not None}
     assert beside == {"tokenizers", "vit", "t5", "tag", "growth"}
 
 
 def test_peak_bytes_by_hand() -> None:
-    """Two of three products of 4 MB are there at once; views and what was there before are free."""
+    """Two of three products of 4 MB are alive at once; views and older tensors are free."""
     x = torch.randn(1000, 1000)
     assert bench_memory.peak_bytes(lambda: ((x @ x.T) @ x)[:10] @ x) == 8_000_000
     assert bench_memory.peak_bytes(lambda: x.mul_(2).view(-1)) == 0
-    y = x.clone().requires_grad_()  # exp keeps its result until the backward pass has been there
+    y = x.clone().requires_grad_()  # exp keeps its result for the backward pass
     assert bench_memory.peak_bytes(lambda: y.exp().exp().exp()) == 12_000_000
 
 
 def test_recomputing_needs_less(figures: tuple[list[dict[str, Any]], Path]) -> None:
-    found = {(row["what"], row["dtype"]): row for row in figures[0] if row["part"] == "memory"}
-    for (what, dtype), row in found.items():
+    peaks = {(row["what"], row["dtype"]): row["ours"] for row in figures[0] if row["part"] == "memory"}
+    for (what, dtype), peak in peaks.items():
         if "recompute" in what:
-            assert row["ours"] < found[what.removesuffix(", recompute"), dtype]["ours"]
+            assert peak < peaks[what.removesuffix(", recompute"), dtype]
 
 
 def test_recomputing_keeps_one_tensor_of_each_layer() -> None:
-    """Its input: not what happens inside, and not a decoder layer's keys and values of the image."""
+    """Its input; neither what is computed inside, nor a decoder layer's keys and values of the image."""
     n, answer, width = 50, 3, 32
     peaks = {}
     for encoder, decoder in ((2, 2), (6, 2), (2, 6)):

@@ -1,5 +1,6 @@
 """The vocabularies of the three parts that read or write words: Q-Former, T5 and RAM."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,19 +19,20 @@ class Vocabularies:
 
     @classmethod
     def from_folder(cls, folder: Path, config: LionConfig) -> "Vocabularies":
+        return cls.from_files([folder / name for name in cls.FILES], config)
+
+    @classmethod
+    def from_files(cls, files: Sequence[Path], config: LionConfig) -> "Vocabularies":
         """Read the files, the last two only with a tagger. A ValueError names one that does not fit the model."""
-        vocab, tokenizer, tags, scores = (folder / name for name in cls.FILES)
-        words, pieces = WordPieceTokenizer.from_file(vocab), UnigramTokenizer.from_file(tokenizer)
-        names, least, count = list[str](), list[float](), 0
+        words, pieces = WordPieceTokenizer.from_file(files[0]), UnigramTokenizer.from_file(files[1])
+        names, lines = (read_lines(files[2]), read_lines(files[3])) if config.ram else ([], [])
+        sizes = [(files[0], len(words), config.qformer.vocab_size)]
         if config.ram:
-            names, count = read_lines(tags), config.ram.tags
-            for number, line in enumerate(read_lines(scores), 1):
-                with reading(f"{scores}, line {number}"):
-                    least.append(float(line))
-        sizes = [(vocab, len(words), config.qformer.vocab_size), (tags, len(names), count), (scores, len(least), count)]
+            sizes += [(files[2], len(names), config.ram.tags), (files[3], len(lines), config.ram.tags)]
         for path, found, expected in sizes:
             if found != expected:
                 raise ValueError(f"{path} has {found} lines, the model needs {expected}")
         if len(pieces) > config.t5.vocab_size:
-            raise ValueError(f"{tokenizer} has {len(pieces)} pieces, T5 only {config.t5.vocab_size}")
-        return cls(words, pieces, names, least)
+            raise ValueError(f"{files[1]} has {len(pieces)} pieces, T5 only {config.t5.vocab_size}")
+        with reading(files[-1]):
+            return cls(words, pieces, names, list(map(float, lines)))
