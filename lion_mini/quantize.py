@@ -9,14 +9,11 @@ from torch import Tensor, nn
 
 from .files import reading
 
-FEW_ROWS = 16  # above that, dequantising the weight is faster
-
 
 class Int8Linear(nn.Module):
     """y = (x W^T) * scale + bias. Row i of the original weight is about scale_i * W_i, with W within +-127.
 
-    Only the weight is rounded. Products and sums are in x's dtype, for which the weight is dequantised. On a CPU a few
-    rows, such as a beam search's, are multiplied with the int8 weight directly.
+    Only the weight is rounded: products and sums are in x's dtype.
     """
 
     def __init__(self, linear: nn.Linear):
@@ -28,17 +25,14 @@ class Int8Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:  # (..., d) -> (..., out)
         rows = x.reshape(-1, x.shape[-1])
-        if fits_int8_kernel(rows, self.weight):
+        # PyTorch's int8 product: on a CPU, in bfloat16, without a gradient, aligned to 32 bytes (it never checks), and
+        # faster only for a few rows, such as a beam search's. Else the weight is dequantised.
+        few = len(rows) <= 16 and x.device.type == "cpu" and x.dtype == torch.bfloat16 and not x.requires_grad
+        if few and all(n % 32 == 0 for n in (rows.shape[1], rows.data_ptr(), self.weight.data_ptr())):
             y = torch._weight_int8pack_mm(rows, self.weight, self.scale).view(*x.shape[:-1], len(self.weight))
         else:
             y = F.linear(x, self.weight.to(x.dtype)) * self.scale
         return y if self.bias is None else y + self.bias
-
-
-def fits_int8_kernel(x: Tensor, weight: Tensor) -> bool:  # (r, d), (out, d)
-    """PyTorch's int8 product wants few bfloat16 rows on a CPU, no gradient, and 32-byte alignment (it never checks)."""
-    few = len(x) <= FEW_ROWS and x.device.type == "cpu" and x.dtype == torch.bfloat16 and not x.requires_grad
-    return few and all(number % 32 == 0 for number in (x.shape[1], x.data_ptr(), weight.data_ptr()))
 
 
 def quantise(weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:  # (out, d) -> (out, d) int8, (out,)

@@ -224,11 +224,10 @@ def test_other_layouts_of_the_same_files(tmp_path: Path, golden_folder: Path) ->
     t5["encoder.embed_tokens.weight"] = t5["shared.weight"].clone()
     save_file(t5, tmp_path / "one" / "model.safetensors")
     names = sorted(t5)
-    parts = {"a.bin": names[: len(names) // 2], "b.bin": names[len(names) // 2 :]}
-    for file, part in parts.items():
-        torch.save({name: t5[name] for name in part}, tmp_path / "bins" / file)
-    index = {"weight_map": {name: file for file, part in parts.items() for name in part}}
-    (tmp_path / "bins" / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    for i in (0, 1):
+        torch.save(
+            {name: t5[name] for name in names[i::2]}, tmp_path / "bins" / f"pytorch_model-0000{i + 1}-of-00002.bin"
+        )
     frozen = {f"visual_encoder.{k}": v for k, v in eva.items()} | {f"t5_model.{k}": v for k, v in t5.items()}
     torch.save(lion | frozen, tmp_path / "lion.pth")
     torch.save({"model": eva}, tmp_path / "eva.pth", _use_new_zipfile_serialization=False)
@@ -347,7 +346,7 @@ def test_a_third_task_has_no_official_name(golden_folder: Path, tmp_path: Path, 
     assert weights.main(["inspect", str(folder)]) == 1
     assert "t5.encoder.0.ff.adapters.gates.2 (3, 24) float32 UNKNOWN" in capsys.readouterr().out
     assert weights.main(["export", str(folder), "--out", str(tmp_path / "lion.pth")]) == 2
-    assert "no tensor for t5.encoder.0.ff.adapters.gates.2" in capsys.readouterr().err
+    assert "the release has no t5.encoder.0.ff.adapters.gates.2" in capsys.readouterr().err
     assert not (tmp_path / "lion.pth").exists()
 
 
@@ -393,13 +392,6 @@ def other_t5(tmp_path: Path) -> dict:
     return {"t5": tmp_path / "t5", "config": tmp_path / "sizes.json"}
 
 
-def t5_config(tmp_path: Path) -> dict:
-    shutil.copytree(OFFICIAL / "flan-t5", tmp_path / "t5")
-    data = json.loads((tmp_path / "t5" / "config.json").read_text())
-    (tmp_path / "t5" / "config.json").write_text(json.dumps(data | {"d_model": 4096}))
-    return {"t5": tmp_path / "t5"}
-
-
 def text_file(name: str, flag: str, text: str) -> Callable[[Path], dict]:
     def make(tmp_path: Path) -> dict:
         (tmp_path / name).write_text(text)
@@ -416,22 +408,22 @@ GATE = "t5_model.encoder.block.0.layer.1.adapter.router_ratio"
 BAD = {
     "missing file": (lambda _: {"vit": "nowhere.pth"}, "nowhere.pth: no such file"),
     "missing folder": (lambda _: {"t5": "nowhere"}, "nowhere"),
-    "missing shard": (missing_shard, "model-00002-of-00002.safetensors is not a whole checkpoint: No such file"),
+    "missing shard": (missing_shard, "no file holds decoder.block.0.layer.0.layer_norm.weight, and 25 more"),
     "code in a pickle": (evil, "could run code, and is refused"),
     "old pickle": (lambda p: evil(p) and {"lion": p / "evil.pth"}, "evil.pth"),
     "another T5": (other_t5, "soft_prompt_hint (24,) -> soft_prompt  SHAPE DIFFERS: the model has (48,)"),
-    "T5 of another size": (t5_config, "the T5's width is 4096, the model's 24"),
+    "T5 of another size": (lambda p: other_t5(p) | {"config": GOLDEN / "sizes.json"}, "SHAPE DIFFERS: the model has (24,"),
     "shape": (lion_with(lambda d: d.update(query_tokens=torch.zeros(1, 9, 24))), "qformer.queries  SHAPE DIFFERS: the"),
     "unknown": (lion_with(lambda d: d.update(surprise=torch.zeros(2))), "XL.pth does not fit: surprise (2,) UNKNOWN"),
     "third gate": (lion_with(lambda d: d.update({f"{GATE}3": torch.zeros(2, 24)})), f"{GATE}3 (2, 24) UNKNOWN"),
     "missing": (lion_with(lambda d: d.pop("ln_vision.bias")), "no file holds ln_vision.bias"),
-    "NaN": (lion_with(lambda d: d["t5_proj.bias"].fill_(torch.nan)), "t5_proj.bias holds NaN"),
-    "not a tensor": (lion_with(lambda d: d.update(query_tokens="x")), "'query_tokens' is a str"),
+    "NaN": (lion_with(lambda d: d["t5_proj.bias"].fill_(torch.nan)), "t5_proj.bias is all zero, or holds NaN"),
+    "not a tensor": (lion_with(lambda d: d.update(query_tokens="x")), "query_tokens must be Tensor, found 'x'"),
     "label_embed": (
         lambda p: {"ram": changed(p, "ram_swin_large_14m.pth", lambda d: d["label_embed"].zero_())},
-        "label_embed is all zero",
+        "label_embed is all zero, or",
     ),
-    "gguf": (text_file("lion.gguf", "lion", "GGUF"), "not '.gguf'"),
+    "gguf": (text_file("lion.gguf", "lion", "GGUF"), "lion.gguf is not a whole checkpoint"),
     "no tags": (text_file("tags.txt", "ram_tags", ""), "tags.txt has 0 lines, the model needs 24"),
     "few tags": (text_file("tags.txt", "ram_tags", "a\nb\n"), "tags.txt has 2 lines, the model needs 24"),
     "few thresholds": (text_file("t.txt", "ram_thresholds", "0.5\n"), "t.txt has 1 lines, the model needs 24"),
@@ -440,7 +432,6 @@ BAD = {
     "half precision": (lambda _: {"dtype": "float16"}, "T5 overflows in float16"),
     "no thresholds": (lambda _: {"ram_thresholds": None}, "--ram needs --ram-tags and --ram-thresholds"),
     "no tagger": (lambda _: {"ram": None}, "--ram needs --ram-tags and --ram-thresholds"),
-    "two Q-Formers": (lambda _: {"blip2": "nowhere.pth"}, "--blip2 nowhere.pth starts a Q-Former, which --lion has"),
 }  # fmt: skip
 
 
@@ -480,11 +471,11 @@ def resaved(change: Callable[[dict], object]) -> Callable[[Path], object]:
 
 DAMAGES: dict[str, Callable[[Path], object]] = {
     "has no config.json": lambda f: (f / "config.json").unlink(),
-    "holds no .safetensors file": lambda f: (f / SHARD).unlink(),
+    "no folder with .safetensors files": lambda f: (f / SHARD).unlink(),
     "is not a whole checkpoint": lambda f: (f / SHARD).write_bytes((f / SHARD).read_bytes()[:-50]),
     "soft_prompt is missing": resaved(lambda t: t.pop("soft_prompt")),
-    "x belongs to no part": resaved(lambda t: t.update(x=torch.zeros(1))),
-    r"soft_prompt has shape \(1,\)": resaved(lambda t: t.update(soft_prompt=torch.zeros(1))),
+    r"x is \(1,\) here and missing in the model": resaved(lambda t: t.update(x=torch.zeros(1))),
+    r"soft_prompt is \(1,\) here and \(24,\) in the model": resaved(lambda t: t.update(soft_prompt=torch.zeros(1))),
     "vocab.txt has 6 lines": lambda f: (f / "vocab.txt").write_text("[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\n"),
 }
 
@@ -517,17 +508,12 @@ def test_mapped_tensors_are_those_of_the_file(tmp_path: Path) -> None:
         assert torch.equal(tensor, values[name])
     found["scalar"].fill_(7)  # training writes into what it has read, not into the file
     assert torch.equal(read_folder(tmp_path, "cpu", None)["scalar"], values["scalar"])
-    save_file({"step": torch.zeros(2, dtype=torch.int64)}, tmp_path / SHARD)
-    with pytest.raises(ValueError, match=r"step is of type torch\.int64: convert the weights again"):
-        read_folder(tmp_path, "cpu", None)
 
 
 TRUNCATED = {
     "pth": ("lion", "LION-FlanT5-XL.pth"),
     "safetensors": ("t5", "flan-t5/model-00002-of-00002.safetensors"),
     "bin": ("bert", "bert/pytorch_model.bin"),
-    "index.json": ("t5", "flan-t5/model.safetensors.index.json"),
-    "config.json": ("t5", "flan-t5/config.json"),
     "tokenizer.json": ("t5", "flan-t5/tokenizer.json"),
     "vocab.txt": ("bert", "bert-base-uncased/vocab.txt"),
     "tags": ("ram_tags", "ram_tag_list.txt"),
