@@ -47,8 +47,7 @@ def rows(table: Table) -> Table:
 
 EVA = rows({  # eva_vit_g.pth: models/eva_vit.py
     "blocks.39.*": "- a 40th block; LION stops at the 39th, as BLIP-2 does",
-    "cls_token": "vit.cls",
-    "pos_embed": "vit.positions",
+    "(cls_token|pos_embed)": "vit.(cls|positions)",
     "patch_embed.proj.*": "vit.patch_embed.*",
     "blocks.{}.attn.(q_bias|v_bias|qkv.weight)": "vit.blocks.{}.attn.(q_bias|v_bias|qkv.weight)",
     "blocks.{}.(norm1|attn.proj|norm2|mlp.fc1|mlp.fc2).*": "vit.blocks.{}.(norm1|attn.o|norm2|mlp.fc1|mlp.fc2).*",
@@ -90,9 +89,8 @@ RAM = rows({  # ram_swin_large_14m.pth
 })  # fmt: skip
 
 LION = rows({  # LION-FlanT5-XL.pth, LION-FlanT5-XXL.pth: models/lion_t5.py, Qformer.py, lion_adapters.py
-    "query_tokens": "qformer.queries",
-    "soft_prompt_hint": "soft_prompt",
-    "ln_vision.*": "qformer.image_norm.*",
+    "(query_tokens|soft_prompt_hint)": "(qformer.queries|soft_prompt)",
+    "(ln_vision|t5_proj|ln_adapter).*": "(qformer.image_norm|qformer.proj|aggregator.norm).*",
     "Qformer.bert.embeddings.(word|position)_embeddings.weight": "qformer.(words|positions).weight",
     "Qformer.bert.embeddings.LayerNorm.*": "qformer.norm.*",
     "(Qformer.bert.encoder.layer|fusion_adapter.blocks).{}.(attention|crossattention).self.(query|key|value).*":
@@ -103,8 +101,6 @@ LION = rows({  # LION-FlanT5-XL.pth, LION-FlanT5-XXL.pth: models/lion_t5.py, Qfo
         "(qformer.layers|aggregator.blocks).{}.ff.(wi|wo|norm).*",
     "Qformer.bert.encoder.layer.{}.intermediate_query.dense.*": "qformer.layers.{}.ff_query.wi.*",
     "Qformer.bert.encoder.layer.{}.output_query.(dense|LayerNorm).*": "qformer.layers.{}.ff_query.(wo|norm).*",
-    "t5_proj.*": "qformer.proj.*",
-    "ln_adapter.*": "aggregator.norm.*",
     "adapter_proj.(0|2).*": "aggregator.proj.(fc1|fc2).*",
     "t5_model.(encoder.block.{}.layer.1|decoder.block.{}.layer.2).adapter.adapters.{}.(down_proj.*|up_proj.*|scale)":
         "t5.(encoder.{}|decoder.{}).ff.adapters.adapters.{}.(down.*|up.*|scale)",
@@ -122,11 +118,10 @@ BLIP2 = {theirs: ours for theirs, ours in LION.items() if ours.startswith(("qfor
 }
 BERT = {  # bert-base-uncased: the start of the Q-Former
     theirs.removeprefix("Qformer."): ours
-    for theirs, ours in LION.items()
+    for theirs, ours in BLIP2.items()
     if theirs.startswith("Qformer.") and "_query" not in theirs and "crossattention" not in theirs
 } | {
     "bert.embeddings.token_type_embeddings.weight": "- the Q-Former knows no token types",
-    "bert.pooler.*": "- no part of the Q-Former",
     "cls.*": "- the heads of BERT's own training",
 }
 # BLIP-2 stands before LION, whose table has all its rows: the first of equals counts.
@@ -134,10 +129,11 @@ KINDS = {"EVA ViT-g": EVA, "FlanT5": T5, "RAM": RAM, "BLIP-2": BLIP2, "LION": LI
 WORDS = "qformer.words.weight"  # BERT has one word fewer: LION adds [DEC]
 # What stage 1 initialises may be missing. BLIP-2's T5 files were trained without reading text.
 OPTIONAL = {"BERT": "", "BLIP-2": r"qformer\.(words|positions|layers\.\d+\.ff)\."}
+# Parts of names in older files.
+OLDER = {"vision_multi.": "tagging_head.", "LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
+
+
 pattern = cache(lambda row: re.compile(re.escape(row).replace(r"\{\}", r"(\d+)").replace(r"\*", "(.+)")))
-OLDER = {  # parts of names in older files
-    "vision_multi.": "tagging_head.", ".LayerNorm.gamma": ".LayerNorm.weight", ".LayerNorm.beta": ".LayerNorm.bias",
-}  # fmt: skip
 
 
 def translate(name: str, table: Table) -> str | None:
@@ -160,14 +156,14 @@ def places(source: Tensors, table: Table, plan: Mapping[str, Tensor]) -> Iterato
     for name, shape in source.shapes.items():
         official = reduce(lambda text, parts: text.replace(*parts), OLDER.items(), name)
         ours, line = translate(official, table) or "", f"{official} {tuple(shape)}"
-        if ours not in plan:
-            unused = ours.startswith("- ")
-            yield name, None, f"{line} not used: {ours[2:]}" if unused else f"{line} UNKNOWN", not unused
-            continue
-        wanted = plan[ours].shape
-        fewer_words = table is BERT and ours == WORDS and shape[1:] == wanted[1:] and shape[0] < wanted[0]
-        wrong = shape != wanted and not fewer_words
-        yield name, ours, f"{line} -> {ours}" + wrong * f"  SHAPE DIFFERS: the model has {tuple(wanted)}", wrong
+        if ours.startswith("- "):
+            yield name, None, f"{line} not used: {ours[2:]}", False
+        elif ours not in plan:
+            yield name, None, f"{line} UNKNOWN", True
+        elif shape == plan[ours].shape or (table is BERT and ours == WORDS and shape[1:] == plan[WORDS].shape[1:]):
+            yield name, ours, f"{line} -> {ours}", False
+        else:
+            yield name, ours, f"{line} -> {ours}  SHAPE DIFFERS: the model has {tuple(plan[ours].shape)}", True
 
 
 def choose_config(path: Path | None, shapes: Mapping[str, torch.Size]) -> LionConfig:
@@ -199,10 +195,10 @@ def convert(args: argparse.Namespace) -> None:
             if ours is not None:
                 filled[ours] = path, source.read, name
         if table is BERT:  # the queries' feed-forward layers start as BERT's too, as in BLIP-2
-            layers = {ours: place for ours, place in filled.items() if ours.startswith("qformer.layers.")}
-            filled |= {ours.replace(".ff.", ".ff_query."): place for ours, place in layers.items()}
+            filled |= {ours.replace(".ff.", ".ff_query."): place for ours, place in filled.items() if "qformer" in ours}
     torch.manual_seed(0)  # the same files make the same start
-    if new := {} if args.lion else {name: tensor for name, tensor in fresh(config, model) if name not in filled}:
+    new = {} if args.lion else {name: tensor for name, tensor in fresh(config, model) if name not in filled}
+    if new:
         filled |= {name: (args.out, new.__getitem__, name) for name in new}
         parts = ", ".join(sorted({name.split(".")[0] for name in new}))
         print(f"no --lion: {len(new)} tensors of {parts} are freshly initialised, for stage 1")
@@ -223,7 +219,7 @@ def convert(args: argparse.Namespace) -> None:
         tensor = load(name)
         if not tensor.isfinite().all() or (name == "label_embed" and not tensor.any()):
             raise ValueError(f"{path}: {name} is all zero, or holds NaN or infinite values")
-        if ours == WORDS and len(tensor) < len(plan[ours]):
+        if ours == WORDS:
             tensor = torch.cat((tensor, 0.02 * torch.randn(len(plan[ours]) - len(tensor), tensor.shape[1])))
         if layout[ours].dtype == torch.int8:
             tensor, scales[f"{ours.removesuffix('weight')}scale"] = quantise(tensor, dtype)
@@ -241,8 +237,6 @@ def convert(args: argparse.Namespace) -> None:
 
 def inputs(args: argparse.Namespace) -> list[tuple[Path, Table]]:
     """The checkpoints with their tables: a later one replaces tensors of an earlier one."""
-    if args.dtype not in ("float32", "bfloat16", "int8"):
-        raise ValueError(f"--dtype must be float32, bfloat16 or int8 (T5 overflows in float16), not {args.dtype}")
     if len({path is None for path in (args.ram, args.ram_tags, args.ram_thresholds)}) > 1:
         raise ValueError("--ram needs --ram-tags and --ram-thresholds, the two text files beside it: give all or none")
     if args.out.exists():
@@ -254,38 +248,31 @@ def inputs(args: argparse.Namespace) -> list[tuple[Path, Table]]:
 
 def inspect(args: argparse.Namespace) -> int:
     """Print every tensor's place; returns 1 if a tensor is unknown or missing."""
-    config = args.path / "config.json"
+    config, problems = args.path / "config.json", 0
     if config.is_file() and "vit" in read_json(config):
-        return inspect_converted(args.path)
+        model = Lion.from_pretrained(args.path, dtype=None).model
+        for name, tensor in model.state_dict().items():
+            theirs = translate(name, OFFICIAL) or translate(re.sub("scale$", "weight", name), OFFICIAL)  # of int8
+            place = f"from {theirs}" if theirs else "UNKNOWN: the release has no such tensor"
+            print(f"{name} {tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')} {place}")
+            problems += theirs is None
+        count = sum(parameter.numel() for parameter in skeleton(model.config).parameters())
+        print(f"{args.path}: a whole LION, {len(model.state_dict())} tensors, {count / 1e6:.1f} M parameters")
+        return int(problems > 0)
     source = Tensors(args.path)
-    known = {kind: sum(translate(name, table) is not None for name in source.shapes) for kind, table in KINDS.items()}
-    kind = max(KINDS, key=known.__getitem__)
+    kind = max(KINDS, key=lambda kind: sum(translate(name, KINDS[kind]) is not None for name in source.shapes))
     print(f"{args.path}: {kind}, {len(source.shapes)} tensors")
     plan = skeleton(choose_config(args.config, source.shapes)).state_dict()
-    problems, filled = 0, set[str | None]([None])
-    for _, ours, line, wrong in places(source, KINDS[kind], plan):
-        print(line)
-        problems += wrong
-        filled.add(ours)
+    found = list(places(source, KINDS[kind], plan))
+    print(*(line for _, _, line, _ in found), sep="\n")
+    filled, problems = {ours for _, ours, _, _ in found if ours}, sum(wrong for *_, wrong in found)
     for ours in plan:
         if ours not in filled and (theirs := translate(ours, inverted(KINDS[kind]))):
             optional = bool(re.match(OPTIONAL.get(kind, "$"), ours))
             print(f"{theirs} {'not there' if optional else 'MISSING'}, for {ours}")
             problems += not optional
-    print(f"{len(filled) - 1} used, {len(source.shapes) - len(filled) + 1} not, {problems} problems")
+    print(f"{len(filled)} used, {len(found) - len(filled)} not, {problems} problems")
     return int(problems > 0)
-
-
-def inspect_converted(folder: Path) -> int:
-    model, unknown = Lion.from_pretrained(folder, dtype=None).model, 0
-    for name, tensor in model.state_dict().items():
-        theirs = translate(name, OFFICIAL) or translate(re.sub("scale$", "weight", name), OFFICIAL)  # an int8 scale
-        place = f"from {theirs}" if theirs else "UNKNOWN: the release has no such tensor"
-        print(f"{name} {tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')} {place}")
-        unknown += theirs is None
-    count = sum(parameter.numel() for parameter in skeleton(model.config).parameters())
-    print(f"{folder}: a whole LION, {len(model.state_dict())} tensors, {count / 1e6:.1f} M parameters")
-    return int(unknown > 0)
 
 
 def export(args: argparse.Namespace) -> None:
@@ -313,12 +300,11 @@ def main(argv: list[str] | None = None) -> int:
         "vit": "eva_vit_g.pth", "t5": "folder of FlanT5", "out": "the folder to make",
         "bert": "folder of bert-base-uncased; vocab.txt is enough with --lion or --blip2",
         "ram": "ram_swin_large_14m.pth", "ram-tags": "ram_tag_list.txt", "ram-thresholds": "ram_tag_list_threshold.txt",
-        "lion": "LION-FlanT5-XL.pth or LION-FlanT5-XXL.pth",
-        "blip2": "BLIP-2 or InstructBLIP FlanT5, for stage 1 where there is no --lion",
+        "lion": "LION-FlanT5-XL.pth or -XXL.pth", "blip2": "BLIP-2 or InstructBLIP FlanT5, to start stage 1",
         "config": "a LionConfig as JSON, for other sizes than XL and XXL",
     }.items():  # fmt: skip
         command.add_argument(f"--{flag}", type=Path, required=flag in ("vit", "t5", "bert", "out"), help=text)
-    command.add_argument("--dtype", default="float32", help="float32 (default), bfloat16 or int8")
+    command.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "int8"))
     command = commands.add_parser("inspect", help="where each tensor of a file goes")
     command.add_argument("path", type=Path)
     command.add_argument("--config", type=Path, help="a LionConfig as JSON, for other sizes than XL and XXL")

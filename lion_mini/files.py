@@ -67,9 +67,8 @@ def run(main: Callable[[Any], int | None], args: Any) -> int:
     except Exception as error:
         if os.environ.get("LION_DEBUG"):
             traceback.print_exc()
-        expected = isinstance(error, (ValueError, OSError))
-        text = reason(error) if expected else printable(f"{error!r:.300}; LION_DEBUG=1 shows where")
-        print(f"{Path(inspect.getfile(main)).name}: {text}", file=sys.stderr)
+        text = reason(error) if isinstance(error, (ValueError, OSError)) else f"{error!r}; LION_DEBUG=1 shows where"
+        print(f"{Path(inspect.getfile(main)).name}: {printable(text)}", file=sys.stderr)
         return 2
 
 
@@ -98,9 +97,7 @@ def json_lines(path: Path) -> Iterator[tuple[str, Any]]:
                     yield place, json.loads(text)
 
 
-NAMES = {
-    dict: "an object", list: "a list", str: "text", int: "a whole number", float: "a number", bool: "true or false",
-}  # fmt: skip
+NAMES = {dict: "an object", list: "a list", str: "text", int: "a whole number", float: "a number", bool: "a boolean"}
 
 
 def need(value: Any, kind: type | tuple[type, ...], name: str = "it") -> Any:
@@ -115,14 +112,11 @@ def need(value: Any, kind: type | tuple[type, ...], name: str = "it") -> Any:
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
-    """Yields a new path beside `path`, for a file or folder. On success it is synced and renamed to `path`.
-
-    A file is replaced, a folder only if it is empty. The next write removes what a killed process left.
-    """
+    """Yields a new path beside `path`, for a file or folder: on success renamed to `path`, which names an OSError."""
     new = path.with_name(f".{path.name}.new")
     try:
         path.absolute().parent.mkdir(parents=True, exist_ok=True)
-        remove(new)
+        remove(new)  # left by a killed process
         yield new
         sync(new)
         new.replace(path)
@@ -133,7 +127,6 @@ def atomic_write(path: Path) -> Iterator[Path]:
 
 
 def remove(path: Path) -> None:
-    """Delete a file, link or folder, if it exists."""
     shutil.rmtree(path, ignore_errors=True)
     path.unlink(missing_ok=True)
 
@@ -154,8 +147,7 @@ class Tensors:
 
     def __init__(self, path: Path):
         self.path = path
-        self.where: dict[str, Path] = {}  # the file of each tensor
-        self.shapes: dict[str, torch.Size] = {}
+        self.where, self.shapes = dict[str, Path](), dict[str, torch.Size]()  # of each tensor
         self._mapped, self._room = dict[str, Tensor](), 0
         shards = sorted(path.glob("*.safetensors")) or sorted(path.glob("pytorch_model*.bin"))
         for file in [path] if path.is_file() else shards:
@@ -208,14 +200,10 @@ def shapes_of(tensors: Mapping[str, Tensor]) -> dict[str, torch.Size]:
 
 
 def write_shards(folder: Path, plan: Mapping[str, Tensor], read: Callable[[str], Tensor], limit: int = 2**30) -> None:
-    """Safetensors files of about `limit` bytes and their index; memory holds one file.
-
-    `plan` gives names, shapes and dtypes and may be on the meta device. `read` gives the tensors.
-    """
+    """Safetensors files of about `limit` bytes and their index. `plan` has shapes and dtypes, `read` has the values."""
     sizes = [tensor.nbytes for tensor in plan.values()]
     numbers = [(end - 1) // limit + 1 for end in accumulate(sizes)]
-    files = [f"model-{number:05}-of-{numbers[-1]:05}.safetensors" for number in numbers]
-    weight_map = dict(zip(plan, files, strict=True))
+    weight_map = {name: f"model-{n:05}-of-{numbers[-1]:05}.safetensors" for name, n in zip(plan, numbers, strict=True)}
     for file, names in groupby(tqdm(plan, desc="convert", unit="tensor", disable=None), weight_map.__getitem__):
         tensors = {}
         for name in names:  # copies: safetensors refuses tensors that share memory

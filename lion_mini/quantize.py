@@ -1,7 +1,4 @@
-"""Number formats for the machine at hand: int8 weights, and whether bfloat16 is fast. Not part of the method.
-
-`weights.py convert --dtype int8` makes a model for a card or laptop of 8 GB: an Int8Linear for every nn.Linear.
-"""
+"""Number formats for the machine at hand: int8 weights, and whether bfloat16 is fast. Not part of the method."""
 
 import torch
 import torch.nn.functional as F
@@ -11,16 +8,12 @@ from .files import reading
 
 
 class Int8Linear(nn.Module):
-    """y = (x W^T) * scale + bias. Row i of the original weight is about scale_i * W_i, with W within +-127.
-
-    Only the weight is rounded: products and sums are in x's dtype.
-    """
+    """y = (x W^T) * scale + bias, in x's dtype. Row i of the original weight is about scale_i * W_i, W within +-127."""
 
     def __init__(self, linear: nn.Linear):
         super().__init__()
-        weight, scale = quantise(linear.weight, linear.weight.dtype)
-        self.weight = nn.Parameter(weight, requires_grad=False)
-        self.scale = nn.Parameter(scale, requires_grad=False)
+        parts = quantise(linear.weight, linear.weight.dtype)
+        self.weight, self.scale = (nn.Parameter(part, requires_grad=False) for part in parts)
         self.bias = linear.bias
 
     def forward(self, x: Tensor) -> Tensor:  # (..., d) -> (..., out)
@@ -37,8 +30,6 @@ class Int8Linear(nn.Module):
 
 def quantise(weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:  # (out, d) -> (out, d) int8, (out,)
     """Round each row to multiples of its largest value / 127. The scale is rounded to `dtype` first."""
-    if weight.is_meta:
-        return torch.empty(weight.shape, dtype=torch.int8, device="meta"), weight[:, 0].to(dtype)
     scale = (weight.float().abs().amax(1) / 127).clamp_min(1e-30).to(dtype)
     return (weight.float() / scale.float()[:, None]).round().clamp(-127, 127).to(torch.int8), scale
 
