@@ -47,8 +47,7 @@ def rows(table: Table) -> Table:
 
 EVA = rows({  # eva_vit_g.pth: models/eva_vit.py
     "blocks.39.*": "- a 40th block; LION stops at the 39th, as BLIP-2 does",
-    "(cls_token|pos_embed)": "vit.(cls|positions)",
-    "patch_embed.proj.*": "vit.patch_embed.*",
+    "(cls_token|pos_embed|patch_embed.proj.*)": "vit.(cls|positions|patch_embed.*)",
     "blocks.{}.attn.(q_bias|v_bias|qkv.weight)": "vit.blocks.{}.attn.(q_bias|v_bias|qkv.weight)",
     "blocks.{}.(norm1|attn.proj|norm2|mlp.fc1|mlp.fc2).*": "vit.blocks.{}.(norm1|attn.o|norm2|mlp.fc1|mlp.fc2).*",
     "(norm|fc_norm).*": "- the final norm of the 40 blocks",
@@ -71,8 +70,7 @@ T5 = rows({  # google/flan-t5-xl, flan-t5-xxl
 })  # fmt: skip
 
 RAM = rows({  # ram_swin_large_14m.pth
-    "label_embed": "ram.label_embed",
-    "(image_proj|wordvec_proj|fc).*": "ram.(image_proj|wordvec_proj|fc).*",
+    "(label_embed|image_proj.*|wordvec_proj.*|fc.*)": "ram.(label_embed|image_proj.*|wordvec_proj.*|fc.*)",
     "visual_encoder.(patch_embed.proj|patch_embed.norm|norm).*": "ram.swin.(patch_embed.proj|patch_embed.norm|norm).*",
     "visual_encoder.layers.{}.blocks.{}.(norm1|norm2|attn.qkv|attn.proj|mlp.fc1|mlp.fc2).*":
         "ram.swin.stages.{}.blocks.{}.(norm1|norm2|attn.qkv|attn.o|mlp.fc1|mlp.fc2).*",
@@ -127,8 +125,6 @@ BERT = {  # bert-base-uncased: the start of the Q-Former
 # BLIP-2 stands before LION, whose table has all its rows: the first of equals counts.
 KINDS = {"EVA ViT-g": EVA, "FlanT5": T5, "RAM": RAM, "BLIP-2": BLIP2, "LION": LION, "BERT": BERT}
 WORDS = "qformer.words.weight"  # BERT has one word fewer: LION adds [DEC]
-# What stage 1 initialises may be missing. BLIP-2's T5 files were trained without reading text.
-OPTIONAL = {"BERT": "", "BLIP-2": r"qformer\.(words|positions|layers\.\d+\.ff)\."}
 # Parts of names in older files.
 OLDER = {"vision_multi.": "tagging_head.", "LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
 
@@ -268,7 +264,8 @@ def inspect(args: argparse.Namespace) -> int:
     filled, problems = {ours for _, ours, _, _ in found if ours}, sum(wrong for *_, wrong in found)
     for ours in plan:
         if ours not in filled and (theirs := translate(ours, inverted(KINDS[kind]))):
-            optional = bool(re.match(OPTIONAL.get(kind, "$"), ours))
+            # BLIP-2's T5 files were trained without reading text.
+            optional = kind == "BLIP-2" and bool(re.match(r"qformer\.(words|positions|layers\.\d+\.ff)\.", ours))
             print(f"{theirs} {'not there' if optional else 'MISSING'}, for {ours}")
             problems += not optional
     print(f"{len(filled)} used, {len(found) - len(filled)} not, {problems} problems")

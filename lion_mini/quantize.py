@@ -48,8 +48,7 @@ def usable(device: str | torch.device) -> torch.device:
         return torch.empty(0, device=device).device
 
 
-def has_bfloat16() -> bool:
-    """Whether this CPU multiplies bfloat16 in hardware; elsewhere float32 is faster."""
+def has_bfloat16() -> bool:  # this CPU, in hardware; elsewhere float32 is faster
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
