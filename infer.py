@@ -19,48 +19,32 @@ import glob
 import json
 import random
 import sys
+from collections.abc import Sequence
 from dataclasses import astuple, replace
 from functools import cache, partial
 from itertools import count
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from PIL import Image
 from tqdm import tqdm, trange
 
 from lion_mini import GENERATION, Box, Lion, toy
-from lion_mini.data.records import TASKS, Records
-from lion_mini.data.tagging import tag_records
+from lion_mini.data.convert import tag_records
+from lion_mini.data.records import Records
 from lion_mini.files import reading, run
 from lion_mini.images import draw_boxes, open_image
 from lion_mini.pipeline import DTYPES, Answer
-from lion_mini.text.prompts import EVAL_TEMPLATES, TASK_OF, render
+from lion_mini.text.prompts import DECODING, EVAL_TEMPLATES, TASK_OF, render
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 KIND = {"caption": "caption", "ask": "vqa", "locate": "rec", "describe": "reg"}  # of the prompt
-
-
-class Job(NamedTuple):
-    mode: str  # caption, ask, locate, describe or tags
-    text: str = ""  # the question, the expression, or the corners of the box
-    pixels: bool = False  # whether the corners are pixels
-
-    def box(self, size: tuple[int, int] | None = None) -> Box | None:
-        """The box to describe, in fractions of a picture of this size. A ValueError if it is not inside."""
-        if self.mode != "describe":
-            return None
-        with reading(f"--describe {self.text}: expected four numbers, x1,y1,x2,y2"):
-            x1, y1, x2, y2 = map(float, self.text.split(","))
-        if self.pixels and size is None:
-            return None
-        width, height = size if self.pixels and size else (1, 1)
-        return Box.checked(x1 / width, y1 / height, x2 / width, y2 / height)
+Picture = tuple[Path, Image.Image, Box | None]  # the box to describe
 
 
 def check(args: argparse.Namespace) -> None:
     """A ValueError if flags contradict each other, or if a value cannot be used."""
-    mode, text = args.job[:2] if args.job else ("", "")
+    mode, text = args.job or ("", "")
     prompt = args.no_tags or args.use_tags or args.official
     for wrong, sentence in (
         (mode in ("ask", "locate") and not text, f"--{mode} is empty: say what you want to know"),
@@ -75,21 +59,28 @@ def check(args: argparse.Namespace) -> None:
     ):
         if wrong:
             raise ValueError(sentence)
-    if args.job:
-        args.job.box()
+    if mode == "describe" and not args.pixels:
+        box_of(text)
+
+
+def box_of(corners: str, width: int = 1, height: int = 1) -> Box:
+    """The box to describe, in fractions. A ValueError if it does not lie inside the picture."""
+    with reading(f"--describe {corners}: expected four numbers, x1,y1,x2,y2"):
+        x1, y1, x2, y2 = map(float, corners.split(","))
+    return Box.checked(x1 / width, y1 / height, x2 / width, y2 / height)
 
 
 def find_images(patterns: list[str]) -> list[Path]:
     """Files, the pictures of folders, and what globs match, in order, each once."""
     paths: list[Path] = []
-    for pattern in patterns:
-        if (folder := Path(pattern)).is_dir():
-            found = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
+    for path in map(Path, patterns):
+        if path.is_dir():
+            matches = sorted(file for file in path.iterdir() if file.suffix.lower() in SUFFIXES)
         else:
-            found = [folder] if folder.exists() else sorted(map(Path, glob.glob(pattern, recursive=True)))
-        if not found:
-            raise ValueError(f"{pattern}: no {'picture in this folder' if folder.is_dir() else 'such file or folder'}")
-        paths += found
+            matches = [path] if path.exists() else sorted(map(Path, glob.glob(str(path), recursive=True)))
+        if not matches:
+            raise ValueError(f"{path}: no {'picture in this folder' if path.is_dir() else 'such file or folder'}")
+        paths += matches
     return list(dict.fromkeys(paths))
 
 
@@ -100,39 +91,37 @@ def open_lion(args: argparse.Namespace) -> Lion:
     if args.no_tags:
         lion.config = replace(lion.config, tags="none")
     if args.dtype == "auto":
-        chosen = str(lion.dtype).removeprefix("torch.")
-        print(f"--dtype auto: {args.weights} computes in {chosen} on {lion.device}", file=sys.stderr)
+        print(f"--dtype auto: {args.weights} computes in {str(lion.dtype)[6:]} on {lion.device}", file=sys.stderr)
     return lion
 
 
-def ask(lion: Lion, job: Job, pictures: dict[Path, Image.Image], args: argparse.Namespace) -> list[dict]:
+def ask(lion: Lion, mode: str, text: str, pictures: Sequence[Picture], args: argparse.Namespace) -> list[dict]:
     """A line of results.jsonl for each picture; boxes in fractions, and in pixels of the upright picture."""
-    images, boxes = list(pictures.values()), [job.box(image.size) for image in pictures.values()]
-    if job.mode == "tags":
+    paths, images, boxes = map(list, zip(*pictures, strict=True))
+    if mode == "tags":
         answers = [Answer(", ".join(tag for tag, _ in tags), "", tags, 0.0) for tags in lion.scored_tags(images)]
     else:
-        kind, settings = KIND[job.mode], "official" if args.official else "answer" if job.mode == "ask" else job.mode
-        fields = {"question": job.text, "expression": job.text}
-        prompts = [render(EVAL_TEMPLATES[kind], **fields, box=box or "") for box in boxes]
-        tags = args.use_tags and [args.use_tags] * len(images)
-        answers = lion.respond(images, prompts, [TASK_OF[kind]] * len(images), GENERATION[settings], tags)
-    if job.mode == "locate":
+        kind, tags = KIND[mode], args.use_tags and [args.use_tags] * len(images)
+        settings = GENERATION["official" if args.official else DECODING[kind]]
+        prompts = [render(EVAL_TEMPLATES[kind], question=text, expression=text, box=box or "") for box in boxes]
+        answers = lion.respond(images, prompts, [TASK_OF[kind]] * len(images), settings, tags)
+    if mode == "locate":
         boxes = [Box.parse(answer.text) for answer in answers]
     return [
         {
             "image": str(path), "tags": [[tag, round(score, 4)] for tag, score in answer.tags],
             "prompt": answer.prompt, "text": answer.text,
-            "answer": answer.text if job.mode != "locate" else box and box.to_text(),
+            "answer": answer.text if mode != "locate" else box and box.to_text(),
             "box": box and list(astuple(box)), "box_pixels": box and [round(x, 1) for x in box.to_pixels(*image.size)],
             "score": round(answer.score, 4),
         }
-        for (path, image), box, answer in zip(pictures.items(), boxes, answers, strict=True)
+        for path, image, box, answer in zip(paths, images, boxes, answers, strict=True)
     ]  # fmt: skip
 
 
-def readable(job: Job, line: dict) -> str:
-    if job.mode != "locate":
-        return line["answer"] or ("(no tags)" if job.mode == "tags" else "(an empty answer)")
+def readable(mode: str, line: dict) -> str:
+    if mode != "locate":
+        return line["answer"] or ("(no tags)" if mode == "tags" else "(an empty answer)")
     box, text = line["box_pixels"], line["text"]
     return f"{line['answer']}, pixels {box}" if box else f"no box: the answer was {text!r}"
 
@@ -147,21 +136,19 @@ def demonstrate(args: argparse.Namespace) -> int:
     thing = rng.choice(scene.things)
     _, question, answer = rng.choice(list(toy.questions(scene.things, rng)))
     expression = toy.expression(scene.things, thing, rng)
-    truths = {
-        Job("tags"): ", ".join(sorted(set().union(*(each.words for each in scene.things)))),
-        Job("caption"): toy.caption(scene.things),
-        Job("ask", question): answer,
-        Job("locate", expression): thing.box.to_text(),
-        Job("describe", ",".join(map(str, astuple(thing.box)))): f"the {thing.size} {thing.name}",
-    }
-    boxes = [(thing.box, "true", "#3cb44b")]
+    box, boxes = thing.box, [(thing.box, "true", "#3cb44b")]
     with open(args.out / "results.jsonl", "w", encoding="utf-8") as file:
-        for job, truth in truths.items():
-            [line] = ask(lion, job, {path: scene.image}, args)
+        for mode, text, truth in (
+            ("tags", "", ", ".join(sorted(set().union(*(each.words for each in scene.things))))),
+            ("caption", "", toy.caption(scene.things)),
+            ("ask", question, answer),
+            ("locate", expression, box.to_text()),
+            ("describe", box.to_text(), f"the {thing.size} {thing.name}"),
+        ):
+            [line] = ask(lion, mode, text, [(path, scene.image, box if mode == "describe" else None)], args)
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
-            asked = thing.box.to_text() if job.mode == "describe" else job.text
-            print(f"{job.mode:9} {asked:32} {readable(job, line)}   (true: {truth})")
-            if job.mode == "locate" and line["box"]:
+            print(f"{mode:9} {text:32} {readable(mode, line)}   (true: {truth})")
+            if mode == "locate" and line["box"]:
                 boxes.append((Box(*line["box"]), expression, "#e6194b"))
     draw_boxes(scene.image, boxes).save(args.out / "scene-box.png")
     print(f"{args.out / 'scene-box.png'}: where {expression} is, and where the model sees it")
@@ -171,59 +158,60 @@ def demonstrate(args: argparse.Namespace) -> int:
 def infer(args: argparse.Namespace) -> int:
     check(args)
     if args.data:
-        source, opened = Records(args.data, args.root, TASKS), cache(partial(open_lion, args))
+        source, opened = Records(args.data, args.root), cache(partial(open_lion, args))
         lacking = tag_records(source, args.out, args.batch_size, lambda images: opened().tag(images))
         tqdm.write(f"{args.out}: {len(source)} records" + f", {lacking} of them untagged" * (lacking > 0))
         return int(lacking > 0)
     if not args.images:
         return demonstrate(args)
-    paths, lion, job = find_images(args.images), open_lion(args), args.job or Job("caption")
+    paths, lion, (mode, text) = find_images(args.images), open_lion(args), args.job or ("caption", "")
     file, done, drawn = args.out / "results.jsonl", 0, set[str]()
     for start in trange(0, len(paths), args.batch_size, unit_scale=args.batch_size, disable=None):
         # 1. Open the pictures. One that cannot be used is reported and left out.
-        pictures: dict[Path, Image.Image] = {}
+        pictures: list[Picture] = []
         for path in paths[start : start + args.batch_size]:
             try:
                 with reading(path):
                     image = open_image(path)
-                    job.box(image.size)
-                    pictures[path] = image
+                    size = image.size if args.pixels else (1, 1)
+                    pictures.append((path, image, box_of(text, *size) if mode == "describe" else None))
             except ValueError as error:
                 if len(paths) == 1:
                     raise
                 tqdm.write(str(error), file=sys.stderr)
 
         # 2. Ask, write and print. A file's name need not be text: its bytes become escapes, which JSON reads back.
-        for path, line in zip(pictures, ask(lion, job, pictures, args) if pictures else (), strict=True):
+        lines = ask(lion, mode, text, pictures, args) if pictures else []
+        for (path, image, _), line in zip(pictures, lines, strict=True):
             args.out.mkdir(parents=True, exist_ok=True)
             with open(file, "a" if done else "w", encoding="utf-8", errors="backslashreplace") as out:
                 out.write(json.dumps(line, ensure_ascii=False) + "\n")
             done += 1
-            tqdm.write(f"{path}: {readable(job, line)}".encode("utf-8", "backslashreplace").decode())
+            tqdm.write(f"{path}: {readable(mode, line)}".encode("utf-8", "backslashreplace").decode())
 
             # 3. Draw the box. Pictures of the same name get numbers.
             if line["box"]:
                 names = (f"{path.stem}-{i}" if i else path.stem for i in count())
                 drawn.add(name := next(name for name in names if name not in drawn))
-                label = job.text if job.mode == "locate" else line["answer"]
-                draw_boxes(pictures[path], [(Box(*line["box"]), label)]).save(args.out / f"{name}-box.png")
+                label = text if mode == "locate" else line["answer"]
+                draw_boxes(image, [(Box(*line["box"]), label)]).save(args.out / f"{name}-box.png")
     if not done:
         raise ValueError(f"not one of the {len(paths)} pictures could be read")
     tqdm.write(f"{file}: {done} pictures" + f", {len(paths) - done} failed" * (done < len(paths)))
     return int(done < len(paths))
 
 
-def parse(argv: list[str] | None) -> argparse.Namespace:
+def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("images", nargs="*", help="pictures, folders or globs")
     mode = partial(parser.add_mutually_exclusive_group().add_argument, dest="job")
-    job = lambda mode: lambda text: Job(mode, text.strip())
-    mode("--caption", action="store_const", const=Job("caption"), help="describe the picture in a sentence (default)")
+    job = lambda mode: lambda text: (mode, text.strip())
+    mode("--caption", action="store_const", const=("caption", ""), help="describe the picture in a sentence (default)")
     mode("--ask", metavar="QUESTION", type=job("ask"), help="answer a question")
     mode("--locate", metavar="EXPRESSION", type=job("locate"), help="find what the words refer to")
     mode("--describe", metavar="X1,Y1,X2,Y2", type=job("describe"), help="say what is in the box, given in fractions")
-    mode("--tags", action="store_const", const=Job("tags"), help="only RAM's tags")
+    mode("--tags", action="store_const", const=("tags", ""), help="only RAM's tags")
     add("--data", type=Path, help="with --tags: a file of training records, JSON or JSON lines, to tag")
     add("--images", type=Path, dest="root", default=Path(), help="the folder of --data's pictures")
     add("--pixels", action="store_true", help="--describe gives pixels of the upright picture")
@@ -238,13 +226,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--dtype", default="auto", help=f"{', '.join(DTYPES)}; auto: bfloat16 where it is fast")
     add("--batch-size", type=int, default=8, help="pictures at a time")
     add("--out", type=Path, default=Path("out"), help="folder of results.jsonl and drawn boxes, or file")
-    args = parser.parse_args(argv)
-    args.job = args.job and args.job._replace(pixels=args.pixels)
-    return args
-
-
-def main(argv: list[str] | None = None) -> int:
-    return run(infer, parse(argv))
+    return run(infer, parser.parse_args(argv))
 
 
 if __name__ == "__main__":

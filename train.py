@@ -46,8 +46,8 @@ from lion_mini.data.mixture import MicroBatches, Mixture, Samples, collate, micr
 from lion_mini.data.records import Records, Source
 from lion_mini.distributed import distributed
 from lion_mini.pipeline import TINY, Lion
-from lion_mini.toy.jobs import toy_jobs
-from lion_mini.toy.source import Toy
+from lion_mini.toy.questions import Toy
+from lion_mini.toy.stage0 import toy_jobs
 from lion_mini.training.checkpoint import State, restore, save, weight_files, write_result
 from lion_mini.training.report import draw_loss, draw_samples, log_step, overview, say, trim
 from lion_mini.training.stages import STAGES, TOY, Job, Stage, changed, check, groups, schedule, unfreeze

@@ -6,11 +6,12 @@ from dataclasses import astuple, dataclass
 
 _NUMBER = r"\s*([0-9]+(?:\.[0-9]*)?|\.[0-9]+)\s*"
 _BOX = re.compile(rf"\[{','.join([_NUMBER] * 4)}\]")
+_clamp = lambda value: min(max(0.0, value), 1.0)
 
 
 @dataclass(frozen=True)
 class Box:
-    """Left, top, right and bottom edge. A model may write an inverted box, so that only `checked` refuses one."""
+    """Left, top, right and bottom edge. A model may write an inverted box, so only `checked` refuses one."""
 
     x1: float
     y1: float
@@ -19,15 +20,10 @@ class Box:
 
     @classmethod
     def checked(cls, x1: float, y1: float, x2: float, y2: float) -> "Box":
-        """The box, if it lies inside the image and has an area; else a ValueError says what is wrong."""
-        box = f"the box {x1:g},{y1:g},{x2:g},{y2:g}"
-        for name, value in (("x1", x1), ("y1", y1), ("x2", x2), ("y2", y2)):
-            if not 0 <= value <= 1:
-                raise ValueError(f"{box} lies outside the image: {name} {value:g} is not a fraction between 0 and 1")
-        for axis, before, start, end in (("x", "left of", x1, x2), ("y", "above", y1, y2)):
-            if start >= end:
-                fault = "empty" if start == end else "inverted"
-                raise ValueError(f"{box} is {fault}: {axis}1 {start:g} must be {before} {axis}2 {end:g}")
+        """The box; a ValueError if it is not inside the image or has no area."""
+        if not (0 <= x1 < x2 <= 1 and 0 <= y1 < y2 <= 1):
+            fault = "is inverted, empty or outside the image: 0 <= x1 < x2 <= 1 and 0 <= y1 < y2 <= 1 must hold"
+            raise ValueError(f"the box {x1:g},{y1:g},{x2:g},{y2:g} {fault}")
         return cls(x1, y1, x2, y2)
 
     @classmethod
@@ -39,10 +35,7 @@ class Box:
 
     @classmethod
     def parse(cls, text: str) -> "Box | None":
-        """The first `[four numbers]` in a model's answer; None if there is none or a number exceeds 1.
-
-        Spaces are allowed, as the paper prints them; signs, other brackets and several boxes in one bracket are not.
-        """
+        """The first `[four numbers]` in a model's answer, as the paper prints them; None if a number exceeds 1."""
         match = _BOX.search(text)
         box = match and cls(*map(float, match.groups()))
         return box if box and max(astuple(box)) <= 1 else None
@@ -65,7 +58,3 @@ class Box:
         left, top = max(self.x1, other.x1), max(self.y1, other.y1)
         shared = Box(left, top, min(self.x2, other.x2), min(self.y2, other.y2)).area
         return shared / (self.area + other.area - shared) if self.area and other.area else 0.0
-
-
-def _clamp(value: float) -> float:
-    return min(max(0.0, value), 1.0)

@@ -7,18 +7,17 @@ one more name in `tasks`.
 """
 
 import json
-from dataclasses import asdict, dataclass, field, is_dataclass, replace
-from types import UnionType
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from dataclasses import asdict, dataclass, is_dataclass, replace
+from typing import Any
+
+from .files import need
 
 PAD, EOS = 0, 1  # T5's token ids; decoding starts from PAD
 IGNORE = -100  # a label that no loss counts
 
 
 @dataclass(frozen=True)
-class VitConfig:
-    """EVA-CLIP ViT-g/14; the public file holds a 40th block that LION does not run."""
-
+class VitConfig:  # EVA-CLIP ViT-g/14; the public file holds a 40th block that LION does not run
     image_size: int = 224
     patch_size: int = 14
     width: int = 1408
@@ -33,9 +32,7 @@ class VitConfig:
 
 
 @dataclass(frozen=True)
-class QFormerConfig:
-    """BERT-base with cross-attention in every second layer and 32 learned queries."""
-
+class QFormerConfig:  # BERT-base with cross-attention in every second layer and 32 learned queries
     width: int = 768
     depth: int = 12
     heads: int = 12
@@ -50,9 +47,7 @@ class QFormerConfig:
 
 
 @dataclass(frozen=True)
-class AggregatorConfig:
-    """The vision aggregator: one block per tap after the first, as wide as the ViT."""
-
+class AggregatorConfig:  # The vision aggregator: one block per tap after the first, as wide as the ViT
     heads: int = 16
     mlp_width: int = 3072  # the release leaves BertConfig's default, although the width is 1408
     norm_eps: float = 1e-12
@@ -62,9 +57,7 @@ class AggregatorConfig:
 
 
 @dataclass(frozen=True)
-class T5Config:
-    """FlanT5-XL; heads * head_width need not equal width."""
-
+class T5Config:  # FlanT5-XL; heads * head_width need not equal width
     width: int = 2048
     head_width: int = 64
     heads: int = 32
@@ -78,9 +71,7 @@ class T5Config:
 
 
 @dataclass(frozen=True)
-class TagHeadConfig:
-    """RAM's recognition decoder: cross-attention from tags to image, no self-attention."""
-
+class TagHeadConfig:  # RAM's recognition decoder: cross-attention from tags to image, no self-attention
     width: int = 768
     depth: int = 2
     heads: int = 4
@@ -89,9 +80,7 @@ class TagHeadConfig:
 
 
 @dataclass(frozen=True)
-class RamConfig:
-    """Recognize Anything: Swin-L/384 and a tagging head over 4585 tags."""
-
+class RamConfig:  # Recognize Anything: Swin-L/384 and a tagging head over 4585 tags
     image_size: int = 384
     patch_size: int = 4
     width: int = 192
@@ -101,24 +90,22 @@ class RamConfig:
     tag_width: int = 512
     tags: int = 4585
     init_std: float = 0.02
-    head: TagHeadConfig = field(default_factory=TagHeadConfig)
+    head: TagHeadConfig = TagHeadConfig()
 
 
 @dataclass(frozen=True)
-class LionConfig:
-    """The whole model. `ram=None` is a LION without its tagger: tags must then be given."""
-
-    vit: VitConfig = field(default_factory=VitConfig)
+class LionConfig:  # The whole model. `ram=None` is a LION without its tagger: tags must then be given
+    vit: VitConfig = VitConfig()
     taps: tuple[int, ...] = (38, 28, 18)  # blocks that the aggregator reads, 0-based, last first
-    qformer: QFormerConfig = field(default_factory=QFormerConfig)
-    aggregator: AggregatorConfig = field(default_factory=AggregatorConfig)
-    t5: T5Config = field(default_factory=T5Config)
+    qformer: QFormerConfig = QFormerConfig()
+    aggregator: AggregatorConfig = AggregatorConfig()
+    t5: T5Config = T5Config()
     adapter_width: int = 64
-    ram: RamConfig | None = field(default_factory=RamConfig)
+    ram: RamConfig | None = RamConfig()
     tasks: tuple[str, ...] = ("region", "image")  # the router's rows; adapter k starts as task k's own
     adapters: int = 2  # per feed-forward layer: 1 in stages 1 and 2, one per task and a router in stage 3
-    visual_input: Literal["image", "region", "all"] = "all"  # which branches: Q-Former, aggregator, both
-    tags: Literal["soft", "plain", "none"] = "soft"  # image tags behind the soft prompt, tags alone, or no tags
+    visual_input: str = "all"  # which branches: image (Q-Former), region (aggregator), or all
+    tags: str = "soft"  # image tags behind the soft prompt, tags alone, or no tags
     max_question_tokens: int = 128  # what the Q-Former reads
     max_prompt_tokens: int = 128  # what T5 reads, in training only
     max_answer_tokens: int = 128  # in training only
@@ -126,17 +113,15 @@ class LionConfig:
     made_by: str = ""  # the commands, seeds and hours that did
 
     def __post_init__(self) -> None:
+        for name, choices in (("visual_input", ("image", "region", "all")), ("tags", ("soft", "plain", "none"))):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} must be {' or '.join(choices)}, not {getattr(self, name)!r:.60}")
         if self.adapters not in (0, 1, len(self.tasks)):
             raise ValueError(f"adapters is 0, 1 or {len(self.tasks)} (one per task), not {self.adapters}")
-        for tap in self.taps:
-            if not 0 <= tap < self.vit.depth:
-                raise ValueError(f"tap {tap} is not one of the ViT's blocks 0 to {self.vit.depth - 1}")
-        for name, width, heads in (
-            ("vit", self.vit.width, self.vit.heads),
-            ("qformer", self.qformer.width, self.qformer.heads),
-            ("aggregator", self.vit.width, self.aggregator.heads),
-        ):
-            if width % heads:
+        if not all(0 <= tap < self.vit.depth for tap in self.taps):
+            raise ValueError(f"taps {self.taps} are not all among the ViT's blocks 0 to {self.vit.depth - 1}")
+        for name, width in (("vit", self.vit.width), ("qformer", self.qformer.width), ("aggregator", self.vit.width)):
+            if width % (heads := getattr(self, name).heads):
                 raise ValueError(f"{name}: width {width} is not a multiple of its {heads} heads")
 
     @property
@@ -150,34 +135,25 @@ class LionConfig:
     @classmethod
     def from_json(cls, text: str) -> "LionConfig":
         """The config that `to_json` wrote. An unknown field or a value of another type raises with its path."""
-        return _parse(cls, json.loads(text), "config")
+        return _parse(cls(), json.loads(text), "config")
 
 
-def _parse(kind: Any, value: Any, path: str) -> Any:
-    """`value` from JSON as `kind`: a dataclass, Literal, tuple, `X | None` or plain type."""
-    if isinstance(kind, type) and is_dataclass(kind):
-        types = get_type_hints(kind)
-        if unknown := sorted(set(value) - set(types)):
-            raise ValueError(f"{path}.{unknown[0]} is unknown; {kind.__name__} has {', '.join(types)}")
-        return kind(**{name: _parse(types[name], item, f"{path}.{name}") for name, item in value.items()})
-    if get_origin(kind) is tuple and isinstance(value, list):
-        return tuple(_parse(get_args(kind)[0], item, path) for item in value)
-    if get_origin(kind) is UnionType:
-        return None if value is None else _parse(get_args(kind)[0], value, path)
-    if get_origin(kind) is Literal and value in get_args(kind):
-        return value
-    if kind is float and type(value) is int:
-        return float(value)
-    if type(value) is not kind:
-        expected = " or ".join(get_args(kind)) if get_origin(kind) is Literal else getattr(kind, "__name__", kind)
-        raise ValueError(f"{path} must be {expected}, found {value!r:.60}")
-    return value
+def _parse(default: Any, value: Any, path: str) -> Any:
+    """`value` from JSON in place of `default`, which shows its type; of a config, fields may be left out."""
+    if value is None and path == "config.ram":
+        return None
+    if is_dataclass(default) and not isinstance(default, type):
+        if unknown := sorted(need(value, dict, path).keys() - vars(default).keys()):
+            raise ValueError(f"{path}.{unknown[0]} is unknown; there are {', '.join(vars(default))}")
+        return replace(default, **{k: _parse(getattr(default, k), v, f"{path}.{k}") for k, v in value.items()})
+    if isinstance(default, tuple):
+        return tuple(_parse(default[0], item, path) for item in need(value, list, path))
+    return type(default)(need(value, type(default), path))
 
 
-_XL = LionConfig()
 PRESETS = {
-    "xl": _XL,
-    "xxl": replace(_XL, t5=replace(_XL.t5, width=4096, heads=64, mlp_width=10240)),
+    "xl": LionConfig(),
+    "xxl": LionConfig(t5=T5Config(width=4096, heads=64, mlp_width=10240)),
     "tiny": LionConfig(
         vit=VitConfig(image_size=48, patch_size=8, width=128, depth=6, heads=4, mlp_width=512),
         taps=(5, 4, 2),

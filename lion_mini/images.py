@@ -12,6 +12,7 @@ import os
 import random
 import unicodedata
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import IO
 
@@ -29,19 +30,13 @@ IMAGENET = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])[..., Non
 COLORS = ("#e6194b", "#3cb44b", "#4363d8", "#f58231", "#911eb4", "#008080")
 
 
-def lion_transform(image: Image.Image, size: int) -> Tensor:  # -> (3, size, size)
-    """The ViT's input: float32, bicubic, CLIP's normalisation."""
-    return _stretch(image, size, Image.Resampling.BICUBIC, CLIP)
-
-
-def ram_transform(image: Image.Image, size: int) -> Tensor:  # -> (3, size, size)
-    """The input of Recognize Anything: float32, bilinear, ImageNet's normalisation."""
-    return _stretch(image, size, Image.Resampling.BILINEAR, IMAGENET)
-
-
-def _stretch(image: Image.Image, size: int, filter: Image.Resampling, normal: Tensor) -> Tensor:  # -> (3, size, size)
+def transform(image: Image.Image, size: int, filter: Image.Resampling, normal: Tensor) -> Tensor:  # -> (3, size, size)
     pixels = torch.from_numpy(np.array(to_rgb(image).resize((size, size), filter)))
     return (pixels.permute(2, 0, 1).float() / 255 - normal[0]) / normal[1]
+
+
+lion_transform = partial(transform, filter=Image.Resampling.BICUBIC, normal=CLIP)  # the ViT's input
+ram_transform = partial(transform, filter=Image.Resampling.BILINEAR, normal=IMAGENET)  # Recognize Anything's input
 
 
 def ram_from_lion(pixels: Tensor, size: int) -> Tensor:  # (b, 3, s, s) -> (b, 3, size, size)
@@ -72,24 +67,18 @@ def _crop(width: int, height: int, rng: random.Random) -> tuple[int, int, int, i
 
 def to_rgb(image: Image.Image) -> Image.Image:
     """The picture as 8-bit RGB. Transparent pixels become white; 16-bit and float greys are scaled, not clipped."""
-    if image.mode == "RGB" and not image.has_transparency_data:
-        return image
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
-        image = _eight_bits(image)
+        levels = np.nan_to_num(np.asarray(image).astype(np.float64), posinf=0.0, neginf=0.0)
+        least, most = levels.min(), levels.max()
+        # White is the least usual maximum that holds all levels; else their own range is stretched.
+        usual = {"F": (1, 255, 65535), "I": (255, 65535)}.get(image.mode, (65535,))
+        fits = [white for white in usual if least >= 0 and most <= white]
+        black, white = (0, fits[0]) if fits else (least, (most - least) or 1)
+        image = Image.fromarray(np.rint((levels - black) * 255 / white).astype(np.uint8))
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
-
-
-def _eight_bits(image: Image.Image) -> Image.Image:
-    """Grey levels as 0..255. White is the least usual maximum that holds them; else their own range is stretched."""
-    levels = np.nan_to_num(np.asarray(image).astype(np.float64), posinf=0.0, neginf=0.0)
-    least, most = float(levels.min()), float(levels.max())
-    usual = {"F": (1, 255, 65535), "I": (255, 65535)}.get(image.mode, (65535,))
-    fits = [white for white in usual if least >= 0 and most <= white]
-    black, white = (0, fits[0]) if fits else (least, (most - least) or 1)
-    return Image.fromarray(np.rint((levels - black) * 255 / white).astype(np.uint8))
 
 
 def open_image(source: str | Path | IO[bytes]) -> Image.Image:
@@ -104,8 +93,7 @@ def open_image(source: str | Path | IO[bytes]) -> Image.Image:
 def draw_boxes(image: Image.Image, boxes: Sequence[tuple[Box, str] | tuple[Box, str, str | None]]) -> Image.Image:
     """A copy of the picture with (box, label) or (box, label, colour) drawn on; colours are PIL's names or #rrggbb.
 
-    A tiny picture is enlarged by a whole factor (to 256 px or more, 4096 at most) so that labels can be read. Labels
-    stay inside; long ones end in dots, non-Latin letters become squares. ValueError for an unknown colour.
+    A tiny picture is enlarged by a whole factor, so that labels can be read. Labels stay inside; long ones end in dots.
     """
     factor = max(1, min(math.ceil(256 / min(image.size)), 4096 // max(image.size)))
     width, height = image.width * factor, image.height * factor
@@ -158,8 +146,7 @@ class ImageFolder:
     def without_missing(self, names: Sequence[str | bytes], skip: bool) -> list[bool]:
         """A flag per picture: is it there? A ValueError if one is missing, unless `skip`."""
         there = [isinstance(name, bytes) or self.path(name) is not None for name in names]
-        if skip or all(there):
-            return there
-        count = f", and {there.count(False) - 1} of {len(there) - 1} others are not" if len(there) > 1 else ""
-        fault = f"the image {names[there.index(False)]!s} is not below {self.root}{count}"
-        raise ValueError(f"{fault}: name their folder with --images, or go on without them with --skip-missing")
+        if not skip and not all(there):
+            fault = f"the image {names[there.index(False)]!s} is not below {self.root}"
+            raise ValueError(f"{fault}: name their folder with --images, or go on without them with --skip-missing")
+        return there

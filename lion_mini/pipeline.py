@@ -7,7 +7,7 @@
 questions, tags and tasks. Questions about the same picture share its encoding.
 """
 
-import bisect
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,17 +26,15 @@ from .model.generate import GENERATION, Generation, generate, log_likelihoods
 from .model.lion import Batch, LionModel, skeleton
 from .model.ram import Ram, select
 from .quantize import best_dtype, to_int8, usable
-from .text.prompts import EVAL_TEMPLATES, PLACEHOLDER, render, tag_sentence
+from .text.prompts import EVAL_TEMPLATES, PLACEHOLDER, TASK_OF, render, tag_sentence
 from .text.vocabularies import Vocabularies
 
 TINY = Path(__file__).parent / "assets" / "tiny"  # the weights in the package, trained on the toy world
-DTYPES: dict[str, torch.dtype | Literal["auto"] | None] = {  # the scripts' --dtype
-    "auto": "auto", "stored": None, "float32": torch.float32, "bfloat16": torch.bfloat16,
-}  # fmt: skip
+DType = torch.dtype | Literal["auto"] | None
+DTYPES: dict[str, DType] = {"auto": "auto", "stored": None, "float32": torch.float32, "bfloat16": torch.bfloat16}
 Texts = Sequence[str]
 Images = Sequence[Image.Image]
-Tags = Sequence[Texts] | Texts  # per sample a list, or one string in which they are joined by ", "
-ANSWER = GENERATION["answer"]
+Tags = Sequence[Texts] | Texts | None  # per question a list, or one text joined by ", "; None: RAM's
 Scored = list[tuple[str, float]]  # a picture's tags with RAM's scores
 
 
@@ -58,30 +56,23 @@ class Lion:
 
     @classmethod
     def from_pretrained(
-        cls,
-        folder: str | Path,
-        device: str | torch.device = "cpu",
-        dtype: torch.dtype | Literal["auto"] | None = torch.float32,
+        cls, folder: str | Path, device: str | torch.device = "cpu", dtype: DType = torch.float32
     ) -> "Lion":
         """The model in a folder that `weights.py convert` or training wrote, in eval mode; "tiny" is the built-in one.
 
-        `dtype=None` keeps the stored one; "auto" is bfloat16 where the device computes in it, else float32. float16 is
-        refused, because T5's feed-forward layers exceed its largest number, 65,504.
+        `dtype=None` keeps the stored one; "auto" is bfloat16 where the device computes in it, else float32.
         """
         if dtype == torch.float16:
             raise ValueError("T5 overflows in float16: use bfloat16, or float32")
-        device = usable(device)
-        if dtype == "auto":
-            dtype = best_dtype(device)
-        folder = TINY if str(folder) == "tiny" else Path(folder)
+        device, folder = usable(device), TINY if str(folder) == "tiny" else Path(folder)
         config = read_config(folder)
         text = Vocabularies.from_folder(folder, config)
         model = skeleton(config)
-        tensors = read_folder(folder, device, dtype)
+        tensors = read_folder(folder, device, best_dtype(device) if dtype == "auto" else dtype)
         if any(tensor.dtype == torch.int8 for tensor in tensors.values()):
             to_int8(model)
         check_tensors(folder, shapes_of(tensors), shapes_of(model.state_dict()))
-        model.load_state_dict(tensors, strict=True, assign=True)
+        model.load_state_dict(tensors, assign=True)
         return cls(model.eval().requires_grad_(False), text)
 
     @property
@@ -93,34 +84,23 @@ class Lion:
         """The dtype of its activations, also where linear layers are stored in int8."""
         return self.model.t5.shared.weight.dtype
 
-    # --- from words to tensors
+    # --- words -> Batch
 
-    def prompts(self, questions: Texts, tags: Tags | None) -> list[str]:
-        """The text that T5 reads: the tag sentence, unless the model works without tags, and the question."""
-        if self.config.tags == "none":
-            return list(questions)
-        assert tags is not None
-        soft = self.config.tags == "soft"
-        return [tag_sentence(one, soft) + question for one, question in zip(tags, questions, strict=True)]
-
-    def batch(
-        self, pixels: Tensor, questions: Texts, tags: Tags | None, tasks: Texts, answers: Texts | None = None
-    ) -> Batch:
-        """Tensors for the model. `tags=None` asks RAM. With `answers` prompts and answers have their training length.
-
-        A ValueError says what is wrong with an argument.
-        """
+    def batch(self, pixels: Tensor, questions: Texts, tags: Tags, tasks: Texts, answers: Texts | None = None) -> Batch:
+        """Pixels (b, 3, s, s) and words as tensors. With `answers` (training) lengths are limited."""
         self.check(pixels, questions, tags, tasks, answers)
-        if tags is None and self.config.tags != "none":
-            tags = self.tag_pixels(pixels)
+        # 1. Tags, unless they are given.
+        if tags is None:
+            tags = [""] * len(questions) if self.config.tags == "none" else self.tag_pixels(pixels)
+        # 2. Words to ids: the question for the Q-Former, tags and question for T5.
+        limit = min(self.config.max_question_tokens, self.config.qformer.max_positions)
+        question, question_mask = pad([self.text.words.encode(q, limit) for q in questions], self.text.words.pad_id)
         if answers is None:
             prompts = [self.text.pieces.encode(prompt) for prompt in self.prompts(questions, tags)]
         else:
-            pairs = zip(questions, tags or [""] * len(questions), strict=True)
-            prompts = [self.training_prompt(question, one) for question, one in pairs]
-        limit = min(self.config.max_question_tokens, self.config.qformer.max_positions)
-        question, question_mask = pad([self.text.words.encode(q, limit) for q in questions], self.text.words.pad_id)
+            prompts = list(map(self.training_prompt, questions, tags))
         prompt, prompt_mask = pad(prompts, PAD)
+        # 3. Each picture once.
         pictures, which = pixels.unique(dim=0, return_inverse=True)
         batch = Batch(
             *(pictures, which, question, question_mask, prompt, prompt_mask),
@@ -130,49 +110,44 @@ class Lion:
         )
         return batch.to(self.device, self.dtype)
 
-    def training_prompt(self, question: str, tags: Sequence[str] | str) -> list[int]:
+    def check(self, pixels: Tensor, questions: Texts, tags: Tags, tasks: Texts, answers: Texts | None = None) -> None:
+        """A ValueError says what is wrong with an argument."""
+        size, count = self.config.vit.image_size, len(questions)
+        for name, values in (("pixels", pixels), ("tags", tags), ("tasks", tasks), ("answers", answers)):
+            if values is not None and (isinstance(values, str) or len(values) != count):
+                found = f"a {type(values).__name__} of {len(values)}"
+                raise ValueError(f"{name} must have one entry for each of {count} questions, found {found}")
+        if pixels.shape[1:] != (3, size, size):
+            raise ValueError(f"pixels must be (b, 3, {size}, {size}), found {tuple(pixels.shape)}")
+        if unknown := set(tasks) - set(self.config.tasks):
+            raise ValueError(f"the task {min(unknown)!r} is unknown; there are {', '.join(self.config.tasks)}")
+        for i, (question, words) in enumerate(zip(questions, tags or [""] * count, strict=True)):
+            if not question.strip():
+                raise ValueError(f"question {i} is empty")
+            if PLACEHOLDER in "".join([question, *words]):
+                raise ValueError(f"question {i} or its tags hold {PLACEHOLDER}, which is the soft prompt's place")
+
+    def prompts(self, questions: Texts, tags: Sequence[Texts]) -> list[str]:
+        """The texts that T5 reads: the tag sentence, unless the model works without tags, and the question."""
+        if self.config.tags == "none":
+            return list(questions)
+        soft = self.config.tags == "soft"
+        return [tag_sentence(words, soft) + question for words, question in zip(tags, questions, strict=True)]
+
+    def training_prompt(self, question: str, tags: Texts) -> list[int]:
         """The prompt's ids, at most `max_prompt_tokens` if that is possible: tags are dropped from the end."""
-        tags = tags.split(", ") if isinstance(tags, str) else tags
-
-        def ids(count: int) -> list[int]:
-            return self.text.pieces.encode(self.prompts([question], [tags[:count]])[0])
-
-        most = self.config.max_prompt_tokens
-        if self.config.tags == "none" or len(ids(len(tags))) <= most:
-            return ids(len(tags))
-        return ids(max(0, bisect.bisect_right(range(len(tags)), most, key=lambda count: len(ids(count))) - 1))
+        tags, most = tags.split(", ") if isinstance(tags, str) else tags, self.config.max_prompt_tokens
+        encode = lambda count: self.text.pieces.encode(self.prompts([question], [tags[:count]])[0])
+        if len(ids := encode(len(tags))) <= most:
+            return ids
+        return encode(max(0, bisect_right(range(len(tags)), most, key=lambda count: len(encode(count))) - 1))
 
     def answer_ids(self, answer: str) -> list[int]:
         return [*self.text.pieces.encode(answer)[:-1][: self.config.max_answer_tokens - 1], EOS]
 
-    def check(
-        self, pixels: Tensor, questions: Texts, tags: Tags | None, tasks: Texts, answers: Texts | None = None
-    ) -> None:
-        size, count = self.config.vit.image_size, len(questions)
-        if pixels.shape[1:] != (3, size, size) or len(pixels) != count:
-            found = f"found {tuple(pixels.shape)} for {count} questions"
-            raise ValueError(f"pixels must be (b, 3, {size}, {size}), one per question: {found}")
-        if set(tasks) - set(self.config.tasks) or len(tasks) != count:
-            known = " or ".join(map(repr, sorted(self.config.tasks)))
-            raise ValueError(f"tasks must be {known}, one per question: found {list(tasks)}")
-        if answers is not None and (len(answers) != count or isinstance(answers, str)):
-            raise ValueError(f"answers must be one text per question: found {len(answers)} for {count}")
-        if tags is not None and (len(tags) != count or isinstance(tags, str)):
-            raise ValueError(f"tags must be one list or text per question, found {tags!r:.60} for {count}")
-        for i, question in enumerate(questions):
-            if not question.strip():
-                raise ValueError(f"question {i} is empty")
-            if PLACEHOLDER in question:
-                raise ValueError(f"question {i} holds {PLACEHOLDER}, which is the soft prompt's place: take it out")
-        for i, one in enumerate(tags or ()):
-            if PLACEHOLDER in one or any(PLACEHOLDER in tag for tag in one):
-                raise ValueError(f"the tags of question {i} hold {PLACEHOLDER}, which is the soft prompt's place")
+    # --- Batch -> model -> words
 
-    # --- the model's outputs
-
-    def __call__(
-        self, pixels: Tensor, questions: Texts, answers: Texts, tags: Tags | None, tasks: Texts
-    ) -> Tensor:  # (b, 3, s, s) -> ()
+    def __call__(self, pixels: Tensor, questions: Texts, answers: Texts, tags: Tags, tasks: Texts) -> Tensor:  # -> ()
         """The language-modelling loss: the mean cross-entropy over all answer tokens, `</s>` included."""
         return self.model(self.batch(pixels, questions, tags, tasks, answers))
 
@@ -183,30 +158,22 @@ class Lion:
 
     @torch.inference_mode()
     def generate_ids(
-        self, pixels: Tensor, questions: Texts, tags: Tags | None, tasks: Texts, settings: Generation = ANSWER
+        self, pixels: Tensor, questions: Texts, tags: Tags, tasks: Texts, settings: Generation = GENERATION["answer"]
     ) -> Tensor:  # (b, 3, s, s) -> (b * returns, t)
         batch = self.batch(pixels, questions, tags, tasks)
         return generate(self.model.t5, *self.model.encode(batch), batch.task, settings)
 
     def generate(
-        self, pixels: Tensor, questions: Texts, tags: Tags | None, tasks: Texts, settings: Generation = ANSWER
+        self, pixels: Tensor, questions: Texts, tags: Tags, tasks: Texts, settings: Generation = GENERATION["answer"]
     ) -> list[str] | list[list[str]]:
         """One string per sample, or a list of `settings.returns` strings per sample if that is more than one."""
-        ids = self.generate_ids(pixels, questions, tags, tasks, settings).tolist()
+        ids, n = self.generate_ids(pixels, questions, tags, tasks, settings).tolist(), settings.returns
         texts = [self.text.pieces.decode(row) for row in ids]
-        if settings.returns == 1:
-            return texts
-        return [texts[i : i + settings.returns] for i in range(0, len(texts), settings.returns)]
+        return texts if n == 1 else [texts[i : i + n] for i in range(0, len(texts), n)]
 
     @torch.inference_mode()
     def rank(
-        self,
-        pixels: Tensor,
-        questions: Texts,
-        tags: Tags | None,
-        tasks: Texts,
-        candidates: Sequence[Texts],
-        segment: int = 32,
+        self, pixels: Tensor, questions: Texts, tags: Tags, tasks: Texts, candidates: Sequence[Texts], segment: int = 32
     ) -> list[list[float]]:
         """The log-likelihood of each sample's candidates, `</s>` included: the greatest is the answer."""
         if len(candidates) != len(questions) or not all(candidates) or any(isinstance(c, str) for c in candidates):
@@ -215,7 +182,7 @@ class Lion:
         batch = self.batch(pixels, questions, tags, tasks)
         return log_likelihoods(self.model.t5, *self.model.encode(batch), batch.task, ids, segment)
 
-    # --- tags
+    # --- pictures -> tags
 
     def tag(
         self, images: Images, threshold: float | None = None, top_k: int | None = None, return_scores: bool = False
@@ -247,48 +214,48 @@ class Lion:
             raise ValueError("this LION has no tagger: give the tags, or convert the weights again with --ram")
         return self.model.ram
 
-    # --- one picture at a time
+    # --- pictures and words -> answers
 
     @torch.inference_mode()
     def respond(
-        self, images: Images, questions: Texts, tasks: Texts, settings: Generation, tags: Tags | None = None
+        self, images: Images, questions: Texts, tasks: Texts, settings: Generation, tags: Tags = None
     ) -> list[Answer]:
         """Answers about pictures of any size: both transforms, tags, prompt, answer and its score."""
         pixels = torch.stack([lion_transform(image, self.config.vit.image_size) for image in images])
         self.check(pixels, questions, tags, tasks)
-        if self.config.tags == "none":
-            scored: list[Scored] = [[] for _ in images]
-        elif tags is None:
+        given: Tags = [()] * len(images) if self.config.tags == "none" else tags
+        if given is None:
             scored = self.scored_tags(images)
         else:
-            scored = [[(tag, 1.0) for tag in (one.split(", ") if isinstance(one, str) else one)] for one in tags]
-        names = [[tag for tag, _ in one] for one in scored]
+            scored = [[(tag, 1.0) for tag in (row.split(", ") if isinstance(row, str) else row)] for row in given]
+        names = [[tag for tag, _ in row] for row in scored]
         batch = self.batch(pixels, questions, names, tasks)
         encoded = (*self.model.encode(batch), batch.task)
         ids = generate(self.model.t5, *encoded, settings)[:: settings.returns].tolist()
         written = [row[1 : row.index(EOS) + 1] if EOS in row else row[1:] for row in ids]
         sums = log_likelihoods(self.model.t5, *encoded, [[row] for row in written])
         return [
-            Answer(self.text.pieces.decode(row), prompt, one, total[0] / len(row))
-            for row, prompt, one, total in zip(written, self.prompts(questions, names), scored, sums, strict=True)
+            Answer(self.text.pieces.decode(row), prompt, tags, total / len(row))
+            for row, prompt, tags, [total] in zip(written, self.prompts(questions, names), scored, sums, strict=True)
         ]
 
+    def ask(self, image: Image.Image, kind: str, settings: Generation, **fields: str | Box) -> str:
+        """The answer to the evaluation prompt of a kind, such as "vqa"."""
+        return self.respond([image], [render(EVAL_TEMPLATES[kind], **fields)], [TASK_OF[kind]], settings)[0].text
+
     def caption(self, image: Image.Image) -> str:
-        return self.respond([image], [EVAL_TEMPLATES["caption"]], ["image"], GENERATION["caption"])[0].text
+        return self.ask(image, "caption", GENERATION["caption"])
 
     def answer(self, image: Image.Image, question: str) -> str:
-        prompt = render(EVAL_TEMPLATES["vqa"], question=question)
-        return self.respond([image], [prompt], ["image"], GENERATION["answer"])[0].text
+        return self.ask(image, "vqa", GENERATION["answer"], question=question)
 
     def locate(self, image: Image.Image, expression: str) -> Box | None:
         """The box of what the expression refers to; None if the model wrote no box."""
-        prompt = render(EVAL_TEMPLATES["rec"], expression=expression)
-        return Box.parse(self.respond([image], [prompt], ["region"], GENERATION["locate"])[0].text)
+        return Box.parse(self.ask(image, "rec", GENERATION["locate"], expression=expression))
 
     def describe(self, image: Image.Image, box: Box) -> str:
         """A phrase for what is in the box."""
-        prompt = render(EVAL_TEMPLATES["reg"], box=box)
-        return self.respond([image], [prompt], ["region"], GENERATION["describe"])[0].text
+        return self.ask(image, "reg", GENERATION["describe"], box=box)
 
 
 def pad(rows: Sequence[Sequence[int]], value: int) -> tuple[Tensor, Tensor | None]:  # -> (b, t), (b, t)
@@ -300,8 +267,5 @@ def pad(rows: Sequence[Sequence[int]], value: int) -> tuple[Tensor, Tensor | Non
 
 def read_config(folder: Path) -> LionConfig:
     """The config.json of a folder that weights.py convert or training wrote."""
-    path = folder / "config.json"
-    if not path.is_file():
-        raise ValueError(f"{folder} has no config.json: it is not a folder of weights.py or train.py")
-    with reading(path):
+    with reading(path := folder / "config.json"):
         return LionConfig.from_json(read_text(path))

@@ -56,7 +56,7 @@ from lion_mini.pipeline import TINY as TINY_FOLDER
 from lion_mini.text.prompts import EVAL_TEMPLATES, render
 from lion_mini.text.tokenizers import UnigramTokenizer, WordPieceTokenizer
 from lion_mini.text.vocabularies import Vocabularies
-from lion_mini.toy.source import Toy
+from lion_mini.toy.questions import Toy
 from train import autocast
 
 BASE = LionConfig(

@@ -209,12 +209,12 @@ WRONG: dict[str, tuple[list[object], str]] = {
     "empty question": ([PHOTO, "--ask", "  "], "--ask is empty"),
     "empty expression": ([PHOTO, "--locate", ""], "--locate is empty"),
     "placeholder": ([PHOTO, "--ask", "who <extra_id_0>?"], "<extra_id_0>"),
-    "inverted box": ([PHOTO, "--describe", "0.5,0.1,0.2,0.9"], "x1 0.5 must be left of x2 0.2"),
+    "inverted box": ([PHOTO, "--describe", "0.5,0.1,0.2,0.9"], "0.5,0.1,0.2,0.9 is inverted, empty or outside"),
     "box outside": ([PHOTO, "--describe", "0.5,0.1,1.2,0.9"], "outside the image"),
     "pixels outside": ([PHOTO, "--pixels", "--describe", "5,5,9000,50"], "outside the image"),
     "no box": ([PHOTO, "--describe", "left"], "expected four numbers"),
     "code for a box": ([PHOTO, "--describe", "__import__('os'),0,1,1"], "expected four numbers"),
-    "not a picture": ([Path(__file__)], "is not an image"),
+    "not a picture": ([Path(__file__)], "cannot identify image file"),
     "dtype": ([PHOTO, "--dtype", "float16"], "T5 overflows in float16"),
     "no batch": ([PHOTO, "--batch-size", 0], "--batch-size must be at least 1"),
     "no tags": ([PHOTO, "--use-tags", " , "], "--use-tags is empty"),
@@ -241,7 +241,7 @@ def test_not_a_folder_of_weights(run: Run, tmp_path: Path) -> None:
     code, _, error, _ = run(PHOTO, "--weights", tmp_path, weights=False)
     assert code == 2
     assert len(error.splitlines()) == 1
-    assert "has no config.json" in error
+    assert "config.json: No such file" in error
 
 
 def test_a_model_without_tags_takes_none(run: Run, golden_folder: Path, tmp_path: Path) -> None:

@@ -2,6 +2,9 @@
 
 import re
 import statistics
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 from conftest import ROOT
@@ -47,3 +50,13 @@ def test_files_that_are_named_exist() -> None:
 def test_methods_of_the_example(name: str) -> None:
     assert f"lion.{name}(" in README
     assert callable(getattr(lion_mini.Lion, name))
+
+
+def test_the_example_of_attention_runs(tmp_path: Path) -> None:
+    """The block of model/README.md that takes the Q-Former's attention weights over a picture."""
+    text = (ROOT / "lion_mini" / "model" / "README.md").read_text(encoding="utf-8")
+    block = re.search(r"```python\n(.*?)```", text, re.S)
+    assert block
+    (tmp_path / "example.py").write_text(block[1])
+    done = subprocess.run([sys.executable, "example.py"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.stdout.startswith("torch.Size([1, 4, 12, 37])\n"), done.stderr

@@ -450,7 +450,7 @@ def resaved(change: Callable[[dict], object]) -> Callable[[Path], object]:
 
 
 DAMAGES: dict[str, Callable[[Path], object]] = {
-    "has no config.json": lambda f: (f / "config.json").unlink(),
+    "config.json: No such file": lambda f: (f / "config.json").unlink(),
     "no folder with .safetensors files": lambda f: (f / SHARD).unlink(),
     "is not a whole checkpoint": lambda f: (f / SHARD).write_bytes((f / SHARD).read_bytes()[:-50]),
     "soft_prompt is missing": resaved(lambda t: t.pop("soft_prompt")),

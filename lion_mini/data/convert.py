@@ -17,32 +17,37 @@ Instructions are drawn from the paper's templates (or those of `--templates FILE
 
 import argparse
 import json
+import os
 import random
+import re
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import astuple
+from functools import partial
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 from PIL import Image, ImageDraw
+from tqdm import tqdm, trange
 
 from ..box import Box
-from ..evaluation.readers import Example, any_box_of, aokvqa, captions, refcoco, vqa
+from ..evaluation.readers import Example, any_box_of, aokvqa, captions, refcoco, rows, textcaps, vqa
 from ..files import atomic_write, json_lines, need, printable, read_json, reading, run
 from ..images import ImageFolder, draw_boxes, open_image
 from ..text.prompts import TASK_OF, TEMPLATES, load_templates, render
-from .records import BRACKETED, TASKS, Records, check
-
-Sample = tuple[str, str, Any]  # picture; question, expression or (for captions) nothing; answer or Box
+from .records import BRACKETED, Records
+from .records import Example as TrainingExample
 
 
 def records(name: str, kind: str, paths: Sequence[Path], templates: dict[str, tuple[str, ...]], seed: int) -> Iterator:
     """The records of a data set in its order. `question` is empty if the text that its template needs is empty."""
     if name == "release":
-        for path in paths:
-            yield from released(path)
+        yield from released(paths)
         return
-    for i, (image, given, answer) in enumerate(filter(is_writable, DATA_SETS[name][0](paths))):
+    for i, (image, given, answer) in enumerate(samples(DATA_SETS[name][0](paths), kind)):
         if kind in ("vqg", "reg"):
             given, answer = answer, given
         template = random.Random(seed * 1_000_003 + i).choice(templates[kind])
@@ -52,123 +57,88 @@ def records(name: str, kind: str, paths: Sequence[Path], templates: dict[str, tu
         yield {"image": image, "question": question, "answer": answer, "category": f"{TASK_OF[kind]}_level"}
 
 
-def is_writable(sample: Sample) -> bool:
-    """Whether the sample has no box, or one that keeps an area when it is written with three decimals."""
-    rounded = Box.parse(sample[2].to_text()) if isinstance(sample[2], Box) else None
-    return not isinstance(sample[2], Box) or (rounded is not None and rounded.area > 0)
-
-
-def rows(paths: Sequence[Path], name: str = "") -> Iterator[tuple[str, Any]]:
-    """The rows of JSON lists, or of the lists under this name, each with its place."""
-    for path in paths:
-        data = read_json(path, dict if name else list)
-        with reading(path):
-            listed = need(data[name], list, name) if name else data
-        for number, row in enumerate(listed, 1):
-            yield f"{path}, record {number}", row
-
-
-def questions(examples: Iterable[Example]) -> Iterator[Sample]:
-    """The annotators' most frequent answer; of equally frequent ones the first."""
+def samples(examples: Iterable[Example], kind: str) -> Iterator[tuple[str, str, Any]]:
+    """Picture; question, expression or (for captions) nothing; answer or Box. Of several answers the most frequent."""
     for example in examples:
-        answer = max(example.references, key=example.references.count, default="")
-        yield str(example.image), example.fields["question"], answer
+        image = str(example.image)
+        if kind == "caption":
+            for caption in example.references:
+                yield image if "/" in image else f"train2014/{image}", "", caption.strip()
+        elif example.box is None:
+            answer = max(example.references, key=example.references.count, default="")
+            yield image, example.fields["question"], answer
+        elif Box(*(round(edge, 3) for edge in astuple(example.box))).area:  # as records write it
+            yield image, example.fields["expression"], example.box
 
 
-def ocrvqa(paths: Sequence[Path]) -> Iterator[Sample]:
-    for path in paths:
-        for id, book in read_json(path).items():
-            with reading(f"{path}, {id}"):
-                if need(book["split"], int, "split") == 1:  # 2 and 3 are for validation and test
-                    asked, answers = (need(book[field], list, field) for field in ("questions", "answers"))
-                    if len(asked) != len(answers):
-                        raise ValueError(f"{len(asked)} questions and {len(answers)} answers")
-                    image = f"images/{id}{Path(book['imageURL']).suffix}"
-                    yield from ((image, str(q), str(a)) for q, a in zip(asked, answers, strict=True))
-
-
-def llava(paths: Sequence[Path]) -> Iterator[Sample]:
+def llava(paths: Sequence[Path]) -> Iterator[Example]:
     """Each turn alone, without the turns before it and without `<image>`."""
-    for where, row in rows(paths):
-        with reading(where):
-            said, unanswered = need(row["conversations"], list), {"from": "gpt", "value": ""}
-            for number, (human, gpt) in enumerate(zip_longest(said[::2], said[1::2], fillvalue=unanswered), 1):
-                with reading(f"{where}, turn {number}"):
+    for path in paths:
+        for where, row in rows(path, read_json(path, list)):
+            with reading(where):
+                turns, unanswered = row["conversations"], {"from": "gpt", "value": ""}
+                for human, gpt in zip_longest(turns[::2], turns[1::2], fillvalue=unanswered):
                     if (human["from"], gpt["from"]) != ("human", "gpt"):
                         raise ValueError(f"expected human and gpt, found {human['from']} and {gpt['from']}")
-                    question = human["value"].replace("<image>", "").strip()
-                    yield need(row["image"], str, "image"), question, gpt["value"].strip()
+                    fields = {"question": human["value"].replace("<image>", "").strip()}
+                    yield Example(where, row["image"], fields, (gpt["value"].strip(),))
 
 
-def coco(paths: Sequence[Path]) -> Iterator[Sample]:
-    for example in captions(paths, "train"):
-        image = str(example.image)
-        for caption in example.references:
-            yield image if "/" in image else f"train2014/{image}", "", caption.strip()
+def ocrvqa(paths: Sequence[Path]) -> Iterator[Example]:
+    for path in paths:
+        for id, book in read_json(path).items():
+            with reading(where := f"{path}, {id}"):
+                if need(book["split"], int, "split") == 1:  # 2 and 3 are for validation and test
+                    image = f"images/{id}{Path(book['imageURL']).suffix}"
+                    for question, answer in zip(book["questions"], book["answers"], strict=True):
+                        yield Example(where, image, {"question": str(question)}, (str(answer),))
 
 
-def textcaps(paths: Sequence[Path]) -> Iterator[Sample]:
-    for where, row in rows(paths, "data"):
-        with reading(where):
-            yield f"train_images/{need(row['image_id'], str, 'image_id')}.jpg", "", row["caption_str"].strip()
-
-
-def regions(paths: Sequence[Path]) -> Iterator[Sample]:
+def regions(paths: Sequence[Path]) -> Iterator[Example]:
     """Visual Genome's regions with a phrase, clamped to the picture, or Shikra's lines of them."""
     shikra = len(paths) == 1 and paths[0].suffix == ".jsonl"
     for where, row in json_lines(paths[0]) if shikra else official_regions(paths):
         with reading(where):
-            if phrase := row["expression"].strip():
-                image = row["img_path"].removeprefix("images/").removeprefix("images2/")
-                yield image, phrase, any_box_of(row, where, corners=shikra)
+            image = row["img_path"].removeprefix("images/").removeprefix("images2/")
+            phrase, box = row["expression"].strip(), any_box_of(row, where, corners=shikra)
+            if phrase and box.area:
+                yield Example(where, image, {"expression": phrase}, box=box)
 
 
 def official_regions(paths: Sequence[Path]) -> Iterator[tuple[str, Any]]:
     """Each region with its place, its fields named as in Shikra's lines; `bbox` is x, y, width and height."""
-    pictures, described = dict[int, dict[str, Any]](), list[tuple[str, Any]]()
-    for where, row in rows(paths):
-        with reading(where):
-            if "regions" in row:
-                described.append((where, row))
-            else:  # only the URL tells VG_100K from VG_100K_2
-                size = {side: int(need(row[side], (int, str), side)) for side in ("width", "height")}
-                pictures[int(row["image_id"])] = {"img_path": "/".join(row["url"].split("/")[-2:]), **size}
-    if not pictures or not described:
-        raise ValueError(f"{' and '.join(map(str, paths))}: expected region_descriptions.json and image_data.json")
-    for where, row in described:
-        with reading(where):
-            for number, region in enumerate(need(row["regions"], list), 1):
-                with reading(place := f"{where}, region {number}"):
-                    id = int(region["image_id"] if "image_id" in region else row["id"])  # version 1.0
-                    if id not in pictures:
-                        raise ValueError(f"image_data.json has no image {id}")
-                    bbox = [region[key] for key in ("x", "y", "width", "height")]
-                    yield place, pictures[id] | {"bbox": bbox, "expression": region["phrase"]}
+    listed = [each for path in paths for each in rows(path, read_json(path, list))]
+    with reading(" and ".join(map(str, paths))):
+        pictures = {str(row["image_id"]): row for _, row in listed if "regions" not in row}
+    for where, row in listed:
+        for place, region in rows(where, row, "regions") if "regions" in row else ():
+            with reading(place):
+                id = str(region.get("image_id", row.get("id")))  # version 1.0 has it in the row alone
+                if id not in pictures:
+                    raise ValueError(f"image {id} is not in image_data.json, which --ann must name too")
+                image = "/".join(pictures[id]["url"].split("/")[-2:])  # only the URL tells VG_100K from VG_100K_2
+                bbox = [region[edge] for edge in ("x", "y", "width", "height")]
+                yield place, pictures[id] | {"img_path": image, "bbox": bbox, "expression": region["phrase"]}
 
 
-def expressions(paths: Sequence[Path]) -> Iterator[Sample]:
-    yield from ((str(each.image), each.fields["expression"], each.box) for each in refcoco(paths, "train"))
-
-
-def released(path: Path) -> Iterator[dict[str, Any]]:
-    source = Records(path, Path(), TASKS)
-    for i in range(len(source)):
-        with reading(source.name(i)):
-            fields = check(source.raw(i))
-            task, tags = fields.pop("task"), fields.pop("tags")
-            yield fields | {"category": f"{task}_level"} | ({} if tags is None else {"tags": tags})
+def released(paths: Sequence[Path]) -> Iterator[dict[str, Any]]:
+    for source in (Records(path, Path()) for path in paths):
+        for fields in map(source.fields, range(len(source))):
+            given = {name: fields[name] for name in ("image", "question", "answer")}
+            tags = {} if fields["tags"] is None else {"tags": fields["tags"]}
+            yield given | {"category": f"{fields['task']}_level"} | tags
 
 
 DATA_SETS: dict[str, tuple[Callable, dict[str, int]]] = {  # the reader; kinds of record, and their number in Table 7
     "llava": (llava, {"dialogue": 361_000}),
-    "vqav2": (lambda paths: questions(vqa(paths)), {"vqa": 443_757, "vqg": 443_757}),
-    "okvqa": (lambda paths: questions(vqa(paths)), {"vqa": 9_009, "vqg": 9_009}),
-    "aokvqa": (lambda paths: questions(aokvqa(paths)), {"vqa": 17_056, "vqg": 17_056}),
+    "vqav2": (vqa, {"vqa": 443_757, "vqg": 443_757}),
+    "okvqa": (vqa, {"vqa": 9_009, "vqg": 9_009}),
+    "aokvqa": (aokvqa, {"vqa": 17_056, "vqg": 17_056}),
     "ocrvqa": (ocrvqa, {"vqa": 801_579, "vqg": 0}),  # the table's 470K of VQG are without it, its 1.3M of VQA with it
-    "coco": (coco, {"caption": 414_113}),
+    "coco": (partial(captions, split="train"), {"caption": 414_113}),
     "textcaps": (textcaps, {"caption": 109_765}),
     "vg": (regions, {"rec": 3_600_000, "reg": 3_600_000}),
-    "refcoco": (expressions, {"rec": 0, "reg": 0}),
+    "refcoco": (partial(refcoco, split="train"), {"rec": 0, "reg": 0}),
     "release": (released, {"as it is": 0}),
 }
 KINDS = {name: tuple(counts) for name, (_, counts) in DATA_SETS.items()}
@@ -179,47 +149,45 @@ def convert(args: argparse.Namespace) -> None:
     if kind not in KINDS[args.name]:
         raise ValueError(f"{args.name} has no --as {kind}, only {', '.join(KINDS[args.name])}")
     templates = TEMPLATES if args.templates is None else load_templates(args.templates)
-    images, kept, skipped, partial = ImageFolder(args.images), 0, 0, 0
+    images, counts = ImageFolder(args.images), Counter[str]()
     with atomic_write(args.out) as new:
         with open(new, "w", encoding="utf-8", errors="backslashreplace") as file:  # escapes half a surrogate pair
             for record in records(args.name, kind, args.ann, templates, args.seed):
                 if args.name != "release" and not (record["question"].strip() and record["answer"].strip()):
-                    partial += 1
-                elif images.without_missing([record["image"]], args.skip_missing)[0]:
-                    file.write(json.dumps(record, ensure_ascii=False) + "\n")
-                    kept += 1
+                    counts["a question or without an answer"] += 1
+                elif not images.without_missing([record["image"]], args.skip_missing)[0]:
+                    counts["a picture"] += 1
                 else:
-                    skipped += 1
-        if not kept:
+                    counts["nothing"] += 1
+                    file.write(json.dumps(record, ensure_ascii=False) + "\n")
+        if not counts["nothing"]:
             raise ValueError(f"{' and '.join(map(str, args.ann))}: there is no record in it")
-    print(f"{args.out}: {kept:,} records of {args.name} as {kind}, {len(images.found):,} pictures")
-    for count, lack in ((skipped, "a picture"), (partial, "a question or without an answer")):
-        if count:
-            print(f"{count:,} records without {lack} left out")
+    print(f"{args.out}: {counts['nothing']:,} records of {args.name} as {kind}, {len(images.found):,} pictures")
+    for lack in ("a picture", "a question or without an answer"):
+        if counts[lack]:
+            print(f"{counts[lack]:,} records without {lack} left out")
     if expected := DATA_SETS[args.name][1][kind]:
         about = "about " * (expected % 1000 == 0)  # the table rounds to thousands
-        print(f"Table 7 counts {about}{expected:,}: {kept + skipped + partial - expected:+,}")
+        print(f"Table 7 counts {about}{expected:,}: {counts.total() - expected:+,}")
 
 
 def inspect(args: argparse.Namespace) -> None:
     """Print what a file of records holds and what is wrong in it, and draw three of its records."""
-    source = Records(args.file, args.images, TASKS)
-    counts, wrong, missing = Counter[str](), list[str](), 0
-    longest, drawable = list[tuple[int, int, str]](), list[tuple[int, Path, dict[str, Any]]]()
+    source, counts, missing = Records(args.file, args.images), Counter[str](), 0
+    wrong, longest, drawn = list[str](), list[tuple[int, int, str]](), list[TrainingExample]()
     for number in range(1, len(source) + 1):
         try:
-            with reading(f"record {number}"):
-                fields = check(source.raw(number - 1))
+            fields = source.fields(number - 1)
+            picture = source.images.path(fields["image"])
+            if picture and len(drawn) < 3 and number > len(source) // 3 * len(drawn):
+                drawn.append(source.read(number - 1, random.Random()))
         except ValueError as error:
             wrong.append(str(error))
             continue
+        missing += picture is None
         counts[f"{fields['task']}_level, {'with' if fields['tags'] is not None else 'without'} tags"] += 1
-        path = source.images.path(fields["image"])
-        missing += path is None
-        if path is not None and len(drawable) < 3 and number > max(1, len(source) // 3) * len(drawable):
-            drawable.append((number, path, fields))
-        longest.append((len(fields["question"].split()), number, printable(fields["question"])))
-        longest = sorted(longest, reverse=True)[:3]
+        words = len(fields["question"].split())
+        longest = sorted([*longest, (words, number, printable(fields["question"]))], reverse=True)[:3]
     print(f"{args.file}: {len(source):,} records")
     for name, count in sorted(counts.items()):
         print(f"  {count:,} {name}")
@@ -229,25 +197,74 @@ def inspect(args: argparse.Namespace) -> None:
     print("".join(f"    {text}\n" for text in wrong[:3]), end="")
     for words, number, question in longest:
         print(f"  {words} words in the question of record {number}: {question:.70}")
-    if drawable:
-        draw(drawable).save(args.picture)
+    if drawn:
+        draw(drawn).save(args.picture)
         print(f"  three of them are drawn in {args.picture}")
 
 
-def draw(samples: Iterable[tuple[int, Path, dict[str, Any]]]) -> Image.Image:
-    """Records side by side: the picture with its boxes, question and answer. A damaged picture is named."""
+def draw(examples: Iterable[TrainingExample]) -> Image.Image:
+    """Records side by side: the picture with its boxes, question and answer."""
     sheet = Image.new("RGB", (1080, 360), "white")
-    for column, (number, path, fields) in enumerate(samples):
-        boxes = [Box.parse(text) for text in BRACKETED.findall(f"{fields['question']} {fields['answer']}")]
-        try:
-            picture = draw_boxes(open_image(path), [(box, "") for box in boxes if box])
-            picture.thumbnail((352, 290))
-            sheet.paste(picture, (column * 360 + 4, 4))
-        except ValueError as error:
-            print(f"  record {number}: {error}")
-        text = "\n".join(f"{printable(fields[name]):.55}" for name in ("question", "answer"))
-        ImageDraw.Draw(sheet).text((column * 360 + 4, 300), text, fill="black")
+    for x, example in zip(range(0, 1080, 360), examples, strict=False):
+        boxes = [Box.parse(text) for text in BRACKETED.findall(f"{example.question} {example.answer}")]
+        picture = draw_boxes(example.image, [(box, "") for box in boxes if box])
+        picture.thumbnail((352, 290))
+        sheet.paste(picture, (x + 4, 4))
+        text = "\n".join(f"{printable(text):.55}" for text in (example.question, example.answer))
+        ImageDraw.Draw(sheet).text((x + 4, 300), text, fill="black")
     return sheet
+
+
+def tag_records(source: Records, out: Path, batch_size: int, tagger: Callable[[list], list]) -> int:
+    """Write the records to `out`, one per line in their order; those without tags get the tags of their picture.
+
+    A record that cannot be used is named on stderr and copied. The first records may be in `out` already. `tagger` maps
+    pictures to lists of tags, and is not called if none are missing. Returns how many records have no tags.
+    """
+    done, tags = resume(source, out), dict[Path, list[str]]()
+    with open(out, "ab") as file:
+        for start in trange(done, len(source), batch_size, unit_scale=batch_size, disable=None):
+            batch = range(start, min(start + batch_size, len(source)))
+            paths, new = dict[int, Path](), dict[Path, Image.Image]()  # per untagged record; the pictures to be tagged
+            for i in batch:
+                try:
+                    fields = source.fields(i)
+                    if fields["tags"] is None:
+                        paths[i] = path = source.picture(fields["image"])
+                        with reading(fields["name"]):
+                            new |= {} if path in tags else {path: open_image(path)}
+                except ValueError as error:
+                    tqdm.write(str(error), file=sys.stderr)
+            tags.update(zip(new, tagger(list(new.values())) if new else (), strict=True))
+            for i in batch:
+                more = {"tags": tags[paths[i]]} if paths.get(i) in tags else {}
+                file.write(as_line(source.line(i), more) + b"\n")
+            file.flush()
+    with open(out, "rb") as file:
+        return sum(not re.search(rb'"tags": [\["]', line) for line in file)  # quotes inside a text are escaped
+
+
+def resume(source: Records, out: Path) -> int:
+    """Count the records in `out`. A killed run's torn last line is cut off."""
+    if out.is_dir() or out.resolve() == source.path.resolve():
+        raise ValueError(f"--out {out} is a folder or the file that --data reads: choose another file")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    *lines, torn = out.read_bytes().split(b"\n") if out.exists() else [b""]
+    last = lines[-1] if lines else torn
+    begun = as_line(source.line(min(max(len(lines), 1), len(source)) - 1), {})[:-1]  # tags may follow
+    if len(lines) > len(source) or not last.startswith(begun[: len(last)]):
+        raise ValueError(f"--out {out} does not hold the first records of --data: choose another file")
+    if torn:
+        os.truncate(out, out.stat().st_size - len(torn))
+    return len(lines)
+
+
+def as_line(line: bytes, more: dict[str, Any]) -> bytes:
+    """The record as one line of JSON, with `more` fields behind its own. A line that is no record stays as it is."""
+    with suppress(ValueError, RecursionError, AttributeError):
+        record = {name: value for name, value in json.loads(line).items() if (name, value) != ("tags", None)} | more
+        return json.dumps(record, ensure_ascii=False).encode("utf-8", "backslashreplace")
+    return line.strip()
 
 
 def main(argv: list[str] | None = None) -> int:

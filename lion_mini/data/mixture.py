@@ -12,7 +12,7 @@ A record that cannot be used is named and replaced by the next usable one of its
 import random
 import signal
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
@@ -36,40 +36,31 @@ class Mixture:
     """
 
     def __init__(self, sources: Sequence[Source], ratios: Sequence[float] | None, seed: int):
-        self.sources, self.seed = sources, seed
-        sizes = np.array([len(source) for source in sources])
-        self.length = int(sizes.sum())
-        shares = sizes / self.length
-        if ratios is not None:
-            if len(ratios) != len(sources) or not min(ratios) > 0:
-                raise ValueError(f"ratios must be {len(sources)} numbers above 0, one per file, not {list(ratios)}")
-            shares = np.array(ratios) / sum(ratios)
-        self.bounds = np.concatenate(([0.0], np.cumsum(shares)[:-1], [1.0]))
-        self._epoch, self._plan = -1, np.empty((0, 2), np.int64)
-
-    def drawn(self, epochs: int) -> np.ndarray:  # -> (sources,)
-        """How many samples each source has given after so many epochs."""
-        return np.diff(np.rint(self.bounds * (self.length * epochs)).astype(np.int64))
-
-    def plan(self, epoch: int) -> np.ndarray:  # -> (length, 2)
-        """The epoch's samples in order: number of the source, and of the record in it."""
-        if epoch != self._epoch:
-            rows = []
-            for i, (first, last) in enumerate(zip(self.drawn(epoch), self.drawn(epoch + 1), strict=True)):
-                size = len(self.sources[i])
-                passes = range(first // size, -(-last // size))
-                order = [np.random.default_rng((self.seed, 1 + i, n)).permutation(size) for n in passes]
-                start = passes.start * size
-                chosen = np.concatenate([*order, np.empty(0, np.int64)])[first - start : last - start]
-                rows.append(np.stack((np.full_like(chosen, i), chosen), axis=1))
-            self._plan = np.random.default_rng((self.seed, 0, epoch)).permutation(np.concatenate(rows))
-            self._epoch = epoch
-        return self._plan
+        self.sources, self.seed, self._epoch = sources, seed, -1
+        sizes = [len(source) for source in sources]
+        weights = sizes if ratios is None else ratios
+        if len(weights) != len(sources) or not min(weights) > 0:
+            raise ValueError(f"ratios must be {len(sources)} numbers above 0, one per file, not {list(weights)}")
+        self.length, self.bounds = sum(sizes), np.array([0, *np.cumsum(np.array(weights) / sum(weights))[:-1], 1])
 
     def at(self, position: int) -> tuple[int, int, int]:  # -> epoch, source, record
         epoch, offset = divmod(position, self.length)
-        source, index = self.plan(epoch)[offset].tolist()
-        return epoch, source, index
+        if epoch != self._epoch:
+            self._epoch, self._plan = epoch, self.plan(epoch)
+        source, record = self._plan[offset].tolist()
+        return epoch, source, record
+
+    def plan(self, epoch: int) -> np.ndarray:  # -> (length, 2)
+        """The epoch's samples in order: number of the source, and of the record in it."""
+        rows = []
+        given = np.rint(np.outer((epoch * self.length, (epoch + 1) * self.length), self.bounds)).astype(np.int64)
+        for i, (first, last) in enumerate(np.diff(given).T.tolist()):  # samples of source i before and after the epoch
+            size = len(self.sources[i])
+            passes = range(first // size, last // size + 1)
+            order = [np.random.default_rng((self.seed, 1 + i, n)).permutation(size) for n in passes]
+            records = np.concatenate(order)[first % size :][: last - first]
+            rows.append(np.stack((np.full_like(records, i), records), axis=1))
+        return np.random.default_rng((self.seed, 0, epoch)).permutation(np.concatenate(rows))
 
 
 @dataclass(frozen=True)
@@ -85,10 +76,6 @@ class Samples:
     names: list[str]
     bad: list[str]  # a sentence for each record that was replaced
 
-    def pin_memory(self) -> "Samples":
-        """Called by DataLoader."""
-        return replace(self, pixels=self.pixels.pin_memory())
-
 
 class MicroBatches(Dataset):
     """Micro-batch g of a run: the samples at positions g * size and following. `ram_size=None` asks for no tags."""
@@ -97,49 +84,33 @@ class MicroBatches(Dataset):
         self.mixture, self.size, self.image_size, self.ram_size = mixture, size, image_size, ram_size
 
     def __getitem__(self, g: int) -> Samples | ValueError:
-        examples, pixels, untagged, bad = [], [], [], list[str]()
+        pixels, examples, bad = list[Tensor](), list[Example](), list[str]()
         for position in range(g * self.size, (g + 1) * self.size):
-            try:
-                example, rng, augmented = self.usable(position, bad)
-            except ValueError as error:
-                return error  # raised in a worker, it would bring a traceback along
-            examples.append(example)
-            transform = partial(augment, rng=rng) if augmented else lion_transform
+            epoch, number, index = self.mixture.at(position)
+            source = self.mixture.sources[number]
+            for _ in range(patience := min(PATIENCE, len(source))):
+                rng = random.Random(f"{self.mixture.seed} {epoch} {number} {index}")
+                try:
+                    example = source.read(index, rng)
+                    break
+                except ValueError as error:
+                    bad.append(str(error))
+                    index = (index + 1) % len(source)
+            else:  # returned, because raised in a worker it would bring a traceback along
+                return ValueError(f"{patience} records in a row cannot be used: {bad[-1]}")
+            transform = partial(augment, rng=rng) if source.augments and example.task == "image" else lion_transform
             pixels.append(transform(example.image, self.image_size))
-            if example.tags is None and self.ram_size:
-                untagged.append(ram_transform(example.image, self.ram_size))
-        return Samples(
-            torch.stack(pixels),
-            torch.stack(untagged) if untagged else None,
-            [example.question for example in examples],
-            [example.answer for example in examples],
-            [example.tags for example in examples],
-            [example.task for example in examples],
-            [example.name for example in examples],
-            bad,
-        )
-
-    def usable(self, position: int, bad: list[str]) -> tuple[Example, random.Random, bool]:
-        """The example at a position or the next usable one of its source, and whether to augment it."""
-        epoch, number, index = self.mixture.at(position)
-        source = self.mixture.sources[number]
-        for _ in range(min(PATIENCE, len(source))):
-            rng = random.Random(f"{self.mixture.seed} {epoch} {number} {index}")
-            try:
-                example = source.read(index, rng)
-                return example, rng, source.augments and example.task == "image"
-            except ValueError as error:
-                bad.append(str(error))
-                index = (index + 1) % len(source)
-        raise ValueError(f"{min(PATIENCE, len(source))} records in a row cannot be used: {bad[-1]}")
+            examples.append(example)
+        untagged = [ram_transform(e.image, self.ram_size) for e in examples if self.ram_size and e.tags is None]
+        words = zip(*((e.question, e.answer, e.tags, e.task, e.name) for e in examples), strict=True)
+        questions, answers, tags, tasks, names = map(list, words)
+        ram_pixels = torch.stack(untagged) if untagged else None
+        return Samples(torch.stack(pixels), ram_pixels, questions, answers, tags, tasks, names, bad)
 
 
 def micro_batches(batches: MicroBatches, numbers: Sequence[int], workers: int) -> Iterator[tuple[int, Samples]]:
     """These micro-batches in this order, with their numbers, prepared by so many worker processes (0: by this one)."""
-    pin = torch.cuda.is_available()
-    loader = DataLoader(
-        batches, batch_size=None, sampler=numbers, num_workers=workers, worker_init_fn=ignore_signals, pin_memory=pin
-    )
+    loader = DataLoader(batches, None, sampler=numbers, num_workers=workers, worker_init_fn=ignore_signals)
     for number, samples in zip(numbers, loader, strict=True):
         if isinstance(samples, ValueError):
             raise samples
@@ -154,6 +125,6 @@ def ignore_signals(worker: int) -> None:
 
 def collate(lion: Lion, samples: Samples) -> Batch:
     """The model's tensors: untagged samples are tagged by RAM, from the whole picture; words are tokenised."""
-    found = iter(lion.ram_tags(samples.ram_pixels) if samples.ram_pixels is not None else ())
-    tags = [[tag for tag, _ in next(found, ())] if one is None else one for one in samples.tags]
+    by_ram = iter([] if samples.ram_pixels is None else lion.ram_tags(samples.ram_pixels))
+    tags = [[tag for tag, _ in next(by_ram, ())] if given is None else given for given in samples.tags]
     return lion.batch(samples.pixels, samples.questions, tags, samples.tasks, samples.answers)

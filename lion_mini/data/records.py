@@ -57,7 +57,7 @@ class Records:
 
     augments = True
 
-    def __init__(self, path: Path, root: Path, tasks: Sequence[str]):
+    def __init__(self, path: Path, root: Path, tasks: Sequence[str] = TASKS):
         self.path, self.images, self.tasks = path, ImageFolder(root), tasks
         self.whole, self.starts = list[Any](), np.empty(0, np.int64)  # a list's records, or where each line starts
         with reading(path), open(path, "rb") as file:
@@ -73,42 +73,43 @@ class Records:
     def __len__(self) -> int:
         return len(self.whole or self.starts)
 
-    def read(self, index: int, rng: random.Random) -> Example:
-        with reading(name := self.name(index)):
-            fields = check(self.raw(index))
-            if fields["task"] not in self.tasks:
-                raise ValueError(f"it is {fields['task']}-level, which this stage does not train")
-            return Example(open_image(self.picture(fields.pop("image"))), name=name, **fields)
+    def line(self, index: int) -> bytes:
+        if self.whole:
+            return json.dumps(self.whole[index]).encode()
+        with open(self.path, "rb") as file:
+            file.seek(self.starts[index])
+            return file.readline()
 
-    def name(self, index: int) -> str:
-        return f"{self.path}, record {index + 1}"
+    def fields(self, index: int) -> dict[str, Any]:
+        """Image, question, answer, tags, task and name of a record."""
+        with reading(name := f"{self.path}, record {index + 1}"):
+            return check(json.loads(self.line(index))) | {"name": name}
 
     def picture(self, name: str) -> Path:
         """The path of a picture; one that is missing should lie below `root`."""
         return self.images.find(name) or self.images.root / name
 
-    def raw(self, index: int) -> Any:
-        return self.whole[index] if self.whole else json.loads(self.line(index))
-
-    def line(self, index: int) -> bytes:
-        with open(self.path, "rb") as file:
-            file.seek(self.starts[index])
-            return file.readline()
+    def read(self, index: int, rng: random.Random) -> Example:
+        fields = self.fields(index)
+        with reading(fields["name"]):
+            if fields["task"] not in self.tasks:
+                raise ValueError(f"it is {fields['task']}-level, which this stage does not train")
+            return Example(open_image(self.picture(fields.pop("image"))), **fields)
 
 
 def check(record: Any) -> dict[str, Any]:
     """The fields image, question, answer, tags and task of a record; a ValueError if it cannot be trained from."""
     need(record, dict, "a record")
-    image = next(filter(None, map(record.get, ("image", "image_path", "image_id"))), None)
+    image = record.get("image") or record.get("image_path") or record.get("image_id")
     question, answer, tags = record.get("question") or "", record.get("answer", ""), record.get("tags")
     answer = next(iter(answer), "") if isinstance(answer, list) else answer
-    tags = split_tags(tags) if isinstance(tags, str) else tags
-    for name, text in (("image path", image), ("question", question), ("answer", answer)):
+    if tags is not None:
+        tags = split_tags(tags) if isinstance(tags, str) else need(tags, list, "its field tags")
+    texts = [("image path", image), ("question", question), ("answer", answer), *(("tag", tag) for tag in tags or ())]
+    for name, text in texts:
         need(text, str, f"its {name}")
     if not question.strip():
         raise ValueError("it has no question")
-    for tag in [] if tags is None else need(tags, list, "its field tags"):
-        need(tag, str, "each of its tags")
     if PLACEHOLDER in ", ".join((question, *(tags or ()))):
         raise ValueError(f"its question and tags must not hold {PLACEHOLDER}, the soft prompt's place")
     task = CATEGORIES.get(str(category := record.get("category", "image_level")).lower().strip())

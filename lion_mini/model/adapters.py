@@ -1,11 +1,12 @@
 """Mixture of adapters with a router: section 3.1.2, equations (1) to (3).
 
 Every feed-forward layer F of the frozen FlanT5 has K small adapters H_k beside it. Each learned one kind of task alone
-(stage 1: image level, stage 2: region level). In stage 3 a router, one gate vector per task and adapter, mixes them:
+(stage 1: image level, stage 2: region level). In stage 3 a router mixes them. It is nothing but gates: vectors as wide
+as FlanT5, one per feed-forward layer, adapter and task, which multiply the adapter's output feature by feature:
 
-    O = F(X) + sum_k G[task, k] * H_k(X),    H(X) = scale * (W_up relu(W_down X + b) + b')
+    O = F(X) + sum_k gates[k][task] * H_k(X),    H(X) = scale * (W_up relu(W_down X + b) + b')
 
-A batch may mix tasks: `task` holds one row number of the router per sample. The gates of a fresh stage 3:
+There are as many adapters as tasks. A batch may mix tasks: `task` holds one row number per sample. A fresh stage 3:
 
     gates[0] = [[1, 1, ...],    gates[1] = [[0, 0, ...],    row 0: region level, listens to adapter 0 (stage 2's) only
                 [0, 0, ...]]                [1, 1, ...]]    row 1: image level, listens to adapter 1 (stage 1's) only
@@ -36,19 +37,19 @@ class Adapter(nn.Module):
         return self.up(F.relu(self.down(x))) * self.scale
 
 
-def one_hot_gate(adapter: int, tasks: int, width: int) -> nn.Parameter:  # -> (task, d)
+def open_for_own_task(adapter: int, tasks: int, width: int) -> nn.Parameter:  # -> (task, d)
     gate = torch.zeros(tasks, width)
     gate[adapter] = 1.0
     return nn.Parameter(gate)
 
 
 class MixtureOfAdapters(nn.Module):
-    """The sum over k in eq. (3). One adapter (stages 1 and 2) has no gate; more have one router row per adapter."""
+    """The sum over k in eq. (3). One adapter (stages 1 and 2) has no gate; K adapters have gates (task, d), K tasks."""
 
     def __init__(self, width: int, adapter_width: int, count: int):
         super().__init__()
         self.adapters = nn.ModuleList(Adapter(width, adapter_width) for _ in range(count))
-        self.gates = nn.ParameterList(one_hot_gate(k, count, width) for k in range(count) if count > 1)
+        self.gates = nn.ParameterList(open_for_own_task(k, count, width) for k in range(count) if count > 1)
 
     def forward(self, x: Tensor, task: Tensor) -> Tensor:  # (b, t, d), (b,) -> (b, t, d)
         if not self.gates:

@@ -1,14 +1,14 @@
 """The vision aggregator, the region-level branch: section 3.1.3, equations (4) and (5).
 
-Fine spatial detail fades in a ViT's last layers. The aggregator starts from the last tap and lets it look at earlier
-ones, one block per tap. A norm and an MLP then project the result to the language model's width:
+Fine spatial detail fades in a ViT's last layers. So the aggregator starts from the last tap, rich in meaning, and
+fetches detail from earlier ones, one block per tap. A norm and an MLP then project to the language model's width:
 
-    V <- block_i(V, tap_i):   self-attention(V)  ->  cross-attention(V, tap_i)  ->  feed-forward(V)
+    x <- block(x, tap):   self-attention(x)  ->  cross-attention(x, tap)  ->  feed-forward(x)
 
 LION-XL starts from block 38's output and reads taps 28 and 18. Every patch stays a token of its own (257 with CLS).
 At initialisation the output projections are zero, so a block only normalises: training starts from LayerNorm(tap 38).
 
-Compatible with `fusion_adapter`, `ln_adapter` and `adapter_proj` of the release.
+The release calls these parts `fusion_adapter`, `ln_adapter` and `adapter_proj`; they are no adapters of the LLM.
 """
 
 from collections.abc import Sequence
@@ -32,7 +32,7 @@ class Block(nn.Module):
 
 
 class Aggregator(nn.Module):
-    """Region-level visual tokens, one per token of the ViT. `taps` are its block outputs, last first."""
+    """Region-level visual tokens, one per token of the ViT. The taps are its block outputs, last first."""
 
     recompute = False  # gradient checkpointing
 

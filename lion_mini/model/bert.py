@@ -13,13 +13,13 @@ Compatible with BertAttention, BertIntermediate and BertOutput of the release's 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .layers import Record, attention, split_heads
+from .layers import Recorder, attention, split_heads
 
 
 class Attention(nn.Module):
     """LayerNorm(x + W_o attention(x, context)). The context is x itself by default and may have another width."""
 
-    record: Record = None
+    record: Recorder = None
 
     def __init__(self, width: int, heads: int, norm_eps: float, dropout: float = 0.0, context_width: int | None = None):
         super().__init__()

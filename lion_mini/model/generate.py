@@ -1,8 +1,8 @@
 """Writing the answer: greedy, nucleus and beam search, and the ranking of given candidates.
 
-Nothing here knows LION: encoder states come in, token ids go out. Every setting means what it means in `generate` of
-transformers 4.42, with which the release was published, ties and corner cases included. The paper decodes greedily and
-ranks candidates for IconQA, VSR and VisDial (section 4.1).
+Encoder states come in, token ids go out. Every setting means what it means in `generate` of transformers 4.42, with
+which the release was published, ties and corner cases included. The paper decodes greedily, and ranks candidates for
+IconQA, VSR and VisDial (section 4.1).
 
 A beam search for one sample with 2 beams, in which </s> ends a hypothesis (sums of log-probabilities):
 
@@ -27,7 +27,7 @@ from .t5 import T5
 
 @dataclass(frozen=True)
 class Generation:
-    """Decoding settings. `min_new_tokens` and `max_new_tokens` count `</s>`; `returns` is the answers per sample."""
+    """Decoding settings. `max_new_tokens` counts `</s>`; at least `min_new_tokens` come before it."""
 
     beams: int = 1
     max_new_tokens: int = 30
@@ -38,7 +38,7 @@ class Generation:
     top_p: float = 1.0
     top_k: int = 50  # sampling only; the default of 4.42, which the release uses
     temperature: float = 1.0
-    returns: int = 1
+    returns: int = 1  # answers per sample
     seed: int | None = None  # for sampling; None uses torch's global generator
 
     def __post_init__(self) -> None:
@@ -67,7 +67,7 @@ GENERATION = {
 def generate(
     t5: T5, states: Tensor, mask: Tensor | None, task: Tensor, settings: Generation
 ) -> Tensor:  # (b, n, d), (b, n), (b,) -> (b * returns, t)
-    """Token ids, start token first, padded with PAD after `</s>`; a sample's `returns` rows are adjacent."""
+    """Token ids, start token (PAD) first, padded with PAD after `</s>`; a sample's `returns` rows are adjacent."""
     if settings.beams > 1:
         return beam_search(t5, states, mask, task, settings)
     return greedy_or_sampled(t5, states, mask, task, settings)
@@ -133,7 +133,7 @@ class Hypotheses:
         return float(total / length**self.penalty)
 
     def add(self, ids: Tensor, total: float, length: int) -> None:
-        """`ids` begins with the start token and has no `</s>`; `length` counts `</s>` but not the start token."""
+        """`ids` begins with the start token and has no `</s>`; `length` does not count the start token."""
         score = self.score(total, length)
         if len(self.kept) == self.beams:
             if score <= self.worst():
@@ -145,14 +145,14 @@ class Hypotheses:
         return min(score for score, _ in self.kept)
 
     def done(self, best_total: float, length: int) -> bool:
-        """Whether no beam of this length can beat the worst answer kept, judged by its present score."""
+        """True if even the best beam, at its present score, does not beat the worst answer kept."""
         return len(self.kept) == self.beams and self.worst() >= self.score(best_total, length)
 
 
 def beam_search(
     t5: T5, states: Tensor, mask: Tensor | None, task: Tensor, settings: Generation
 ) -> Tensor:  # ... -> (b * returns, t)
-    """Extend the `beams` most likely prefixes of each sample until no better answer can come."""
+    """Extend the `beams` most likely prefixes of each sample until `Hypotheses.done`."""
     b, beams = len(states), settings.beams
     cache = t5.start(states, mask, task, settings.max_new_tokens + 1)
     ids = torch.full((b * beams, 1), PAD, device=states.device)
@@ -220,14 +220,14 @@ def log_likelihoods(
     cache = t5.start(states, mask, task, max(len(ids) for sample in candidates for ids in sample))
     for first in range(0, max(map(len, candidates)), segment):
         part = [sample[first : first + segment] for sample in candidates]
-        width = max(map(len, part))
-        labels = torch.full((len(part), width, cache.capacity), IGNORE)
+        most = max(map(len, part))
+        labels = torch.full((len(part), most, cache.capacity), IGNORE)
         for i, sample in enumerate(part):
             for j, ids in enumerate(sample):
                 labels[i, j, : len(ids)] = torch.tensor(ids)
         labels = rearrange(labels, "b k t -> (b k) t").to(states.device)
         logits = rearrange(t5.predict(labels, cache).float(), "r t v -> r v t")
         sums = -F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="none").sum(-1)
-        for scores, row, sample in zip(found, rearrange(sums, "(b k) -> b k", k=width).tolist(), part, strict=True):
+        for scores, row, sample in zip(found, rearrange(sums, "(b k) -> b k", k=most).tolist(), part, strict=True):
             scores += row[: len(sample)]
     return found

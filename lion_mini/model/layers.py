@@ -1,8 +1,8 @@
 """What two or more components share: attention and the plain MLP.
 
-The axis letters of this project, in every shape comment and einops string:
+The axis letters of all files; a file that needs more names its own:
 
-    b batch   n image tokens   q queries   t text tokens   d width   h heads   e width of a head   v vocabulary   c tags
+    b batch   n tokens looked at   q queries   t text tokens   d width   h heads   e head width   v vocabulary   c tags
 """
 
 from collections.abc import Callable
@@ -14,7 +14,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-Record = Callable[[Tensor], Any] | None  # is given the attention weights (b, h, t, n); None in normal use
+Recorder = Callable[[Tensor], Any] | None  # is given the attention weights (b, h, t, n); None in normal use
 
 
 def split_heads(x: Tensor, heads: int) -> Tensor:  # (b, t, h*e) -> (b, h, t, e)
@@ -28,12 +28,12 @@ def attention(
     mask: Tensor | None = None,
     scale: float | None = None,
     dropout: float = 0.0,
-    record: Record = None,
+    record: Recorder = None,
 ) -> Tensor:  # (b, h, t, e), (b, h, n, e), (b, h, n, e) -> (b, t, h*e)
     """softmax(q k^T * scale + mask) v for all heads; scale is 1/sqrt(e) by default.
 
     `mask` broadcasts to (b, h, t, n). It is boolean, True where a query may look, or a bias to add. Every attention
-    module has an attribute `record`: set it to a function, and it is called with the attention weights.
+    module has an attribute `record`: a function that is called with the weights (b, h, t, n), or None.
     """
     if record is not None or (q.device.type == "cpu" and q.dtype == torch.bfloat16):
         # Spelled out: to see the weights, and because the fused kernel is 3 to 9 times slower in bfloat16 on a CPU.

@@ -1,8 +1,8 @@
 """LION, the whole model (section 3, Figure 3): two levels of visual knowledge in front of one language model.
 
-    pixels --> ViT --last block---> Q-Former(question) -----> image-level tokens --.
-                `-----3 taps------> vision aggregator ------> region-level tokens -+-> FlanT5 + adapters --> answer
-    prompt --> T5's embeddings, the learned soft prompt put in --> word embeddings -'       ^
+    pixels --> ViT --last block-----> Q-Former(question) ---> image-level tokens ---.
+                `--taps 38, 28, 18--> vision aggregator ----> region-level tokens --+-> FlanT5 + adapters --> answer
+    tags + question --> T5's embeddings, the soft prompt put in --> prompt ---------'       ^
     task ---------------------------------------------------------------------> router -----'
 
 The two *levels* of knowledge are fine-grained spatial knowledge (region-level tokens) and high-level semantic evidence
@@ -10,7 +10,8 @@ The two *levels* of knowledge are fine-grained spatial knowledge (region-level t
 router's rows.
 
 Tensors in, tensors out: lion_mini/pipeline.py turns pictures and words into a `Batch`. `LionConfig` says what a model
-is made of. Stage 1 has the Q-Former and one adapter, stage 2 the aggregator and one adapter, stage 3 everything.
+is made of. Each feed-forward layer has one adapter in stage 1 (beside the Q-Former) and in stage 2 (beside the
+aggregator, without Q-Former); stage 3 has everything.
 
 Compatible with the release's models/lion_t5.py.
 """
@@ -33,11 +34,11 @@ from .vit import Vit
 
 @dataclass(frozen=True)
 class Batch:
-    """b questions about p pictures. A mask is True at tokens, and None if no row is padded."""
+    """b questions about p pictures. A mask is True at tokens, None if no row is padded. Each text has its own t."""
 
     pixels: Tensor  # (p, 3, s, s), each picture once
     picture: Tensor  # (b,) the picture that each question is about
-    question: Tensor  # (b, t) BERT's ids, for the Q-Former
+    question: Tensor  # (b, t) BERT's ids of the question alone, for the Q-Former
     question_mask: Tensor | None
     prompt: Tensor  # (b, t) T5's ids: tags and question
     prompt_mask: Tensor | None
@@ -62,7 +63,7 @@ class LionModel(nn.Module):
         super().__init__()
         self.config = config
         width = config.t5.width
-        image, region = config.visual_input != "region", config.visual_input != "image"
+        image, region = config.visual_input in ("image", "all"), config.visual_input in ("region", "all")
         self.vit = Vit(config.vit)
         self.qformer = QFormer(config.qformer, config.vit.width, width) if image else None
         self.aggregator = Aggregator(config.aggregator, config.vit.width, len(config.taps), width) if region else None
@@ -72,16 +73,16 @@ class LionModel(nn.Module):
 
     def see(self, batch: Batch) -> Tensor:  # -> (b, q + n, d)
         """The visual tokens: the Q-Former's, which depend on the question, then the aggregator's."""
-        image, taps = self.vit(batch.pixels, self.config.taps if self.aggregator is not None else ())
+        features, taps = self.vit(batch.pixels, self.config.taps if self.aggregator is not None else ())
         tokens = []
         if self.qformer is not None:
-            tokens.append(self.qformer(image[batch.picture], batch.question, batch.question_mask))
+            tokens.append(self.qformer(features[batch.picture], batch.question, batch.question_mask))
         if self.aggregator is not None:
             tokens.append(self.aggregator(taps)[batch.picture])
         return torch.cat(tokens, dim=1)
 
-    def encode(self, batch: Batch) -> tuple[Tensor, Tensor | None]:  # -> (b, n, d), (b, n)
-        """T5's encoder states over visual tokens and prompt, and their mask."""
+    def encode(self, batch: Batch) -> tuple[Tensor, Tensor | None]:  # -> (b, q + n + t, d), its mask
+        """T5's encoder states over visual tokens and prompt."""
         visual = self.see(batch)
         words = self.t5.shared(batch.prompt)
         if self.soft_prompt is not None:
@@ -98,7 +99,7 @@ class LionModel(nn.Module):
         return self.t5.predict(batch.labels, self.t5.start(states, mask, batch.task, batch.labels.shape[1]))
 
     def forward(self, batch: Batch, mean: Literal["tokens", "samples"] = "tokens") -> Tensor:  # -> ()
-        """The language-modelling loss: cross-entropy, averaged over all answer tokens or first within each sample."""
+        """The language-modelling loss: the mean over all answer tokens, or the mean of the samples' own means."""
         assert batch.labels is not None
         logits = self.logits(batch).float()
         loss = F.cross_entropy(logits.transpose(1, 2), batch.labels, ignore_index=IGNORE, reduction="none")
@@ -106,7 +107,7 @@ class LionModel(nn.Module):
         return loss.sum() / real.sum() if mean == "tokens" else (loss.sum(1) / real.sum(1)).mean()
 
     def train(self, mode: bool = True) -> "LionModel":
-        """Like nn.Module.train(), but frozen modules stay in eval mode: no dropout in them."""
+        """Like nn.Module.train(), but modules without a trained parameter stay in eval mode: no dropout there."""
         super().train(mode)
         for module in self.modules():
             module.training = mode and any(parameter.requires_grad for parameter in module.parameters())
@@ -120,7 +121,7 @@ class LionModel(nn.Module):
 
 
 class NoInit(TorchFunctionMode):
-    """Skips normal_: on the meta device it imports PyTorch's compiler, which takes a second."""
+    """Skips `normal_`, which imports PyTorch's compiler on the meta device: a second at every start."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return kwargs["tensor"] if func is nn.init.normal_ else func(*args, **(kwargs or {}))

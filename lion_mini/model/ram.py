@@ -8,8 +8,8 @@ no. Tags never attend to each other:
                                                       v
     label_embed -> wordvec_proj -> relu -> [cross-attention, feed-forward] x 2 -> fc -> sigmoid > the tag's threshold
 
-RAM is frozen and has no dropout, so an image always has the same tags. `select` returns indices into the tag list;
-lion_mini/pipeline.py turns them into words.
+RAM is frozen and has no dropout, so an image always has the same tags. `select` returns (index, score) pairs;
+lion_mini/pipeline.py applies the sigmoid and turns indices into words.
 
 Compatible with the release's ram/models/ram.py and its files ram_swin_large_14m.pth, ram_tag_list.txt and
 ram_tag_list_threshold.txt.
@@ -61,7 +61,7 @@ class Ram(nn.Module):
 
 def select(
     scores: Tensor, thresholds: Tensor | float, top_k: int | None = None
-) -> list[list[tuple[int, float]]]:  # (b, c), (c,) or one for all
+) -> list[list[tuple[int, float]]]:  # (b, c), (c,) or one for all -> per image (tag, score) pairs
     """The tags whose score, sigmoid(logit), is above their threshold, in the order of the vocabulary.
 
     LION uses one threshold per tag, from a file beside RAM's. `top_k` keeps the best k of the tags above it.

@@ -28,7 +28,7 @@ from einops import rearrange, reduce, repeat
 from torch import Tensor, nn
 
 from ..config import RamConfig
-from .layers import Mlp, Record, attention
+from .layers import Mlp, Recorder, attention
 
 
 def relative_index(window: int, device: torch.device) -> Tensor:  # -> (n, n)
@@ -63,7 +63,7 @@ class PatchEmbed(nn.Module):
 class WindowAttention(nn.Module):
     """Attention within each window, with a learned bias for every offset between two of its tokens."""
 
-    record: Record = None
+    record: Recorder = None
 
     def __init__(self, width: int, heads: int, window: int):
         super().__init__()
@@ -116,7 +116,7 @@ class Merge(nn.Module):
         return self.reduction(self.norm(x))
 
 
-class Stage(nn.Module):
+class SwinStage(nn.Module):
     def __init__(self, width: int, heads: int, window: int, depth: int, shift: int, merge: bool):
         super().__init__()
         self.blocks = nn.ModuleList(Block(width, heads, window, shift=shift * (i % 2)) for i in range(depth))
@@ -146,7 +146,7 @@ class Swin(nn.Module):
                 raise ValueError(
                     f"stage {i} of Swin has {side} x {side} tokens: no multiple of window {window}, or odd"
                 )
-            self.stages.append(Stage(config.width * 2**i, heads, window, depth, shift, merge=i < last))
+            self.stages.append(SwinStage(config.width * 2**i, heads, window, depth, shift, merge=i < last))
             side //= 2
         self.norm = nn.LayerNorm(config.width * 2**last)
 

@@ -1,9 +1,10 @@
 """FlanT5, LION's frozen language model, with a mixture of adapters in every feed-forward layer (section 3.1.2, eq. 1).
 
-A pre-norm encoder and decoder, x <- x + f(RMSNorm(x)), without biases. Three things differ from the textbook. Attention
-scores are not divided by sqrt(e). Position is a learned bias per head on the scores, computed once per stack and shared
-by its self-attention layers. The feed-forward layer is gated, with the exact GELU. LION's adapters stand beside it and
-read x before the norm:
+A pre-norm encoder and decoder, x <- x + f(RMSNorm(x)), without bias terms. Three things differ from the textbook.
+Attention scores are not divided by sqrt(e). Positions enter as a learned number per head, added to the scores: computed
+once per stack and shared by its self-attention layers. The feed-forward layer is gated, with the exact GELU, as BLIP-2
+and the release have it (FlanT5's own is the tanh approximation). LION's adapters stand beside it and read x before the
+norm:
 
     x <- x + W_o (gelu(W_0 y) * W_1 y) + mixture(x),    y = RMSNorm(x)
 
@@ -23,7 +24,7 @@ from torch import Tensor, nn
 
 from ..config import IGNORE, PAD, T5Config
 from .adapters import MixtureOfAdapters
-from .layers import Record, attention, recomputed, split_heads
+from .layers import Recorder, attention, recomputed, split_heads
 
 
 def bucket(distance: Tensor, buckets: int, max_distance: int) -> Tensor:
@@ -57,7 +58,7 @@ def relative_bias(table: nn.Embedding, length: int, max_distance: int, causal: b
 class Attention(nn.Module):
     """x + W_o attention(RMSNorm(x), ...), to the sequence itself (`forward`) or to an encoded one (`cross`)."""
 
-    record: Record = None
+    record: Recorder = None
 
     def __init__(self, config: T5Config):
         super().__init__()
@@ -198,8 +199,8 @@ class T5(nn.Module):
 
     def start(
         self, states: Tensor, mask: Tensor | None, task: Tensor, capacity: int
-    ) -> Cache:  # (b, n, d), (b, n), (b,)
-        """An empty cache for rows of at most `capacity` tokens, the start token included."""
+    ) -> Cache:  # (b, n, d), (b, n), (b,) -> a cache
+        """A cache without tokens, for rows of at most `capacity` of them, the start token (PAD) included."""
         return Cache(self, states, mask, task, capacity)
 
     def decode(self, ids: Tensor, cache: Cache) -> Tensor:  # (b*k, t) -> (b*k, t, v)
@@ -213,7 +214,7 @@ class T5(nn.Module):
         return self.lm_head(self.decoder_norm(x))
 
     def predict(self, labels: Tensor, cache: Cache) -> Tensor:  # (b*k, t), IGNORE after the end -> (b*k, t, v)
-        """Teacher forcing: the logits of every label given the labels before it. Leaves the cache as it was."""
+        """Teacher forcing: the logits of every label given the labels before it. Writes no keys or values."""
         assert labels.shape[1] == cache.capacity
         cache.length = 0
         ids = F.pad(labels[:, :-1], (1, 0), value=PAD)

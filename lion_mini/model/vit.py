@@ -1,8 +1,8 @@
 """EVA-CLIP ViT-g/14, LION's frozen image encoder E_v (section 3.1): an image becomes CLS and one token per patch.
 
-A plain pre-norm vision transformer, x <- x + f(LayerNorm(x)). Two things are EVA's own: keys have no bias, and LION
-reads the last block's output without a final norm. The vision aggregator also wants the outputs of earlier blocks, so
-`forward` returns the output of any block it is asked for (a "tap").
+A plain pre-norm vision transformer, x <- x + f(LayerNorm(x)); EVA's keys have no bias. There is no final norm: the
+Q-Former normalises what it reads. The vision aggregator also wants the outputs of earlier blocks, so `forward` returns
+the output of any block it is asked for (a "tap").
 
     224 x 224 pixels -> 16 x 16 patches of 14 x 14 -> 257 tokens of width 1408 (CLS first)
 
@@ -16,11 +16,11 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from ..config import VitConfig
-from .layers import Mlp, Record, attention
+from .layers import Mlp, Recorder, attention
 
 
 class Attention(nn.Module):
-    record: Record = None
+    record: Recorder = None
 
     def __init__(self, width: int, heads: int):
         super().__init__()

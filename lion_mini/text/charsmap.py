@@ -35,15 +35,14 @@ class Precompiled:
         data = base64.b64decode(encoded, validate=True)
         size = struct.unpack_from("<I", data)[0]
         self.units, self.strings = struct.unpack_from(f"<{size // 4}I", data, 4), data[4 + size :]
-        if not self.units or not self.strings.endswith(b"\0"):
-            raise ValueError("it is cut off")
+        self.root = self.units[0] >> 10
 
     def __call__(self, text: str) -> str:
         return "".join(map(self.rewrite, clusters(text)))
 
     def rewrite(self, cluster: str) -> str:
         """Replace the cluster by the *shortest* rule that fits its start; without one, rewrite each character."""
-        data, node = cluster.encode("utf-8", "surrogatepass"), self.units[0] >> 10
+        data, node = cluster.encode("utf-8", "surrogatepass"), self.root
         for byte in data if len(data) < 6 else b"":
             node ^= byte
             if node >= len(self.units) or self.units[node] & 0x800000FF != byte:
@@ -65,27 +64,20 @@ def clusters(text: str) -> list[str]:
     return [text[start:end] for start, end in pairwise([*starts, len(text)])]
 
 
-def split(pattern: str, text: str, first: bool) -> list[tuple[str, bool]]:
-    """(word, flag) for each word: does the whole text begin with it? `first`: the whole text begins with `text`."""
-    return [(word[0], first and word.start() == 0) for word in re.finditer(pattern, text)]
-
-
 class Metaspace:
     """A space becomes a visible mark that belongs to the word behind it: "a dog" is ▁a, ▁dog."""
 
     def __init__(self, spec: dict[str, Any]):
-        older = "always" if need(spec.get("add_prefix_space", True), bool, "add_prefix_space") else "never"
-        self.mark, self.prepend = need(spec.get("replacement"), str, "replacement"), spec.get("prepend_scheme", older)
+        older = "always" if spec.get("add_prefix_space", True) else "never"
+        self.mark, self.prepend = spec["replacement"], spec.get("prepend_scheme", older)
         if len(self.mark) != 1 or self.prepend not in ("always", "first", "never"):
             raise ValueError("replacement must be one character, prepend_scheme always, first or never")
-        mark = re.escape(self.mark)
-        self.pattern = f"^[^{mark}]+|{mark}[^{mark}]*" if need(spec.get("split", True), bool, "split") else "(?s:.+)"
+        self.pattern = re.compile(f"(?!^)(?={re.escape(self.mark)})" if spec.get("split", True) else "(?!)")
 
-    def __call__(self, text: str, first: bool) -> list[tuple[str, bool]]:
+    def __call__(self, text: str, first: bool) -> list[str]:  # first: the whole text begins with this one
         text = text.replace(" ", self.mark)
-        if (self.prepend == "always" or (self.prepend == "first" and first)) and not text.startswith(self.mark):
-            text = self.mark + text
-        return split(self.pattern, text, first)
+        prepend = self.prepend == "always" or (self.prepend == "first" and first)
+        return self.pattern.split(self.mark + text if prepend and text[:1] not in ("", self.mark) else text)
 
 
 def read_steps(key: str, spec: Any) -> list[Any]:
@@ -93,18 +85,18 @@ def read_steps(key: str, spec: Any) -> list[Any]:
     if spec is None:
         return []
     if need(spec, dict, key).get("type") == "Sequence":
-        return [step for part in spec[key.replace("_", "") + "s"] for step in read_steps(key, part)]
+        return [step for part in spec[f"{key.replace('_', '')}s"] for step in read_steps(key, part)]
     with reading(f"the {key} {spec!r:.99}"):
         match key, spec:
-            case "normalizer", {"type": "Precompiled", "precompiled_charsmap": str(encoded)}:
-                return [Precompiled(encoded)]
-            case "normalizer", {"type": "Replace", "pattern": dict(old), "content": str(new)}:
+            case "normalizer", {"type": "Precompiled"}:
+                return [Precompiled(spec["precompiled_charsmap"])]
+            case "normalizer", {"type": "Replace", "pattern": old, "content": new}:
                 pattern = old["Regex"] if "Regex" in old else re.escape(old["String"])
                 return [partial(re.compile(pattern).sub, new.replace("\\", r"\\"))]
-            case "normalizer", {"type": "Strip", "strip_left": bool(left), "strip_right": bool(right)}:
+            case "normalizer", {"type": "Strip", "strip_left": left, "strip_right": right}:
                 return [methodcaller("lstrip", SPACE)] * left + [methodcaller("rstrip", SPACE)] * right
             case "pre_tokenizer", {"type": "WhitespaceSplit"}:
-                return [partial(split, f"[^{SPACE}]+")]
+                return [lambda text, first: re.split(f"[{SPACE}]+", text)]
             case "pre_tokenizer" | "decoder", {"type": "Metaspace"}:
                 return [Metaspace(spec)]
         raise ValueError("it is unknown or incomplete")

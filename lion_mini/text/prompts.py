@@ -73,8 +73,9 @@ EVAL_TEMPLATES: dict[str, str] = {
     "Please select the correct answer from the options above. \n",
 }
 
-# Which row of the router a kind of instruction uses.
+# Which row of the router a kind of instruction uses, and which entry of GENERATION decodes its answer.
 TASK_OF = {kind: "region" if kind in ("rec", "reg") else "image" for kind in [*TEMPLATES, *EVAL_TEMPLATES]}
+DECODING = dict.fromkeys(TASK_OF, "answer") | {"caption": "caption", "rec": "locate", "reg": "describe"}
 _FIELD = re.compile(r"\{(question|answer|expression|box|history|hint|options)\}")
 _SHIKRA = {"<question>": "{question}", "<answer>": "{answer}", "<expr>": "{expression}", "<objs>": "{box}"}
 
@@ -82,13 +83,12 @@ _SHIKRA = {"<question>": "{question}", "<answer>": "{answer}", "<expr>": "{expre
 def render(template: str, **fields: str | Box) -> str:
     """Fill in each `{field}` once; other braces are text. A ValueError names a field that is not given.
 
-    A line with an empty `{history}` or `{hint}` is left out: the first round of a dialogue has none.
+    A line with an empty field is left out: the first round of a dialogue has no history.
     """
     if missing := sorted(set(_FIELD.findall(template)) - fields.keys()):
         raise ValueError(f"the template {template!r} needs {', '.join(missing)}")
     texts = {name: value.to_text() if isinstance(value, Box) else value for name, value in fields.items()}
-    empty = [f"{{{name}}}" for name in ("history", "hint") if not texts.get(name)]
-    lines = [line for line in template.split("\n") if not any(name in line for name in empty)]
+    lines = [line for line in template.split("\n") if all(texts[name] for name in _FIELD.findall(line))]
     return _FIELD.sub(lambda match: texts[match[1]], "\n".join(lines))
 
 
@@ -98,8 +98,8 @@ def load_templates(path: str | Path) -> dict[str, tuple[str, ...]]:
     Shikra's placeholders (`<expr>`, `<objs>`, `<question>`) will do. A ValueError says what is wrong with the file.
     """
     loaded = dict(TEMPLATES)
-    for kind, templates in read_json(Path(path)).items():
-        with reading(path):
+    with reading(path):
+        for kind, templates in read_json(Path(path)).items():
             if kind not in TEMPLATES:
                 raise ValueError(f"the task {kind!r} is unknown; there are {', '.join(TEMPLATES)}")
             texts = [need(text, str, kind) for text in need(templates, list, kind) or [""]]

@@ -25,17 +25,14 @@ class Vocabularies:
     def from_files(cls, files: Sequence[Path], config: LionConfig) -> "Vocabularies":
         """Read the files, the last two only with a tagger. A ValueError names one that does not fit the model."""
         words, pieces = WordPieceTokenizer.from_file(files[0]), UnigramTokenizer.from_file(files[1])
-        names, least = list[str](), list[float]()
+        names, lines = (read_lines(files[2]), read_lines(files[3])) if config.ram else ([], [])
         sizes = [(files[0], len(words), config.qformer.vocab_size)]
         if config.ram:
-            names = read_lines(files[2])
-            for number, line in enumerate(read_lines(files[3]), 1):
-                with reading(f"{files[3]}, line {number}"):
-                    least.append(float(line))
-            sizes += [(files[2], len(names), config.ram.tags), (files[3], len(least), config.ram.tags)]
+            sizes += [(files[2], len(names), config.ram.tags), (files[3], len(lines), config.ram.tags)]
         for path, found, expected in sizes:
             if found != expected:
                 raise ValueError(f"{path} has {found} lines, the model needs {expected}")
         if len(pieces) > config.t5.vocab_size:
             raise ValueError(f"{files[1]} has {len(pieces)} pieces, T5 only {config.t5.vocab_size}")
-        return cls(words, pieces, names, least)
+        with reading(files[-1]):
+            return cls(words, pieces, names, list(map(float, lines)))

@@ -28,18 +28,14 @@ def show(seeds: Sequence[int], split: Split) -> Image.Image:
     return sheet
 
 
-def main() -> None:
+if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Draw scenes of the toy world with their boxes, tags and records.")
     parser.add_argument("--show", type=int, metavar="N", default=4, help="how many scenes")
     parser.add_argument("--seed", type=int, default=0, help="the seed of the first one")
     parser.add_argument("--split", choices=("train", "test"), default="train")
     parser.add_argument("--out", type=Path, default=Path("toy.png"))
-    options = parser.parse_args()
-    if options.show < 1:
-        parser.error(f"--show must be at least 1, not {options.show}")
-    show(range(options.seed, options.seed + options.show), options.split).save(options.out)
-    print(f"{options.show} scenes are in {options.out}")
-
-
-if __name__ == "__main__":
-    main()
+    args = parser.parse_args()
+    if args.show < 1:
+        parser.error(f"--show must be at least 1, not {args.show}")
+    show(range(args.seed, args.seed + args.show), args.split).save(args.out)
+    print(f"{args.show} scenes are in {args.out}")

@@ -1,17 +1,13 @@
-"""What can be said about a scene: expressions, captions, questions, dialogue and tags, and records of them.
-
-expression(things, thing, rng)   "the circle above the red cross": it fits this thing alone
-questions(things, rng)           (sub-kind, question, answer)
-records(scene, rng)              training records: the above in the paper's instructions
-"""
+"""What can be said about a scene, and training examples of it in the paper's instructions."""
 
 import random
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from itertools import permutations
 
 from ..box import Box
+from ..data.records import Example, split_tags
 from ..text.prompts import EVAL_TEMPLATES, TASK_OF, TEMPLATES, render
-from .world import COLOURS, SHAPES, TAGS, Scene, Thing
+from .world import COLOURS, SHAPES, TAGS, Scene, Split, Thing, scene
 
 MARGIN = 3  # the least difference, in grid units, at which a thing is called left of another
 PLACES = (
@@ -25,61 +21,51 @@ KINDS = ("caption", "vqa", "vqg", "dialogue", "rec", "reg")
 INSTRUCTIONS = {kind: (*TEMPLATES[kind], *([EVAL_TEMPLATES[kind]] if kind in EVAL_TEMPLATES else [])) for kind in KINDS}
 
 Record = dict[str, str]
-
-# --- expressions
-
-
-def matching(things: Sequence[Thing], words: Collection[str]) -> list[Thing]:
-    """The things to which all these words apply; "shape" applies to each."""
-    return [thing for thing in things if thing.words | {"shape"} >= set(words)]
+Texts = Mapping[str, Sequence[str]]
 
 
-def holds(a: Thing, b: Thing, axis: int, sign: int) -> bool | None:
-    """Whether a lies on that side of b; None if it is too close to call."""
-    ahead = (a.centre(axis) - b.centre(axis)) * sign
-    return True if ahead >= MARGIN else False if ahead <= 0 else None
+def matching(things: Sequence[Thing], phrase: str) -> list[Thing]:
+    """The things to which every word of "small red shape" applies; "shape" applies to each."""
+    return [thing for thing in things if thing.words | {"shape"} >= set(phrase.split())]
+
+
+def ahead(a: Thing, b: Thing, side: tuple[int, int]) -> float:
+    """How far the centre of a lies on that side of b's, in grid units."""
+    axis, sign = side
+    return (a.centre(axis) - b.centre(axis)) * sign
 
 
 def by_attributes(things: Sequence[Thing], target: Thing) -> list[str]:
     """Every choice of size, colour and shape that fits the target alone, from vague to precise."""
-    phrases = [
-        (*size, *colour, noun)
-        for noun in ("shape", target.shape) for colour in ((), (target.colour,)) for size in ((), (target.size,))
-    ]  # fmt: skip
-    return ["the " + " ".join(words) for words in phrases if len(matching(things, words)) == 1]
+    sizes, colours, nouns = ("", f"{target.size} "), ("", f"{target.colour} "), ("shape", target.shape)
+    phrases = [f"{size}{colour}{noun}" for noun in nouns for colour in colours for size in sizes]
+    return [f"the {phrase}" for phrase in phrases if matching(things, phrase) == [target]]
 
 
-def by_order(things: Sequence[Thing], target: Thing) -> list[str]:
+def by_order(things: Sequence[Thing], target: Thing) -> Iterator[str]:
     """ "the leftmost circle", if there are several circles and the target is the leftmost by a margin."""
-    phrases = []
-    for word, (axis, sign) in EXTREMES.items():
-        for noun in ((target.shape,), ("shape",), (target.colour, "shape")):
-            others = [thing for thing in matching(things, noun) if thing is not target]
-            if others and all(holds(target, other, axis, sign) for other in others):
-                phrases.append(f"the {' '.join((word, *noun))}")
-    return phrases
+    for word, side in EXTREMES.items():
+        for noun in (target.shape, "shape", f"{target.colour} shape"):
+            rest = [thing for thing in matching(things, noun) if thing is not target]
+            if rest and all(ahead(target, thing, side) >= MARGIN for thing in rest):
+                yield f"the {word} {noun}"
 
 
-def by_relation(things: Sequence[Thing], target: Thing) -> list[str]:
+def by_relation(things: Sequence[Thing], target: Thing) -> Iterator[str]:
     """ "the circle above the red cross", if there are several circles and by a margin only the target is above it."""
-    phrases = []
-    for word, (axis, sign) in RELATIONS.items():
+    for word, side in RELATIONS.items():
         for anchor in things:
             for noun in (target.shape, "shape"):
-                group = [thing for thing in matching(things, (noun,)) if thing is not anchor]
-                only = all(holds(thing, anchor, axis, sign) is (thing is target) for thing in group)
-                if only and anchor is not target and len(group) > 1:
-                    phrases.append(f"the {noun} {word} the {anchor.name}")
-    return phrases
+                rest = [thing for thing in matching(things, noun) if thing not in (target, anchor)]
+                alone = rest and all(ahead(thing, anchor, side) <= 0 for thing in rest)
+                if alone and ahead(target, anchor, side) >= MARGIN:
+                    yield f"the {noun} {word} the {anchor.name}"
 
 
 def expression(things: Sequence[Thing], target: Thing, rng: random.Random) -> str:
     """A phrase that fits the target alone. Six in ten use its attributes, the rest its position if that is possible."""
-    way = rng.choices([by_attributes, by_order, by_relation], (6, 2, 2))[0]
-    return rng.choice(way(things, target) or by_attributes(things, target))
-
-
-# --- captions, questions, dialogue, tags
+    way: Callable[..., Iterable[str]] = rng.choices((by_attributes, by_order, by_relation), (6, 2, 2))[0]
+    return rng.choice([*way(things, target)] or by_attributes(things, target))
 
 
 def caption(things: Sequence[Thing]) -> str:
@@ -97,40 +83,35 @@ def questions(things: Sequence[Thing], rng: random.Random) -> Iterator[tuple[str
     Half of the noes are near misses: both words occur, but not together. A sub-kind without an unambiguous question in
     this scene is left out.
     """
-    names = {thing.name for thing in things}
+    names, words = {thing.name for thing in things}, set().union(*(thing.words for thing in things))
     yield "existence", f"Is there a {rng.choice(sorted(names))} in the image?", "yes"
-    colours, shapes = sorted({t.colour for t in things}), sorted({t.shape for t in things})
-    near = [f"{colour} {shape}" for colour in colours for shape in shapes if f"{colour} {shape}" not in names]
-    far = [f"{colour} {shape}" for colour in COLOURS for shape in SHAPES if f"{colour} {shape}" not in names]
-    absent = rng.choice(near if near and rng.random() < 0.5 else far)
-    yield "existence", f"Is there a {absent} in the image?", "no"
+    absent = [name for colour in COLOURS for shape in SHAPES if (name := f"{colour} {shape}") not in names]
+    near = sorted(name for name in absent if set(name.split()) <= words)
+    yield "existence", f"Is there a {rng.choice(near if near and rng.random() < 0.5 else absent)} in the image?", "no"
 
-    noun = rng.choice([("shape",), (rng.choice(SHAPES),), (rng.choice(tuple(COLOURS)), "shape"), (rng.choice(shapes),)])
-    yield "counting", f"How many {plural(' '.join(noun))} are there?", str(len(matching(things, noun)))
+    present = sorted(words & {*SHAPES})
+    noun = rng.choice(["shape", rng.choice(SHAPES), f"{rng.choice(tuple(COLOURS))} shape", rng.choice(present)])
+    yield "counting", f"How many {plural(noun)} are there?", str(len(matching(things, noun)))
 
     for kind in ("colour", "shape"):
         choices = []
         for thing in things:
-            noun = (thing.shape,) if kind == "colour" else (thing.colour, "shape")
-            for words in (noun, (thing.size, *noun)):
-                if len(matching(things, words)) == 1:
-                    choices.append((f"What {kind} is the {' '.join(words)}?", getattr(thing, kind)))
+            noun = thing.shape if kind == "colour" else f"{thing.colour} shape"
+            phrases = [phrase for phrase in (noun, f"{thing.size} {noun}") if matching(things, phrase) == [thing]]
+            choices += [(f"What {kind} is the {phrase}?", getattr(thing, kind)) for phrase in phrases]
         if choices:
             yield kind, *rng.choice(choices)
 
-    comparisons = [
-        (f"Is the {a.name} larger than the {b.name}?", a.size == "large" != b.size) for a, b in permutations(things, 2)
-    ]
+    pairs = list(permutations(things, 2))
+    comparisons = [(f"Is the {a.name} larger than the {b.name}?", a.size == "large" != b.size) for a, b in pairs]
     relations = [
-        (f"Is the {a.name} {word} the {b.name}?", holds(a, b, axis, sign) is True)
-        for word, (axis, sign) in RELATIONS.items()
-        for a, b in permutations(things, 2)
-        if abs(a.centre(axis) - b.centre(axis)) >= MARGIN
-    ]
-    for kind, pairs in (("comparison", comparisons), ("relation", relations)):
-        if pairs:
+        (f"Is the {a.name} {word} the {b.name}?", ahead(a, b, side) > 0)
+        for word, side in RELATIONS.items() for a, b in pairs if abs(ahead(a, b, side)) >= MARGIN
+    ]  # fmt: skip
+    for kind, choices in (("comparison", comparisons), ("relation", relations)):
+        if choices:
             wanted = rng.random() < 0.5
-            question, yes = rng.choice([pair for pair in pairs if pair[1] == wanted] or pairs)
+            question, yes = rng.choice([choice for choice in choices if choice[1] == wanted] or choices)
             yield kind, question, "yes" if yes else "no"
 
 
@@ -150,14 +131,8 @@ def tags(things: Sequence[Thing], rng: random.Random) -> list[str]:
     return [tag for tag in TAGS if rng.random() >= (MISSED if tag in true else 1 - INVENTED)]
 
 
-# --- records
-
-
 def records(
-    scene: Scene,
-    rng: random.Random,
-    kinds: Collection[str] = KINDS,
-    instructions: Mapping[str, Sequence[str]] = INSTRUCTIONS,
+    scene: Scene, rng: random.Random, kinds: Collection[str] = KINDS, instructions: Texts = INSTRUCTIONS
 ) -> list[Record]:
     """One record per kind, for vqa one per question: `question`, `answer`, `category`, `tags`, `kind`, `subkind`.
 
@@ -190,3 +165,23 @@ def records(
         target = rng.choice(things)
         add("reg", f"the {target.size} {target.name}", box=target.box)
     return result
+
+
+class Toy:
+    """Training examples: scene `index`, and a question about it. Every kind and sub-kind is equally likely."""
+
+    augments = False  # its questions are about left and right, and about positions
+
+    def __init__(self, tasks: Sequence[str], split: Split = "train", scenes: int = 200_000):
+        self.kinds, self.split, self.scenes = [kind for kind in KINDS if TASK_OF[kind] in tasks], split, scenes
+
+    def __len__(self) -> int:
+        return self.scenes
+
+    def read(self, index: int, rng: random.Random) -> Example:
+        this, groups = scene(index, self.split), dict[str, list[Record]]()
+        for record in records(this, rng, self.kinds):
+            groups.setdefault(f"{record['kind']} {record['subkind']}", []).append(record)
+        chosen = rng.choice(groups[rng.choice(sorted(groups))])
+        name, tags = f"toy scene {index} of {self.split}", split_tags(chosen["tags"])
+        return Example(this.image, chosen["question"], chosen["answer"], tags, TASK_OF[chosen["kind"]], name)

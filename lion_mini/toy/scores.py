@@ -34,47 +34,43 @@ def toy_scores(model: Lion, scenes: Sequence[Scene], batch_size: int = 32) -> li
     """Ask about every scene: captions, questions of every sub-kind, REC and REG. A stage-1 or stage-2 model is asked
     only about the level it was trained for."""
     kinds = [kind for kind in SETTINGS if model.config.visual_input in ("all", TASK_OF[kind])]
-    rngs = [random.Random(f"eval {each.split} {each.seed}") for each in scenes]
-    asked = [(each, r) for each, rng in zip(scenes, rngs, strict=True) for r in records(each, rng, kinds, MEASURED)]
-    answered: list[tuple[Scene, Record, str]] = []
-    for kind in sorted(kinds):
-        pairs = [pair for pair in asked if pair[1]["kind"] == kind]
+    groups: dict[tuple[str, str], list[tuple[Scene, Record]]] = {}
+    for each in scenes:
+        for record in records(each, random.Random(f"eval {each.split} {each.seed}"), kinds, MEASURED):
+            groups.setdefault((record["kind"], record["subkind"]), []).append((each, record))
+    rows: list[ToyScore] = []
+    for (kind, subkind), pairs in sorted(groups.items(), key=lambda item: item[0][0]):
+        texts: list[str] = []
         for start in range(0, len(pairs), batch_size):
             batch = pairs[start : start + batch_size]
             tags = [split_tags(record["tags"]) for _, record in batch] if model.model.ram is None else None
             prompts, tasks = [record["question"] for _, record in batch], [TASK_OF[kind]] * len(batch)
             answers = model.respond([each.image for each, _ in batch], prompts, tasks, GENERATION[SETTINGS[kind]], tags)
-            answered += [(*pair, answer.text.strip()) for pair, answer in zip(batch, answers, strict=True)]
-    return list(toy_rows(answered))
+            texts += [answer.text.strip() for answer in answers]
+        rows += toy_rows(subkind or kind, texts, [record["answer"] for _, record in pairs], [each for each, _ in pairs])
+    return rows
 
 
-def toy_rows(answered: Sequence[tuple[Scene, Record, str]]) -> Iterator[ToyScore]:
-    groups: dict[str, list[tuple[Scene, Record, str]]] = {}
-    for row in answered:
-        kind, subkind = row[1]["kind"], row[1]["subkind"]
-        groups.setdefault(f"VQA, {subkind}" if subkind else kind, []).append(row)
-    for name, group in groups.items():
-        scenes, texts = [scene for scene, *_ in group], [text for *_, text in group]
-        truth, count = [record["answer"] for _, record, _ in group], len(group)
-        exact = sum(map(str.__eq__, texts, truth)) / count
-        if name == "caption":
-            ours, other = (metrics.cider([[t] for t in truth], said)[0] / 10 for said in (texts, truth[1:] + truth[:1]))
-            yield ToyScore("captions, CIDEr / 10", ours, other, "another scene's caption", count)
-        elif name == "rec":
-            boxes = [box for box in map(Box.parse, truth) if box]
-            blind = random_thing(scenes, boxes, lambda thing, box: thing.box.iou(box) >= 0.5)
-            accuracy = metrics.grounding(texts, boxes).accuracy
-            yield ToyScore("REC, Acc@0.5", accuracy, blind, "a random object's box", count)
-        elif name == "reg":
-            blind = random_thing(scenes, truth, lambda thing, answer: f"the {thing.size} {thing.name}" == answer)
-            yield ToyScore("REG, exact", exact, blind, "a random object's name", count)
-        else:
-            frequent, times = Counter(truth).most_common(1)[0]
-            yield ToyScore(name, exact, times / count, f"always {frequent!r}", count)
-        if name == "VQA, existence":
-            pope, yes = metrics.pope(texts, truth), metrics.pope(["yes"] * count, truth)
-            yield ToyScore("POPE, F1", pope.f1, yes.f1, "always 'yes'", count)
-            yield ToyScore("POPE, accuracy", pope.accuracy, yes.accuracy, "always 'yes'", count)
+def toy_rows(kind: str, texts: Sequence[str], truth: Sequence[str], scenes: Sequence[Scene]) -> Iterator[ToyScore]:
+    """The rows of one kind or sub-kind of question."""
+    count, exact = len(truth), sum(map(str.__eq__, texts, truth)) / len(truth)
+    if kind == "caption":
+        ours, blind = (metrics.cider([[t] for t in truth], said)[0] / 10 for said in (texts, [*truth[1:], truth[0]]))
+        yield ToyScore("captions, CIDEr / 10", ours, blind, "another scene's caption", count)
+    elif kind == "rec":
+        boxes = [box for box in map(Box.parse, truth) if box]
+        blind = random_thing(scenes, boxes, lambda thing, box: thing.box.iou(box) >= 0.5)
+        yield ToyScore("REC, Acc@0.5", metrics.grounding(texts, boxes).accuracy, blind, "a random object's box", count)
+    elif kind == "reg":
+        blind = random_thing(scenes, truth, lambda thing, answer: f"the {thing.size} {thing.name}" == answer)
+        yield ToyScore("REG, exact", exact, blind, "a random object's name", count)
+    else:
+        frequent, times = Counter(truth).most_common(1)[0]
+        yield ToyScore(f"VQA, {kind}", exact, times / count, f"always {frequent!r}", count)
+    if kind == "existence":
+        pope, yes = metrics.pope(texts, truth), metrics.pope(["yes"] * count, truth)
+        yield ToyScore("POPE, F1", pope.f1, yes.f1, "always 'yes'", count)
+        yield ToyScore("POPE, accuracy", pope.accuracy, yes.accuracy, "always 'yes'", count)
 
 
 def random_thing(scenes: Sequence[Scene], truth: Sequence[Any], right: Callable[[Thing, Any], bool]) -> float:

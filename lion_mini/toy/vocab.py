@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ..text.prompts import EVAL_TEMPLATES, PLACEHOLDER, TEMPLATES, tag_sentence
 from .questions import PLACES, records
-from .world import GRID, TAGS, scene
+from .world import COORDINATES, TAGS, scene
 
 SIZE = 512  # rows of T5's and of the Q-Former's embedding table
 
@@ -25,16 +25,13 @@ def write_vocabularies(folder: str | Path) -> None:
     texts = [f"{r['question']} {r['answer']}" for seed in range(400) for r in records(scene(seed, "train"), rng)]
     texts += [re.sub(r"\{\w+\}", " ", text) for text in templates] + [tag_sentence(TAGS), *PLACES]
     known = sorted({word for text in texts for word in re.findall(r"[A-Za-z]+[0-9]?", text)})
-    numbers = [f"{i / GRID:.3f}" for i in range(GRID + 1)]
 
-    pieces = ["▁", *map(chr, range(33, 127)), *numbers]
+    pieces = ["▁", *map(chr, range(33, 127)), *COORDINATES]
     pieces += [f"▁{word}" for word in known if len(word) > 1 or word in "Aa"]
-    pieces += ["x1", "x2", "y1", "y2", "▁[", '▁"', "▁,", *TAGS, "▁0", "▁1", "▁2", "▁3", "▁4", "▁5"]
-    pieces += ['"Is', '"How', '"What']
+    pieces += ["x1", "x2", "y1", "y2", "▁[", '▁"', "▁,", *TAGS, *(f"▁{i}" for i in range(6)), '"Is', '"How', '"What']
     special = ["<pad>", "</s>", "<unk>"]
     scored = [(name, 0.0) for name in special]
     scored += [(piece, -10.0 if len(piece) == 1 else -5.0) for piece in dict.fromkeys(pieces)]
-    assert len(scored) < SIZE
     flags = {"special": True, "normalized": False, "lstrip": False, "rstrip": False, "single_word": False}
     added = [*enumerate(special), (len(scored), PLACEHOLDER)]
     space = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always", "split": True}
@@ -50,10 +47,9 @@ def write_vocabularies(folder: str | Path) -> None:
 
     letters = string.ascii_lowercase + string.digits
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "[DEC]", *letters, *string.punctuation]
-    words += [*(f"##{letter}" for letter in letters), *map(str.lower, known), *(number[2:] for number in numbers)]
+    words += [*(f"##{letter}" for letter in letters), *map(str.lower, known), *(number[2:] for number in COORDINATES)]
     words = list(dict.fromkeys(words))
     words += [f"[unused{i}]" for i in range(SIZE - len(words))]
-    assert len(words) == SIZE
     (folder / "vocab.txt").write_text("\n".join(words) + "\n", encoding="utf-8")
     (folder / "ram_tag_list.txt").write_text("\n".join(TAGS) + "\n", encoding="utf-8")
     (folder / "ram_tag_list_threshold.txt").write_text("0.5\n" * len(TAGS), encoding="utf-8")

@@ -1,10 +1,7 @@
 """Scenes of the toy world: coloured shapes on a light, noisy ground, about which everything is known.
 
 A scene holds 2 to 5 things. No two of them share both colour and shape, so "the red circle" is never ambiguous. Large
-things may overlap a little. Positions lie on a grid of 24 units, so a box needs only 25 coordinates to be exact. Each
-coordinate is one piece of the vocabulary: "[0.042,0.125,0.375,0.458]".
-
-`scene(7, "train")` is a pure function of seed and split. No arrangement of things occurs in both splits.
+things may overlap a little. Positions lie on a grid of 24 units, so a box needs only 25 coordinates to be exact.
 """
 
 import random
@@ -26,6 +23,7 @@ COLOURS = {
 SIDES = {"small": (4, 5), "large": (7, 8)}  # in grid units
 TAGS = (*SHAPES, *COLOURS, *SIDES)
 GRID, CELL, UNIT = 24, 8, 4  # the image in units, a cell in units, a unit in pixels
+COORDINATES = tuple(f"{i / GRID:.3f}" for i in range(GRID + 1))
 MOST = 5  # things in a scene
 
 Split = Literal["train", "test"]
@@ -52,9 +50,12 @@ class Thing:
         return {self.shape, self.colour, self.size}
 
     @property
+    def edges(self) -> tuple[int, int, int, int]:  # left, top, right, bottom
+        return self.left, self.top, self.left + self.side, self.top + self.side
+
+    @property
     def box(self) -> Box:
-        edges = (self.left, self.top, self.left + self.side, self.top + self.side)
-        return Box(*(round(edge / GRID, 3) for edge in edges))
+        return Box(*(round(edge / GRID, 3) for edge in self.edges))
 
     def centre(self, axis: int) -> float:
         return (self.left, self.top)[axis] + self.side / 2
@@ -81,19 +82,17 @@ class Scene:
 
 
 def paint(draw: ImageDraw.ImageDraw, thing: Thing, fill: tuple[int, ...]) -> None:
-    x, y, side = thing.left * UNIT, thing.top * UNIT, thing.side * UNIT
-    right, bottom = x + side - 1, y + side - 1
-    match thing.shape:
-        case "circle":
-            draw.ellipse((x, y, right, bottom), fill=fill)
-        case "square":
-            draw.rectangle((x, y, right, bottom), fill=fill)
-        case "triangle":
-            draw.polygon(((x, bottom), (right, bottom), (x + side / 2, y)), fill=fill)
-        case "cross":
-            arm = round(side * 0.34)
-            draw.rectangle((x + arm, y, right - arm, bottom), fill=fill)
-            draw.rectangle((x, y + arm, right, bottom - arm), fill=fill)
+    x1, y1, x2, y2 = (edge * UNIT for edge in thing.edges)
+    right, bottom, arm = x2 - 1, y2 - 1, round((x2 - x1) * 0.34)
+    if thing.shape == "circle":
+        draw.ellipse((x1, y1, right, bottom), fill)
+    elif thing.shape == "square":
+        draw.rectangle((x1, y1, right, bottom), fill)
+    elif thing.shape == "triangle":
+        draw.polygon(((x1, bottom), (right, bottom), ((x1 + x2) / 2, y1)), fill)
+    else:
+        draw.rectangle((x1 + arm, y1, right - arm, bottom), fill)
+        draw.rectangle((x1, y1 + arm, right, bottom - arm), fill)
 
 
 def scene(seed: int, split: Split) -> Scene:
@@ -102,23 +101,18 @@ def scene(seed: int, split: Split) -> Scene:
         raise ValueError(f"split must be 'train' or 'test', not {split!r}")
     rng = random.Random(f"{split} {seed}")
     while True:
-        things = arrange(rng)
+        count = rng.randint(2, MOST)
+        names = rng.sample([(shape, colour) for shape in SHAPES for colour in COLOURS], count)
+        cells = sorted(rng.sample(range(9), count))
+        things = tuple(place(*name, cell, rng) for name, cell in zip(names, cells, strict=True))
         arrangement = sorted((t.shape, t.colour, t.size, t.cell) for t in things)
         if (zlib.crc32(repr(arrangement).encode()) % 10 == 0) == (split == "test"):
             return Scene(seed, split, things)
 
 
-def arrange(rng: random.Random) -> tuple[Thing, ...]:
-    count = rng.randint(2, MOST)
-    names = rng.sample([(shape, colour) for shape in SHAPES for colour in COLOURS], count)
-    things = []
-    for (shape, colour), cell in zip(names, sorted(rng.sample(range(9), count)), strict=True):
-        size = rng.choice(tuple(SIDES))
-        side = rng.choice(SIDES[size])
-        slack = max(1, CELL - side)  # a large thing may leave its cell by one unit
-        row, column = divmod(cell, 3)
-        left, top = (
-            min(max(0, at * CELL + rng.randint(-(size == "large"), slack)), GRID - side) for at in (column, row)
-        )
-        things.append(Thing(shape, colour, size, cell, left, top, side))
-    return tuple(things)
+def place(shape: str, colour: str, cell: int, rng: random.Random) -> Thing:
+    """A thing of random size and position in its cell, which a large one may leave by one unit."""
+    side = rng.choice(SIDES[size := rng.choice(tuple(SIDES))])
+    corner = (at * CELL + rng.randint(-(size == "large"), max(1, CELL - side)) for at in (cell % 3, cell // 3))
+    left, top = (min(max(0, edge), GRID - side) for edge in corner)
+    return Thing(shape, colour, size, cell, left, top, side)

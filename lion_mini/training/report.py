@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from ..box import Box
 from ..data.records import Example, Source
-from ..images import draw_boxes, lion_transform
+from ..images import draw_boxes
 from ..model.generate import GENERATION
 from ..model.lion import LionModel
 from ..pipeline import Lion
@@ -93,10 +93,9 @@ def draw_samples(lion: Lion, sources: Sequence[Source], out: Path, count: int = 
     if not examples:
         return
     lion.model.eval()
-    pixels = torch.stack([lion_transform(example.image, lion.config.vit.image_size) for example in examples])
+    images, questions, tasks = ([getattr(e, name) for e in examples] for name in ("image", "question", "task"))
     tags = None if any(example.tags is None for example in examples) else [e.tags or [] for e in examples]
-    questions, tasks = [example.question for example in examples], [example.task for example in examples]
-    answers: list[Any] = lion.generate(pixels, questions, tags, tasks, GENERATION["locate"])
+    answers = [answer.text for answer in lion.respond(images, questions, tasks, GENERATION["locate"], tags)]
     lion.model.train()
     picture = Image.new("RGB", (3 * side, -(-len(examples) // 3) * (side + 80)), "white")
     draw, font = ImageDraw.Draw(picture), ImageFont.load_default(11)

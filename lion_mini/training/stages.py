@@ -143,13 +143,11 @@ def changed(stage: Stage, args: argparse.Namespace) -> Stage:
 
 def check(args: argparse.Namespace) -> None:
     """Refuse numbers that make no run, and flags that would change nothing but be recorded in `made_by`."""
-    for name in ("batch", "steps", "micro_batch", "save_every", "keep", "draw_every", "workers", "warmup"):
-        value, least = getattr(args, name), 0 if name in ("workers", "warmup") else 1
-        if value is not None and value < least:
-            raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, not {value}")
-    for name in ("lr", "clip"):
-        if getattr(args, name) is not None and not getattr(args, name) > 0:
-            raise ValueError(f"--{name} must be above 0, not {getattr(args, name)}")
+    counts = ("batch", "steps", "micro_batch", "save_every", "keep", "draw_every", "workers", "warmup")
+    for name in (*counts, "lr", "clip"):
+        value, zero = getattr(args, name), name in ("workers", "warmup")
+        if value is not None and not (value > 0 or (zero and value == 0)):
+            raise ValueError(f"--{name.replace('_', '-')} must be {'at least' if zero else 'above'} 0, not {value}")
     for flag in ("tags", "no_router", "no_aggregator", "from_scratch", "single_stage"):
         without = argparse.Namespace(**vars(args) | {flag: None})
         idle = args.stage and changed(STAGES[args.stage], args) == changed(STAGES[args.stage], without)

@@ -116,22 +116,22 @@ def merge(sources: Sequence[Mapping[str, Tensor]], config: LionConfig) -> dict[s
     sum is one adapter of their widths together: W_up side by side, W_down above each other, scales multiplied in.
     """
     merged: dict[str, Tensor] = {}
-    for source in reversed(sources):  # the first, region level, is the one whose aggregator counts
-        merged |= {name: tensor for name, tensor in source.items() if part_of(name) != "adapters"}
+    for k, source in reversed(list(enumerate(sources))):  # the first, region level, overwrites the others
+        for name, tensor in source.items():
+            merged[name.replace(".adapters.adapters.0.", f".adapters.adapters.{k}.")] = tensor
+    if config.adapters > 1:
+        return merged
     for name in (name for name in sources[0] if part_of(name) == "adapters"):
-        tensors = [source[name] for source in sources]
-        if config.adapters > 1:
-            for k, tensor in enumerate(tensors):
-                merged[name.replace(".adapters.adapters.0.", f".adapters.adapters.{k}.")] = tensor
-            continue
-        scale = re.sub(r"(\.adapters\.adapters\.0)\..*", r"\1.scale", name)
-        scaled = [source[name] * source[scale] for source in sources]
-        if name == scale:
-            merged[name] = torch.ones_like(tensors[0])
-        elif name.endswith(".up.weight"):
-            merged[name] = torch.cat(scaled, dim=1)
-        elif name.endswith(".up.bias"):
-            merged[name] = torch.stack(scaled).sum(0)
-        else:
-            merged[name] = torch.cat(tensors)
+        parts = [source[name] for source in sources]
+        scales = [source[re.sub(r"(\.adapters\.0)\..*", r"\1.scale", name)] for source in sources]
+        scaled = [part * scale for part, scale in zip(parts, scales, strict=True)]
+        match name.rsplit(".adapters.0.", 1)[1]:
+            case "scale":
+                merged[name] = torch.ones_like(parts[0])
+            case "up.weight":
+                merged[name] = torch.cat(scaled, dim=1)
+            case "up.bias":
+                merged[name] = torch.stack(scaled).sum(0)
+            case _:
+                merged[name] = torch.cat(parts)
     return merged

@@ -9,10 +9,10 @@ import pytest
 import torch
 from PIL import Image
 
-from lion_mini.data.mixture import MicroBatches, Mixture, loader
+from lion_mini.data.mixture import MicroBatches, Mixture, micro_batches
 from lion_mini.data.records import Records, check
 from lion_mini.images import lion_transform
-from lion_mini.toy.source import Toy
+from lion_mini.toy.questions import Toy
 
 BOTH = ("image", "region")
 REGION = {"image": "0.png", "question": "where is the dog?", "answer": "[0.100,0.200,0.300,0.400]", "category": "REF"}
@@ -27,8 +27,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def write(path: Path, records: list[Any]) -> Path:
-    lines = path.suffix == ".jsonl"
-    path.write_text("\n".join(map(json.dumps, records)) if lines else json.dumps(records, indent=1))
+    path.write_text("\n".join(map(json.dumps, records)) if path.suffix == ".jsonl" else json.dumps(records, indent=1))
     return path
 
 
@@ -70,15 +69,15 @@ BAD = [
     ({"image": "0.png", "question": "  "}, "it has no question"),
     ({"image": "0.png", "question": "what is <extra_id_0>?"}, "must not hold <extra_id_0>"),
     ({"image": "0.png", "question": "what?", "answer": {"a": 1}}, "its answer must be text"),
-    ({"image": "0.png", "question": "what?", "tags": [1]}, "each of its tags must be text, found 1"),
+    ({"image": "0.png", "question": "what?", "tags": [1]}, "its tag must be text, found 1"),
     ({"image": "0.png", "question": "what?", "tags": ["a", "<extra_id_0>"]}, "tags must not hold <extra_id_0>"),
     ({"image": "0.png", "question": "what?", "tags": "a, <extra_id_0>"}, "tags must not hold <extra_id_0>"),
     ({"image": "0.png", "question": "what?", "category": "regoin_level"}, "'regoin_level' is none of region_level"),
     (REGION | {"answer": "[0.5,0.2,0.3,0.4]"}, "is no box"),
     (REGION | {"answer": "[10,20,300,400]"}, "is no box"),
     (REGION | {"question": "what is in [0.1,0.2,0.3]?"}, "is no box"),
-    ({"image": "missing.png", "question": "what?"}, "missing.png cannot be read: No such file"),
-    ({"image": "long" * 99, "question": "what?"}, "cannot be read: File name too long"),
+    ({"image": "missing.png", "question": "what?"}, "missing.png: No such file"),
+    ({"image": "long" * 99, "question": "what?"}, "File name too long"),
     ({"image": "broken.png", "question": "what?"}, "broken.png"),
 ]
 
@@ -88,14 +87,19 @@ def test_each_bad_record_is_one_sentence_with_its_place(folder: Path) -> None:
     good = {"image": "0.png", "question": "what?", "answer": "a dog"}
     for name in ("bad.json", "bad.jsonl"):
         source = Records(write(folder / name, [*(record for record, _ in BAD), good]), folder, BOTH)
-        batch = MicroBatches(Mixture([source], None, seed=1), len(source), 28)[0]
-        assert batch.questions == ["what?"]
-        assert len(batch.bad) == len(BAD)
-        assert len(batch.pixels) == 1
+        [(_, batch)] = micro_batches(MicroBatches(Mixture([source], None, seed=1), len(source), 28), [0], workers=0)
+        assert batch.questions == ["what?"] * len(source) == ["what?"] * len(batch.pixels)  # full of the good record
         for i, (_, words) in enumerate(BAD, 1):
-            (sentence,) = (line for line in batch.bad if line.startswith(f"{folder / name}, record {i}: "))
+            (sentence,) = {line for line in batch.bad if line.startswith(f"{folder / name}, record {i}: ")}
             assert words in sentence
             assert "\n" not in sentence
+
+
+def test_only_bad_records_end_the_run(folder: Path) -> None:
+    for count, words in ((3, "3 records in a row"), (101, "100 records in a row")):
+        batches = MicroBatches(Mixture([numbered(folder, "a.jsonl", count, category="none")], None, seed=1), 2, 28)
+        with pytest.raises(ValueError, match=f"{words} cannot be used: .*a.jsonl, record .*'none' is none of"):
+            next(micro_batches(batches, range(9), workers=0))
 
 
 def test_a_line_that_is_no_json_costs_only_itself(folder: Path) -> None:
@@ -126,11 +130,11 @@ def test_a_stage_refuses_the_other_level(folder: Path) -> None:
 def test_list_and_lines_are_the_same_records(folder: Path) -> None:
     lines, whole = (numbered(folder, name, 12) for name in ("a.jsonl", "a.json"))
     for i in range(12):
-        one, two = (source.read(i, random.Random()) for source in (lines, whole))
-        assert (one.question, one.answer) == (two.question, two.answer) == (f"question {i}", str(i))
+        for example in (source.read(i, random.Random()) for source in (lines, whole)):
+            assert (example.question, example.answer) == (f"question {i}", str(i))
     for source in (lines, whole):  # as some editors begin a text
         source.path.write_bytes(b"\xef\xbb\xbf" + source.path.read_bytes())
-        assert [Records(source.path, folder, BOTH).raw(i) for i in range(12)] == whole.whole
+        assert [json.loads(Records(source.path, folder, BOTH).line(i)) for i in range(12)] == whole.whole
 
 
 # --- order
@@ -163,39 +167,35 @@ def test_ratios(folder: Path) -> None:
     for size, indices in zip((3, 30), drawn, strict=True):  # each goes through its records evenly, epoch after epoch
         counts = [indices.count(i) for i in range(size)]
         assert max(counts) - min(counts) <= 1
-    with pytest.raises(ValueError, match="ratios must be 2 numbers above 0"):
-        Mixture(mixture.sources, [1], seed=0)
-    with pytest.raises(ValueError, match="ratios must be 2 numbers above 0"):
-        Mixture(mixture.sources, [1, 0], seed=0)
+    for ratios in ([1], [1, 0]):
+        with pytest.raises(ValueError, match="ratios must be 2 numbers above 0"):
+            Mixture(mixture.sources, ratios, seed=0)
 
 
 @pytest.mark.parametrize(("processes", "size"), [(1, 4), (1, 2), (2, 2), (4, 1)])
 def test_processes_share_an_epoch_without_gap_or_overlap(folder: Path, processes: int, size: int) -> None:
     micro = MicroBatches(Mixture([numbered(folder, "a.jsonl", 24)], None, seed=5), size, 28)
-    seen = [
-        answer
-        for rank in range(processes)
-        for batch in loader(micro, range(rank, 24 // size, processes), workers=0)
-        for answer in batch.answers
-    ]
-    assert sorted(map(int, seen)) == list(range(24))
+    shares = [micro_batches(micro, range(rank, 24 // size, processes), workers=0) for rank in range(processes)]
+    seen = [int(answer) for share in shares for _, batch in share for answer in batch.answers]
+    assert sorted(seen) == list(range(24))
 
 
 def test_workers_change_nothing(folder: Path) -> None:
     micro = MicroBatches(Mixture([numbered(folder, "a.jsonl", 24)], None, seed=5), 4, 28)
-    alone, helped = (list(loader(micro, range(1, 12, 2), workers)) for workers in (0, 2))
-    assert [b.names for b in alone] == [b.names for b in helped]
-    assert all(torch.equal(a.pixels, b.pixels) for a, b in zip(alone, helped, strict=True))
+    alone, helped = (list(micro_batches(micro, range(1, 6, 2), workers)) for workers in (0, 2))
+    assert [(n, batch.names) for n, batch in alone] == [(n, batch.names) for n, batch in helped]
+    assert all(torch.equal(a.pixels, b.pixels) for (_, a), (_, b) in zip(alone, helped, strict=True))
 
 
 def test_only_image_level_is_augmented(folder: Path) -> None:
     plain = {f"question {i}": lion_transform(Image.open(folder / f"{i}.png"), 28) for i in range(10)}
     sources = [numbered(folder, "a.json", 10, category=level) for level in ("image_level", "region_level")]
-    image, region = (MicroBatches(Mixture([source], None, seed=0), 10, 28) for source in sources)
+    both = (MicroBatches(Mixture([source], None, seed=0), 10, 28) for source in sources)
+    image, region = ([batch for _, batch in micro_batches(each, [0, 1, 0], workers=0)] for each in both)
     for name, pixels in zip(region[0].questions, region[0].pixels, strict=True):
         assert torch.equal(pixels, plain[name])
     assert not any(torch.equal(p, plain[name]) for name, p in zip(image[0].questions, image[0].pixels, strict=True))
-    assert torch.equal(image[0].pixels, image[0].pixels)
+    assert torch.equal(image[0].pixels, image[2].pixels)
     again = dict(zip(image[1].questions, image[1].pixels, strict=True))
     assert not any(torch.equal(again[name], p) for name, p in zip(image[0].questions, image[0].pixels, strict=True))
 

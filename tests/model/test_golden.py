@@ -216,22 +216,37 @@ def test_long_candidates_count_to_their_end(golden_model: Lion, facts: dict, num
     assert one != other
 
 
+def test_recorded_attention(golden_model: Lion, facts: dict, numbers: dict[str, Tensor]) -> None:
+    """Every attention module hands its weights out, and the logits stay the same."""
+    batch = golden_model.batch(*both(facts, numbers), ["a dog.", "beer", "[0.440,0.060]", "a man"])
+    logits, weights = golden_model.model.logits(batch), list[Tensor]()
+    modules: list[Any] = [module for module in golden_model.model.modules() if hasattr(module, "record")]
+    for module in modules:
+        module.record = weights.append
+    assert relative(golden_model.model.logits(batch), logits) < 1e-4
+    golden_model.tag([Image.new("RGB", (9, 9))])
+    assert len(weights) >= len(modules) > 20
+    for one in weights:
+        assert one.ndim == 4
+        assert relative(one.sum(-1), torch.ones(one.shape[:3])) < 1e-5
+
+
 # --- what callers get wrong
 
 
 def test_callers_mistakes(golden_model: Lion, facts: dict, numbers: dict[str, Tensor]) -> None:
     pixels, questions, tags, tasks = inputs(facts, numbers, 0)
     for change, words in (
-        ({"tasks": ["image", "regoin"]}, "tasks must be 'image' or 'region'"),
-        ({"tasks": ["image"]}, "one per question"),
+        ({"tasks": ["image", "regoin"]}, "the task 'regoin' is unknown; there are region, image"),
+        ({"tasks": ["image"]}, "one entry for each of 2 questions"),
         ({"questions": ["  ", "a"]}, "question 0 is empty"),
-        ({"questions": ["a", "b <extra_id_0> c"]}, "question 1 holds <extra_id_0>"),
+        ({"questions": ["a", "b <extra_id_0> c"]}, "question 1 or its tags hold <extra_id_0>"),
         ({"pixels": pixels[:, :, :-1]}, r"pixels must be \(b, 3, 56, 56\)"),
-        ({"pixels": pixels[:1]}, "one per question"),
-        ({"tags": "red, blue"}, "tags must be one list or text per question, found 'red, blue' for 2"),
-        ({"tags": [["red"]]}, "tags must be one list or text per question"),
-        ({"tags": [["red"], ["a <extra_id_0>"]]}, "tags of question 1 hold <extra_id_0>"),
-        ({"tags": ["red", "a <extra_id_0>"]}, "tags of question 1 hold <extra_id_0>"),
+        ({"pixels": pixels[:1]}, "one entry for each of 2 questions"),
+        ({"tags": "red, blue"}, "tags must have one entry for each of 2 questions"),
+        ({"tags": [["red"]]}, "tags must have one entry for each of 2 questions, found a list of 1"),
+        ({"tags": [["red"], ["a <extra_id_0>"]]}, "question 1 or its tags hold <extra_id_0>"),
+        ({"tags": ["red", "a <extra_id_0>"]}, "question 1 or its tags hold <extra_id_0>"),
     ):
         arguments: dict[str, Any] = {"pixels": pixels, "questions": questions, "tags": tags, "tasks": tasks} | change
         with pytest.raises(ValueError, match=words):
@@ -241,14 +256,14 @@ def test_callers_mistakes(golden_model: Lion, facts: dict, numbers: dict[str, Te
         with pytest.raises(ValueError, match="one list of texts per question"):
             golden_model.rank(pixels, questions, tags, tasks, candidates)
     for answers in (["a"], ["a", "b", "c", "d"]):
-        with pytest.raises(ValueError, match=f"one text per question: found {len(answers)} for 2"):
+        with pytest.raises(ValueError, match=f"answers must have one entry .* found a list of {len(answers)}"):
             golden_model(pixels, questions, answers, tags, tasks)
     pictures = [Image.new("RGB", (9, 9))] * 2
     odds: list[Any] = ["red, blue", [["red"]]]
     for odd in odds:
-        with pytest.raises(ValueError, match="tags must be one list or text per question"):
+        with pytest.raises(ValueError, match="tags must have one entry for each of 2 questions"):
             golden_model(pixels, questions, ["a", "b"], odd, tasks)
-        with pytest.raises(ValueError, match="tags must be one list or text per question"):
+        with pytest.raises(ValueError, match="tags must have one entry for each of 2 questions"):
             golden_model.respond(pictures, questions, tasks, Generation(), odd)
 
 

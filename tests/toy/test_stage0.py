@@ -18,7 +18,8 @@ from lion_mini.toy import labels, stage0
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return stage0.run(tmp_path_factory.mktemp("stage0"), quick=True)
+    stage0.run(out := tmp_path_factory.mktemp("stage0"), quick=True)
+    return out
 
 
 def test_it_writes_every_frozen_part(folder: Path) -> None:
@@ -52,12 +53,12 @@ def test_the_projector_is_initialised_the_same_in_every_run(folder: Path) -> Non
     """At full size: on two threads, `torch.linalg.lstsq` gave other bits in every run."""
     config, generator = PRESETS["tiny"], torch.Generator().manual_seed(0)
     scenes = [toy.scene(seed, "train") for seed in range(20)]
-    patches = labels.patch_labels(scenes, labels.owners(scenes, 6))
+    _, patches = labels.patch_labels(scenes, 6)
     features = torch.randn(2000, 37, config.vit.width, generator=generator).bfloat16()
     pieces, runs = UnigramTokenizer.from_file(folder / "tokenizer.json"), []
     for _ in range(3):
         torch.manual_seed(0)
-        reader = stage0.Reader(config, pieces)
+        reader = stage0.Reader(pieces)
         stage0.start_from_words(reader, features, patches.repeat(100, 1, 1))
         runs.append([weight.clone() for weight in reader.projector.parameters()])
     assert all(torch.equal(a, b) for other in runs[1:] for a, b in zip(runs[0], other, strict=True))
@@ -70,10 +71,10 @@ def test_the_projector_starts_at_the_words_for_a_patch(folder: Path) -> None:
     """If tokens differ by shape, each is mapped closer to the embedding of its shape's name than to another's."""
     config, pieces = PRESETS["tiny"], UnigramTokenizer.from_file(folder / "tokenizer.json")
     scenes = [toy.scene(seed, "train") for seed in range(100)]
-    patches = labels.patch_labels(scenes, labels.owners(scenes, 6))
+    _, patches = labels.patch_labels(scenes, 6)
     torch.manual_seed(0)
     tokens = torch.randn(len(toy.SHAPES) + 1, config.vit.width)[patches[..., 0]]
-    reader = stage0.Reader(config, pieces)
+    reader = stage0.Reader(pieces)
     stage0.start_from_words(reader, torch.cat((tokens[:, :1], tokens), dim=1), patches)
     shape = patches[..., 0]
     names = reader.t5.shared.weight[[pieces.encode(word)[0] for word in toy.SHAPES]]
@@ -86,7 +87,7 @@ def test_the_tag_loss_is_asymmetric() -> None:
     logits = torch.tensor([[-5.0], [1.0], [-1.0], [100.0]])
     wanted = torch.tensor([[0.0], [0.0], [1.0], [0.0]])
     sure, wrong, missed, extreme = (
-        labels.asymmetric_loss(a[None], b[None]).item() for a, b in zip(logits, wanted, strict=True)
+        labels.tag_loss(a[None], b[None]).item() for a, b in zip(logits, wanted, strict=True)
     )
     assert sure == 0 < wrong < missed
     assert extreme < 20
@@ -94,7 +95,7 @@ def test_the_tag_loss_is_asymmetric() -> None:
 
 def test_a_patch_belongs_to_the_thing_on_it() -> None:
     scene = toy.scene(0, "train")
-    (owner,) = labels.owners([scene], 6).reshape(-1, 6, 6).numpy()
+    owner = labels.patch_labels([scene], 6)[0].reshape(6, 6).numpy()
     for i, thing in enumerate(scene.things):
         rows, columns = (owner == i).nonzero()
         assert rows.min() * 4 >= thing.top - 3
@@ -115,11 +116,10 @@ def test_what_words_mean(folder: Path) -> None:
     """By hand: scene(5) has a small red cross at the bottom left and a large red triangle right of it."""
     cross, triangle = toy.scene(5, "train").things
     pieces = UnigramTokenizer.from_file(folder / "tokenizer.json")
-    meanings = labels.Meanings(pieces)
 
     def known(question: str, answer: str = "") -> dict[str, list[float]]:
-        rows = meanings.question({"question": question, "answer": answer}, (cross, triangle))
-        words = [pieces.decode([piece]).strip() for piece in meanings.encode(question)]
+        rows = labels.word_labels(pieces, question, {"question": question, "answer": answer}, (cross, triangle))
+        words = [pieces.decode([piece]).strip() for piece in pieces.encode(question)]
         return {word: row for word, row in zip(words, rows, strict=True) if row != labels.UNKNOWN}
 
     box, unknown = [1, 19, 5, 23], [-100] * 3
@@ -132,9 +132,9 @@ def test_what_words_mean(folder: Path) -> None:
     assert known("What is at [0.042,0.792,0.208,0.958]?") == {"0.958": [3, 0, 0, *box, -100, -0.75, 0.75, *unknown]}
     assert known("Where is the leftmost shape?", cross.box.to_text())["shape"][:8] == [3, 0, 0, *box, 2]
     question = {"question": "the cross", "answer": ""}
-    tagged = meanings.prompts(["cross, red, small. the cross"], [question], [toy.scene(5, "train")])
-    assert (tagged[0, :-2] == -100).all()  # no label for the tags before the question and the </s> after it
-    assert tagged[0, -2, 0] == 3
+    *tags, word, end = labels.word_labels(pieces, "cross, red, small. the cross", question, (cross, triangle))
+    assert all(row == labels.UNKNOWN for row in (*tags, end))  # no label for the tags before it and the </s> after it
+    assert word[0] == 3
 
 
 def test_tags_are_shuffled() -> None:

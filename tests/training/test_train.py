@@ -500,7 +500,7 @@ def test_the_toy_run_and_its_ablations(
     stage0: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: list[str], expected: dict[str, Any]
 ) -> None:
     """`python train.py` with fewer steps: through all stages to a folder that opens, and exports where it is a LION."""
-    monkeypatch.setattr("lion_mini.toy.jobs.TINY", stage0)
+    monkeypatch.setattr("lion_mini.toy.stage0.TINY", stage0)
     argv = ["--steps", "2", "--batch", "4", "--device", "cpu", "--out", str(tmp_path / "run"), *flags]
     assert train.main(argv) == 0
     model = Lion.from_pretrained(tmp_path / "run" / "stage3")
@@ -818,7 +818,7 @@ def test_a_user_is_told_what_is_missing(
         (["--data", "a.json"], "say which with --stage"),
         (["--stage", "1"], "--init takes one folder"),
         (["--stage", "1", "--init", "a", "b"], "--init takes one folder"),
-        (["--stage", "1", "--init", str(tmp_path / "none")], "has no config.json"),
+        (["--stage", "1", "--init", str(tmp_path / "none")], "config.json: No such file"),
         (["--stage", "4", "--init", str(stage0)], "soft prompt: fine-tuning begins with a whole LION"),
         (["--stage", "4", "--tags", "soft"], "--tags changes nothing with --stage 4: leave it out"),
         (["--stage", "2", "--no-router"], "--no-router changes nothing with --stage 2"),
@@ -826,12 +826,12 @@ def test_a_user_is_told_what_is_missing(
         (["--stage", "3", "--from-scratch"], "--from-scratch changes nothing with --stage 3"),
         (["--stage", "3", "--single-stage"], "--single-stage changes nothing with --stage 3"),
         (["--held-out", "a.json"], "--held-out is for files of records"),
-        (["--micro-batch", "0"], "--micro-batch must be at least 1, not 0"),
-        (["--save-every", "0"], "--save-every must be at least 1, not 0"),
-        (["--draw-every", "0"], "--draw-every must be at least 1, not 0"),
-        (["--keep", "-1"], "--keep must be at least 1, not -1"),
-        (["--steps", "0"], "--steps must be at least 1, not 0"),
-        (["--batch", "0"], "--batch must be at least 1, not 0"),
+        (["--micro-batch", "0"], "--micro-batch must be above 0, not 0"),
+        (["--save-every", "0"], "--save-every must be above 0, not 0"),
+        (["--draw-every", "0"], "--draw-every must be above 0, not 0"),
+        (["--keep", "-1"], "--keep must be above 0, not -1"),
+        (["--steps", "0"], "--steps must be above 0, not 0"),
+        (["--batch", "0"], "--batch must be above 0, not 0"),
         (["--workers", "-1"], "--workers must be at least 0, not -1"),
         (["--device", "nowhere"], "the device 'nowhere' cannot be used"),
         (["--warmup", "-5"], "--warmup must be at least 0, not -5"),
