@@ -14,18 +14,25 @@ import sys
 import traceback
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from itertools import accumulate, groupby
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
-# --- one sentence
+FAULTS: dict[type | tuple[type, ...], str] = {
+    UnicodeDecodeError: "it is not UTF-8 text",
+    json.JSONDecodeError: "it is not whole JSON: {0.msg} after {0.pos} characters",
+    RecursionError: "it is nested too deeply",
+    KeyError: "the field {0} is missing",
+    (TypeError, AttributeError, IndexError): "it has another form than expected: {0}",
+    pickle.UnpicklingError: "it is damaged, or holds more than plain data, which could run code, and is refused",
+}
 
 
 @contextmanager
@@ -40,24 +47,10 @@ def reading(what: object) -> Iterator[None]:
 
 def reason(error: BaseException) -> str:
     """What went wrong, on one line that a terminal can show."""
-    match error:
-        case UnicodeDecodeError():
-            text = "it is not UTF-8 text"
-        case json.JSONDecodeError():
-            text = f"it is not whole JSON: {error.msg} at character {error.pos + 1}"
-        case RecursionError():
-            text = "it is nested too deeply"
-        case OSError() if error.strerror:
-            text = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
-        case KeyError():
-            text = f"the field {error} is missing"
-        case TypeError() | AttributeError() | IndexError():
-            text = f"it has another form than expected: {error}"
-        case pickle.UnpicklingError():
-            text = "it is damaged, or holds more than plain data, which could run code, and is refused"
-        case _:
-            text = str(error).strip().split("\n")[0] or f"it is damaged ({type(error).__name__})"
-    return printable(text)
+    if isinstance(error, OSError) and error.strerror:
+        return printable(f"{error.filename}: {error.strerror}" if error.filename else error.strerror)
+    text = next((text for kinds, text in FAULTS.items() if isinstance(error, kinds)), "")
+    return printable(text.format(error) or str(error).strip().split("\n")[0] or f"it is damaged ({error!r})")
 
 
 def printable(text: object) -> str:
@@ -74,13 +67,9 @@ def run(main: Callable[[Any], int | None], args: Any) -> int:
     except Exception as error:
         if os.environ.get("LION_DEBUG"):
             traceback.print_exc()
-        expected = isinstance(error, (ValueError, OSError))
-        text = reason(error) if expected else printable(f"{error!r:.300}; LION_DEBUG=1 shows where")
-        print(f"{Path(inspect.getfile(main)).name}: {text}", file=sys.stderr)
+        text = reason(error) if isinstance(error, (ValueError, OSError)) else f"{error!r}; LION_DEBUG=1 shows where"
+        print(f"{Path(inspect.getfile(main)).name}: {printable(text)}", file=sys.stderr)
         return 2
-
-
-# --- text
 
 
 def read_text(path: Path) -> str:
@@ -108,9 +97,7 @@ def json_lines(path: Path) -> Iterator[tuple[str, Any]]:
                     yield place, json.loads(text)
 
 
-NAMES = {
-    dict: "an object", list: "a list", str: "text", int: "a whole number", float: "a number", bool: "true or false",
-}  # fmt: skip
+NAMES = {dict: "an object", list: "a list", str: "text", int: "a whole number", float: "a number", bool: "a boolean"}
 
 
 def need(value: Any, kind: type | tuple[type, ...], name: str = "it") -> Any:
@@ -123,37 +110,25 @@ def need(value: Any, kind: type | tuple[type, ...], name: str = "it") -> Any:
     return value
 
 
-# --- writing
-
-
 @contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
-    """Yields a new path beside `path`, for a file or folder. On success it is synced and renamed to `path`.
-
-    A file is replaced, a folder only if it is empty. An OSError names the path. A killed process leaves `.name.new`,
-    which the next write removes.
-    """
+    """Yields a new path beside `path`, for a file or folder: on success renamed to `path`, which names an OSError."""
     new = path.with_name(f".{path.name}.new")
     try:
         path.absolute().parent.mkdir(parents=True, exist_ok=True)
-        remove(new)
+        remove(new)  # left by a killed process
         yield new
         sync(new)
         new.replace(path)
     except (OSError, SafetensorError, RuntimeError) as error:  # torch raises RuntimeError if the disk is full
-        if isinstance(error, OSError) and error.filename and new.name not in str(error):
-            raise
-        why = getattr(error, "strerror", None) or f"it cannot be written, is the disk full? ({reason(error)})"
-        raise OSError(getattr(error, "errno", None) or 0, why, str(path)) from error
+        raise OSError(0, f"it cannot be written, is the disk full? ({reason(error)})", str(path)) from error
     finally:
         remove(new)
 
 
 def remove(path: Path) -> None:
-    """Delete a file or folder, if it exists and can be deleted."""
     shutil.rmtree(path, ignore_errors=True)
-    with suppress(OSError):
-        path.unlink()
+    path.unlink(missing_ok=True)
 
 
 def sync(path: Path) -> None:
@@ -167,100 +142,57 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
-# --- tensors
+class Tensors:
+    """A checkpoint file, or folder of shards: names and shapes at once, each tensor on request."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.where, self.shapes = dict[str, Path](), dict[str, torch.Size]()  # of each tensor
+        self._mapped, self._room = dict[str, Tensor](), 0
+        shards = sorted(path.glob("*.safetensors")) or sorted(path.glob("pytorch_model*.bin"))
+        for file in [path] if path.is_file() else shards:
+            for name, tensor in read_tensors(file).items():
+                if name in self.where:
+                    raise ValueError(f"{file}: {name} stands in {self.where[name].name} already")
+                self.where[name], self.shapes[name] = file, tensor.shape
+        if not self.where:
+            raise ValueError(f"{path}: no such file, and no folder with .safetensors files or pytorch_model.bin")
+
+    def read(self, name: str) -> Tensor:
+        """One file is mapped at a time, and anew after 1 GiB, because mapped pages count as memory in use."""
+        if name not in self._mapped or self._room < 0:
+            self._mapped.clear()
+            self._mapped, self._room = read_tensors(self.where[name]), 2**30
+        self._room -= self._mapped[name].nbytes
+        return self._mapped[name]
 
 
 def read_tensors(file: Path) -> dict[str, Tensor]:
     """The tensors of a checkpoint file, memory-mapped unless it has torch's old format. No code in it can run."""
     with reading(f"{file} is not a whole checkpoint"):
         if file.suffix == ".safetensors":
-            with safe_open(file, framework="pt") as handle:
-                return {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
-        data = need(torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file)), dict)
+            return load_file(file)
+        data = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
         data = data["model"] if isinstance(data.get("model"), dict) else data
-        for name, value in data.items():
-            if not isinstance(name, str) or not isinstance(value, Tensor):
-                raise ValueError(f"{name!r} is a {type(value).__name__}, not a tensor with a name")
-        return data
-
-
-class Tensors:
-    """A checkpoint file, or folder of shards: names and shapes at once, each tensor on request.
-
-    `renamed` maps parts of old names to new ones. One file is mapped at a time, and anew after 1 GiB, because mapped
-    pages count as memory in use.
-    """
-
-    def __init__(self, path: Path, renamed: Mapping[str, str] | None = None):
-        self.path = path
-        self.where: dict[str, tuple[Path, str]] = {}  # by new name: file, and name in the file
-        self.shapes: dict[str, torch.Size] = {}
-        self._file, self._tensors, self._room = Path(), dict[str, Tensor](), 0
-        for file in shards(path):
-            for theirs, tensor in read_tensors(file).items():
-                name = theirs
-                for old, new in (renamed or {}).items():
-                    name = name.replace(old, new)
-                if name in self.where:
-                    raise ValueError(f"{file}: {name} stands in {self.where[name][0].name} already")
-                self.where[name], self.shapes[name] = (file, theirs), tensor.shape
-
-    def read(self, name: str) -> Tensor:
-        file, theirs = self.where[name]
-        if file != self._file or self._room < 0:
-            self._tensors.clear()
-            self._file, self._tensors, self._room = file, read_tensors(file), 2**30
-        self._room -= self._tensors[theirs].nbytes
-        return self._tensors[theirs]
-
-
-def shards(path: Path) -> list[Path]:
-    """The files of a checkpoint: itself, or those that the folder's index or the usual names point to."""
-    if not path.exists():
-        raise ValueError(f"{path}: no such file or folder")
-    if path.suffix in (".pth", ".pt", ".bin", ".safetensors"):
-        return [path]
-    for file in (path / "model.safetensors", path / "pytorch_model.bin"):
-        if (index := path / f"{file.name}.index.json").is_file():
-            with reading(index):
-                return [path / Path(name).name for name in sorted(set(read_json(index)["weight_map"].values()))]
-        if file.is_file():
-            return [file]
-    if path.is_file():
-        raise ValueError(f"{path}: a checkpoint is a .pth, .pt, .bin or .safetensors file, not {path.suffix!r}")
-    raise ValueError(f"{path} holds no model.safetensors, no pytorch_model.bin and no index of shards")
+        return {need(name, str, "a name"): need(tensor, Tensor, name) for name, tensor in data.items()}
 
 
 def read_folder(folder: Path, device: str | torch.device, dtype: torch.dtype | None) -> dict[str, Tensor]:
-    """Every tensor of the folder's safetensors files, int8 as it is and all others as `dtype` (None: as stored).
-
-    On the CPU and in the stored dtype they are memory-mapped: the first use reads one from the disk.
-    """
-    tensors: dict[str, Tensor] = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        for name, tensor in read_tensors(path).items():
-            if name in tensors:
-                raise ValueError(f"{path}: {name} stands in another shard too")
-            if tensor.dtype == torch.int8:
-                tensors[name] = tensor.to(device, copy=True)  # aligned memory, which the CPU's int8 product needs
-            elif tensor.is_floating_point():
-                tensors[name] = tensor.to(device, dtype)
-            else:
-                raise ValueError(f"{path}: {name} is of type {tensor.dtype}: convert the weights again")
-    if not tensors:
-        raise ValueError(f"{folder} holds no .safetensors file")
+    """Every tensor, int8 as it is and all others as `dtype` (None: as stored, and on the CPU memory-mapped)."""
+    source, tensors = Tensors(folder), dict[str, Tensor]()
+    for name in source.where:
+        tensor = source.read(name)
+        int8 = tensor.dtype == torch.int8  # copied to aligned memory, which the CPU's int8 product needs
+        tensors[name] = tensor.to(device, None if int8 else dtype, copy=int8)
     return tensors
 
 
 def check_tensors(where: object, found: Mapping[str, torch.Size], expected: Mapping[str, torch.Size]) -> None:
     """Compare with the model's names and shapes. A ValueError names the first that is missing, unknown or different."""
-    if missing := sorted(expected.keys() - found.keys()):
-        raise ValueError(f"{where}: {missing[0]} is missing, and {len(missing) - 1} more")
-    if unknown := sorted(found.keys() - expected.keys()):
-        raise ValueError(f"{where}: {unknown[0]} belongs to no part of this model")
-    for name, shape in expected.items():
-        if found[name] != shape:
-            raise ValueError(f"{where}: {name} has shape {tuple(found[name])}, the model {tuple(shape)}")
+    for name in sorted(found.keys() | expected.keys()):
+        theirs, ours = (str(tuple(shapes[name])) if name in shapes else "missing" for shapes in (found, expected))
+        if theirs != ours:
+            raise ValueError(f"{where}: {name} is {theirs} here and {ours} in the model")
 
 
 def shapes_of(tensors: Mapping[str, Tensor]) -> dict[str, torch.Size]:
@@ -268,21 +200,14 @@ def shapes_of(tensors: Mapping[str, Tensor]) -> dict[str, torch.Size]:
 
 
 def write_shards(folder: Path, plan: Mapping[str, Tensor], read: Callable[[str], Tensor], limit: int = 2**30) -> None:
-    """Safetensors files of about `limit` bytes and their index; memory holds one file.
-
-    `plan` gives names, shapes and dtypes and may be on the meta device. `read` gives the tensors.
-    """
-    ends = dict(zip(plan, accumulate(tensor.nbytes for tensor in plan.values()), strict=True))
-    groups = [list(names) for _, names in groupby(plan, lambda name: (ends[name] - 1) // limit)]
-    weight_map: dict[str, str] = {}
-    with tqdm(total=len(plan), desc="convert", unit="tensor", disable=None) as bar:
-        for number, names in enumerate(groups, 1):
-            tensors = {}
-            for name in names:  # copies: safetensors refuses tensors that share memory
-                tensors[name] = read(name).to(plan[name].dtype, copy=True, memory_format=torch.contiguous_format)
-                bar.update()
-            file = f"model-{number:05}-of-{len(groups):05}.safetensors"
-            save_file(tensors, folder / file)
-            weight_map |= dict.fromkeys(names, file)
-    index = {"metadata": {"total_size": sum(tensor.nbytes for tensor in plan.values())}, "weight_map": weight_map}
+    """Safetensors files of about `limit` bytes and their index. `plan` has shapes and dtypes, `read` has the values."""
+    sizes = [tensor.nbytes for tensor in plan.values()]
+    numbers = [(end - 1) // limit + 1 for end in accumulate(sizes)]
+    weight_map = {name: f"model-{n:05}-of-{numbers[-1]:05}.safetensors" for name, n in zip(plan, numbers, strict=True)}
+    for file, names in groupby(tqdm(plan, desc="convert", unit="tensor", disable=None), weight_map.__getitem__):
+        tensors = {}
+        for name in names:  # copies: safetensors refuses tensors that share memory
+            tensors[name] = read(name).to(plan[name].dtype, copy=True, memory_format=torch.contiguous_format)
+        save_file(tensors, folder / file)
+    index = {"metadata": {"total_size": sum(sizes)}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1), encoding="utf-8")

@@ -1,7 +1,4 @@
-"""Number formats for the machine at hand: int8 weights, and whether bfloat16 is fast. Not part of the method.
-
-`weights.py convert --dtype int8` makes a model for a card or laptop of 8 GB: an Int8Linear for every nn.Linear.
-"""
+"""Number formats for the machine at hand: int8 weights, and whether bfloat16 is fast. Not part of the method."""
 
 import torch
 import torch.nn.functional as F
@@ -9,42 +6,30 @@ from torch import Tensor, nn
 
 from .files import reading
 
-FEW_ROWS = 16  # above that, dequantising the weight is faster
-
 
 class Int8Linear(nn.Module):
-    """y = (x W^T) * scale + bias. Row i of the original weight is about scale_i * W_i, with W within +-127.
-
-    Only the weight is rounded. Products and sums are in x's dtype, for which the weight is dequantised. On a CPU a few
-    rows, such as a beam search's, are multiplied with the int8 weight directly.
-    """
+    """y = (x W^T) * scale + bias, in x's dtype. Row i of the original weight is about scale_i * W_i, W within +-127."""
 
     def __init__(self, linear: nn.Linear):
         super().__init__()
-        weight, scale = quantise(linear.weight, linear.weight.dtype)
-        self.weight = nn.Parameter(weight, requires_grad=False)
-        self.scale = nn.Parameter(scale, requires_grad=False)
+        parts = quantise(linear.weight, linear.weight.dtype)
+        self.weight, self.scale = (nn.Parameter(part, requires_grad=False) for part in parts)
         self.bias = linear.bias
 
     def forward(self, x: Tensor) -> Tensor:  # (..., d) -> (..., out)
         rows = x.reshape(-1, x.shape[-1])
-        if fits_int8_kernel(rows, self.weight):
+        # PyTorch's int8 product: on a CPU, in bfloat16, without a gradient, aligned to 32 bytes (it never checks), and
+        # faster only for a few rows, such as a beam search's. Else the weight is dequantised.
+        few = len(rows) <= 16 and x.device.type == "cpu" and x.dtype == torch.bfloat16 and not x.requires_grad
+        if few and all(n % 32 == 0 for n in (rows.shape[1], rows.data_ptr(), self.weight.data_ptr())):
             y = torch._weight_int8pack_mm(rows, self.weight, self.scale).view(*x.shape[:-1], len(self.weight))
         else:
             y = F.linear(x, self.weight.to(x.dtype)) * self.scale
         return y if self.bias is None else y + self.bias
 
 
-def fits_int8_kernel(x: Tensor, weight: Tensor) -> bool:  # (r, d), (out, d)
-    """PyTorch's int8 product wants few bfloat16 rows on a CPU, no gradient, and 32-byte alignment (it never checks)."""
-    few = len(x) <= FEW_ROWS and x.device.type == "cpu" and x.dtype == torch.bfloat16 and not x.requires_grad
-    return few and all(number % 32 == 0 for number in (x.shape[1], x.data_ptr(), weight.data_ptr()))
-
-
 def quantise(weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:  # (out, d) -> (out, d) int8, (out,)
     """Round each row to multiples of its largest value / 127. The scale is rounded to `dtype` first."""
-    if weight.is_meta:
-        return torch.empty(weight.shape, dtype=torch.int8, device="meta"), weight[:, 0].to(dtype)
     scale = (weight.float().abs().amax(1) / 127).clamp_min(1e-30).to(dtype)
     return (weight.float() / scale.float()[:, None]).round().clamp(-127, 127).to(torch.int8), scale
 
@@ -63,8 +48,7 @@ def usable(device: str | torch.device) -> torch.device:
         return torch.empty(0, device=device).device
 
 
-def has_bfloat16() -> bool:
-    """Whether this CPU multiplies bfloat16 in hardware; elsewhere float32 is faster."""
+def has_bfloat16() -> bool:  # this CPU, in hardware; elsewhere float32 is faster
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 

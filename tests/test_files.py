@@ -23,7 +23,7 @@ def test_text(tmp_path: Path) -> None:
     path = tmp_path / "a"
     for data, words in (
         (b"\xff", "it is not UTF-8 text"),
-        (b'{"a": [1, 2', "it is not whole JSON: Expecting ',' delimiter at character 12"),
+        (b'{"a": [1, 2', "it is not whole JSON: Expecting ',' delimiter after 11 characters"),
         (b"[" * 10**5, "it is nested too deeply"),
         (b"[1]", "it must be an object, found [1]"),
     ):
@@ -95,6 +95,6 @@ def test_atomic_write(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt), atomic_write(tmp_path / "deep" / "file") as new:  # noqa: PT012
         new.symlink_to(tmp_path / "out")
         raise KeyboardInterrupt
-    with pytest.raises(FileNotFoundError, match="elsewhere"), atomic_write(tmp_path / "file"):
+    with pytest.raises(OSError, match="elsewhere: No such file"), atomic_write(tmp_path / "file"):
         (tmp_path / "elsewhere").read_text()
     assert sorted(one.name for one in tmp_path.rglob("*")) == ["a.safetensors", "deep", "out"]

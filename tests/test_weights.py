@@ -86,14 +86,14 @@ def test_no_name_fits_two_rows() -> None:
 # --- every row matters
 
 
-def outputs(lion: Lion, numbers: dict[str, Tensor], part: str) -> list[Tensor]:
+def outputs(lion: Lion, numbers: dict[str, Tensor], part: str) -> list[float]:
     """How far one part of the model is from the golden numbers, both batches."""
     model, found = lion.model, []
     for i in (0, 1):
         g = {name.removeprefix(f"s{i}."): value for name, value in numbers.items() if name.startswith(f"s{i}.")}
         taps = [g[f"vit_block{block}"] for block in lion.config.taps]
         if part == "EVA":
-            found.append(relative_to(model.vit(g["image"])[0], g["vit_out"]))
+            found.append(relative(model.vit(g["image"])[0], g["vit_out"]))
             continue
         assert model.qformer is not None
         assert model.aggregator is not None
@@ -109,19 +109,14 @@ def outputs(lion: Lion, numbers: dict[str, Tensor], part: str) -> list[Tensor]:
         labels = g["labels"].masked_fill(g["labels"] == 0, IGNORE)
         logits = model.t5.predict(labels, model.t5.start(states, mask, task, labels.shape[1]))
         real = labels != IGNORE
-        found += [relative_to(hidden, g["qformer"]), relative_to(logits[real], g["logits"][real])]
-        found.append((cross_entropy(logits[real], labels[real]) - g["loss"][0]).abs())
+        found += [relative(hidden, g["qformer"]), relative(logits[real], g["logits"][real])]
+        found.append((cross_entropy(logits[real], labels[real]) - g["loss"][0]).abs().item())
     return found
-
-
-def relative_to(found: Tensor, expected: Tensor) -> Tensor:
-    return torch.tensor(relative(found, expected))
 
 
 @pytest.mark.parametrize("table", TABLES)
 def test_swapping_two_rows_is_seen(table: str, golden_model: Lion, numbers: dict[str, Tensor]) -> None:
     """Each pair of rows, their targets swapped: a shape of the real model differs, or a golden number does."""
-    rows = list(weights.inverted(getattr(weights, table)))
     official = weights.inverted(getattr(weights, table))
     shapes = [{k: v.shape for k, v in on_meta(PRESETS[size]).items()} for size in ("xl", "xxl")]
     state = golden_model.model.state_dict()
@@ -133,19 +128,19 @@ def test_swapping_two_rows_is_seen(table: str, golden_model: Lion, numbers: dict
         """Where the tensor called `name` would land with the targets of a and b swapped."""
         return weights.translate(name, {a: b, b: a})
 
-    def forward() -> list[Tensor]:
+    def forward() -> list[float]:
         if table == "RAM":
             assert golden_model.model.ram is not None
             return [
-                relative_to(golden_model.model.ram.swin(numbers["ram.image"]), numbers["ram.swin"]),
-                relative_to(golden_model.model.ram(numbers["ram.image"]), numbers["ram.logits"]),
+                relative(golden_model.model.ram.swin(numbers["ram.image"]), numbers["ram.swin"]),
+                relative(golden_model.model.ram(numbers["ram.image"]), numbers["ram.logits"]),
             ]
         return outputs(golden_model, numbers, table)
 
     with torch.inference_mode():
         assert all(value < 1e-4 for value in forward())
         tried = 0
-        for a, b in itertools.combinations(rows, 2):
+        for a, b in itertools.combinations(official, 2):
             if a.count("{}") != b.count("{}") or a.count("*") != b.count("*"):
                 continue  # numbers or endings left over: such a row cannot even be read
             places = [(name, swapped(name, a, b)) for row in (a, b) for name in names(row, state)]
@@ -189,17 +184,6 @@ def test_converted_folder_holds_everything(golden_folder: Path) -> None:
     assert torch.equal(tensors["vit.blocks.3.attn.o.weight"], eva["blocks.3.attn.proj.weight"].float())
 
 
-def test_shards(tmp_path: Path) -> None:
-    values = {f"t{i}": torch.randn(i + 1, 7) for i in range(9)}
-    write_shards(tmp_path, values, values.__getitem__, limit=400)
-    files = sorted(tmp_path.glob("*.safetensors"))
-    assert len(files) > 2
-    assert all(file.stat().st_size < 400 + 700 for file in files)
-    found = {k: v for file in files for k, v in load_file(file).items()}
-    assert set(found) == set(values)
-    assert all(torch.equal(found[name], values[name]) for name in values)
-
-
 def test_bfloat16(tmp_path: Path, golden_folder: Path) -> None:
     assert convert(tmp_path / "half", dtype="bfloat16") == 0
     folders = (tmp_path / "half", None), (golden_folder, torch.float32)
@@ -223,12 +207,9 @@ def test_other_layouts_of_the_same_files(tmp_path: Path, golden_folder: Path) ->
             shutil.copy(OFFICIAL / "flan-t5" / text, tmp_path / name)
     t5["encoder.embed_tokens.weight"] = t5["shared.weight"].clone()
     save_file(t5, tmp_path / "one" / "model.safetensors")
-    names = sorted(t5)
-    parts = {"a.bin": names[: len(names) // 2], "b.bin": names[len(names) // 2 :]}
-    for file, part in parts.items():
-        torch.save({name: t5[name] for name in part}, tmp_path / "bins" / file)
-    index = {"weight_map": {name: file for file, part in parts.items() for name in part}}
-    (tmp_path / "bins" / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    for i in (0, 1):
+        shard = {name: t5[name] for name in sorted(t5)[i::2]}
+        torch.save(shard, tmp_path / "bins" / f"pytorch_model-0000{i + 1}-of-00002.bin")
     frozen = {f"visual_encoder.{k}": v for k, v in eva.items()} | {f"t5_model.{k}": v for k, v in t5.items()}
     torch.save(lion | frozen, tmp_path / "lion.pth")
     torch.save({"model": eva}, tmp_path / "eva.pth", _use_new_zipfile_serialization=False)
@@ -330,8 +311,7 @@ def test_inspect_says_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFixtur
     lion = torch.load(OFFICIAL / "LION-FlanT5-XL.pth", weights_only=True)["model"]
     lion["surprise"] = lion.pop("query_tokens")
     torch.save(lion, tmp_path / "lion.pth")
-    sizes = ["--config", str(GOLDEN / "sizes.json")]
-    assert weights.main(["inspect", str(tmp_path / "lion.pth"), *sizes]) == 1
+    assert weights.main(["inspect", str(tmp_path / "lion.pth"), "--config", str(GOLDEN / "sizes.json")]) == 1
     out = capsys.readouterr().out
     assert "surprise (1, 8, 24) UNKNOWN" in out
     assert "query_tokens MISSING, for qformer.queries" in out
@@ -347,7 +327,7 @@ def test_a_third_task_has_no_official_name(golden_folder: Path, tmp_path: Path, 
     assert weights.main(["inspect", str(folder)]) == 1
     assert "t5.encoder.0.ff.adapters.gates.2 (3, 24) float32 UNKNOWN" in capsys.readouterr().out
     assert weights.main(["export", str(folder), "--out", str(tmp_path / "lion.pth")]) == 2
-    assert "no tensor for t5.encoder.0.ff.adapters.gates.2" in capsys.readouterr().err
+    assert "the release has no t5.encoder.0.ff.adapters.gates.2" in capsys.readouterr().err
     assert not (tmp_path / "lion.pth").exists()
 
 
@@ -393,13 +373,6 @@ def other_t5(tmp_path: Path) -> dict:
     return {"t5": tmp_path / "t5", "config": tmp_path / "sizes.json"}
 
 
-def t5_config(tmp_path: Path) -> dict:
-    shutil.copytree(OFFICIAL / "flan-t5", tmp_path / "t5")
-    data = json.loads((tmp_path / "t5" / "config.json").read_text())
-    (tmp_path / "t5" / "config.json").write_text(json.dumps(data | {"d_model": 4096}))
-    return {"t5": tmp_path / "t5"}
-
-
 def text_file(name: str, flag: str, text: str) -> Callable[[Path], dict]:
     def make(tmp_path: Path) -> dict:
         (tmp_path / name).write_text(text)
@@ -416,31 +389,29 @@ GATE = "t5_model.encoder.block.0.layer.1.adapter.router_ratio"
 BAD = {
     "missing file": (lambda _: {"vit": "nowhere.pth"}, "nowhere.pth: no such file"),
     "missing folder": (lambda _: {"t5": "nowhere"}, "nowhere"),
-    "missing shard": (missing_shard, "model-00002-of-00002.safetensors is not a whole checkpoint: No such file"),
+    "missing shard": (missing_shard, "no file holds decoder.block.0.layer.0.layer_norm.weight, and 25 more"),
     "code in a pickle": (evil, "could run code, and is refused"),
     "old pickle": (lambda p: evil(p) and {"lion": p / "evil.pth"}, "evil.pth"),
     "another T5": (other_t5, "soft_prompt_hint (24,) -> soft_prompt  SHAPE DIFFERS: the model has (48,)"),
-    "T5 of another size": (t5_config, "the T5's width is 4096, the model's 24"),
+    "T5 of another size": (lambda p: {"t5": other_t5(p)["t5"]}, "attn.k.weight  SHAPE DIFFERS: the model has (24, 24)"),
     "shape": (lion_with(lambda d: d.update(query_tokens=torch.zeros(1, 9, 24))), "qformer.queries  SHAPE DIFFERS: the"),
     "unknown": (lion_with(lambda d: d.update(surprise=torch.zeros(2))), "XL.pth does not fit: surprise (2,) UNKNOWN"),
     "third gate": (lion_with(lambda d: d.update({f"{GATE}3": torch.zeros(2, 24)})), f"{GATE}3 (2, 24) UNKNOWN"),
     "missing": (lion_with(lambda d: d.pop("ln_vision.bias")), "no file holds ln_vision.bias"),
-    "NaN": (lion_with(lambda d: d["t5_proj.bias"].fill_(torch.nan)), "t5_proj.bias holds NaN"),
-    "not a tensor": (lion_with(lambda d: d.update(query_tokens="x")), "'query_tokens' is a str"),
+    "NaN": (lion_with(lambda d: d["t5_proj.bias"].fill_(torch.nan)), "t5_proj.bias is all zero, or holds NaN"),
+    "not a tensor": (lion_with(lambda d: d.update(query_tokens="x")), "query_tokens must be Tensor, found 'x'"),
     "label_embed": (
         lambda p: {"ram": changed(p, "ram_swin_large_14m.pth", lambda d: d["label_embed"].zero_())},
-        "label_embed is all zero",
+        "label_embed is all zero, or",
     ),
-    "gguf": (text_file("lion.gguf", "lion", "GGUF"), "not '.gguf'"),
+    "gguf": (text_file("lion.gguf", "lion", "GGUF"), "lion.gguf is not a whole checkpoint"),
     "no tags": (text_file("tags.txt", "ram_tags", ""), "tags.txt has 0 lines, the model needs 24"),
     "few tags": (text_file("tags.txt", "ram_tags", "a\nb\n"), "tags.txt has 2 lines, the model needs 24"),
     "few thresholds": (text_file("t.txt", "ram_thresholds", "0.5\n"), "t.txt has 1 lines, the model needs 24"),
     "thresholds in words": (text_file("t.txt", "ram_thresholds", "high\n"), "t.txt, line 1: could not convert"),
     "config": (text_file("c.json", "config", '{"vit": {"depht": 3}}'), "config.vit.depht is unknown"),
-    "half precision": (lambda _: {"dtype": "float16"}, "T5 overflows in float16"),
     "no thresholds": (lambda _: {"ram_thresholds": None}, "--ram needs --ram-tags and --ram-thresholds"),
     "no tagger": (lambda _: {"ram": None}, "--ram needs --ram-tags and --ram-thresholds"),
-    "two Q-Formers": (lambda _: {"blip2": "nowhere.pth"}, "--blip2 nowhere.pth starts a Q-Former, which --lion has"),
 }  # fmt: skip
 
 
@@ -480,11 +451,11 @@ def resaved(change: Callable[[dict], object]) -> Callable[[Path], object]:
 
 DAMAGES: dict[str, Callable[[Path], object]] = {
     "config.json: No such file": lambda f: (f / "config.json").unlink(),
-    "holds no .safetensors file": lambda f: (f / SHARD).unlink(),
+    "no folder with .safetensors files": lambda f: (f / SHARD).unlink(),
     "is not a whole checkpoint": lambda f: (f / SHARD).write_bytes((f / SHARD).read_bytes()[:-50]),
     "soft_prompt is missing": resaved(lambda t: t.pop("soft_prompt")),
-    "x belongs to no part": resaved(lambda t: t.update(x=torch.zeros(1))),
-    r"soft_prompt has shape \(1,\)": resaved(lambda t: t.update(soft_prompt=torch.zeros(1))),
+    r"x is \(1,\) here and missing in the model": resaved(lambda t: t.update(x=torch.zeros(1))),
+    r"soft_prompt is \(1,\) here and \(24,\) in the model": resaved(lambda t: t.update(soft_prompt=torch.zeros(1))),
     "vocab.txt has 6 lines": lambda f: (f / "vocab.txt").write_text("[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\n"),
 }
 
@@ -498,7 +469,10 @@ def test_a_damaged_converted_folder(words: str, tmp_path: Path, golden_folder: P
         Lion.from_pretrained(folder)
 
 
-def test_half_precision_is_refused(golden_folder: Path) -> None:
+def test_half_precision_is_refused(golden_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        convert(tmp_path / "out", dtype="float16")
+    assert "invalid choice: 'float16'" in capsys.readouterr().err
     with pytest.raises(ValueError, match="overflow"):
         Lion.from_pretrained(golden_folder, dtype=torch.float16)
 
@@ -509,7 +483,8 @@ def test_mapped_tensors_are_those_of_the_file(tmp_path: Path) -> None:
     plan = {f"{i}.{kind}": torch.empty(3, i + 1, dtype=kind) for i in range(3) for kind in kinds}
     plan["scalar"] = torch.empty((), dtype=torch.float32)
     values = {name: (torch.randn(like.shape) * 9).to(like.dtype) for name, like in plan.items()}
-    write_shards(tmp_path, plan, values.__getitem__)
+    write_shards(tmp_path, plan, values.__getitem__, limit=60)
+    assert [file.stat().st_size < 60 + 700 for file in tmp_path.glob("*.safetensors")] == [True] * 3
     found = read_folder(tmp_path, "cpu", None)
     assert set(found) == set(plan)
     for name, tensor in found.items():
@@ -517,17 +492,12 @@ def test_mapped_tensors_are_those_of_the_file(tmp_path: Path) -> None:
         assert torch.equal(tensor, values[name])
     found["scalar"].fill_(7)  # training writes into what it has read, not into the file
     assert torch.equal(read_folder(tmp_path, "cpu", None)["scalar"], values["scalar"])
-    save_file({"step": torch.zeros(2, dtype=torch.int64)}, tmp_path / SHARD)
-    with pytest.raises(ValueError, match=r"step is of type torch\.int64: convert the weights again"):
-        read_folder(tmp_path, "cpu", None)
 
 
 TRUNCATED = {
     "pth": ("lion", "LION-FlanT5-XL.pth"),
     "safetensors": ("t5", "flan-t5/model-00002-of-00002.safetensors"),
     "bin": ("bert", "bert/pytorch_model.bin"),
-    "index.json": ("t5", "flan-t5/model.safetensors.index.json"),
-    "config.json": ("t5", "flan-t5/config.json"),
     "tokenizer.json": ("t5", "flan-t5/tokenizer.json"),
     "vocab.txt": ("bert", "bert-base-uncased/vocab.txt"),
     "tags": ("ram_tags", "ram_tag_list.txt"),
