@@ -70,7 +70,7 @@ def rows(path: object, data: Any, name: str = "", split: str = "") -> Iterator[t
         listed = need(data, dict)[name] if name else data
         if isinstance(listed, dict):
             listed = [need(row, dict, id) | {"question_id": id} for id, row in listed.items()]
-        need(listed, list, name)
+        need(listed, list, name or "it")
     for number, row in enumerate(listed, 1):
         with reading(place := f"{path}, {name or 'record'} {number}"):
             if not split or need(row, dict).get("split") == split:

@@ -291,11 +291,11 @@ def test_broken_files_are_one_sentence(tmp_path: Path) -> None:
         (json.dumps([row, row | {"question": 3}]), "record 2: question must be text, found 3"),
         (json.dumps([row, {"question_id": "2", "question": "Q"}]), "record 2: the field 'image' is missing"),
         (json.dumps([row, row]), "the id 1 stands there twice"),
-        (json.dumps([row, 7]), "record 2: must be an object, found 7"),
+        (json.dumps([row, 7]), "record 2: it must be an object, found 7"),
         (json.dumps([row])[:-5], "is not whole JSON"),
         ("[]", "there is no example of gqa in it"),
         ("", "is not whole JSON"),
-        ("7", "must be a list, found 7"),
+        ("7", "it must be a list, found 7"),
     ):
         path.write_text(text, encoding="utf-8")
         with pytest.raises(ValueError, match=rf"x\.json.*{words}") as error:
