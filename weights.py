@@ -125,10 +125,8 @@ BERT = {  # bert-base-uncased: the start of the Q-Former
 # BLIP-2 stands before LION, whose table has all its rows: the first of equals counts.
 KINDS = {"EVA ViT-g": EVA, "FlanT5": T5, "RAM": RAM, "BLIP-2": BLIP2, "LION": LION, "BERT": BERT}
 WORDS = "qformer.words.weight"  # BERT has one word fewer: LION adds [DEC]
-# Parts of names in older files.
-OLDER = {"vision_multi.": "tagging_head.", "LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
-
-
+OLD_NAMES = {"vision_multi": "tagging_head", "LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
+# The regular expression of a row.
 pattern = cache(lambda row: re.compile(re.escape(row).replace(r"\{\}", r"(\d+)").replace(r"\*", "(.+)")))
 
 
@@ -150,7 +148,7 @@ OFFICIAL = inverted(EVA) | inverted(T5) | inverted(RAM) | inverted(LION)
 def places(source: Tensors, table: Table, plan: Mapping[str, Tensor]) -> Iterator[tuple[str, str | None, str, bool]]:
     """For every tensor its name, our name if the model uses it, a line that says so, and whether that is wrong."""
     for name, shape in source.shapes.items():
-        official = reduce(lambda text, parts: text.replace(*parts), OLDER.items(), name)
+        official = reduce(lambda text, parts: text.replace(*parts), OLD_NAMES.items(), name)
         ours, line = translate(official, table) or "", f"{official} {tuple(shape)}"
         if ours.startswith("- "):
             yield name, None, f"{line} not used: {ours[2:]}", False

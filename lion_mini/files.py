@@ -146,7 +146,6 @@ class Tensors:
     """A checkpoint file, or folder of shards: names and shapes at once, each tensor on request."""
 
     def __init__(self, path: Path):
-        self.path = path
         self.where, self.shapes = dict[str, Path](), dict[str, torch.Size]()  # of each tensor
         self._mapped, self._room = dict[str, Tensor](), 0
         shards = sorted(path.glob("*.safetensors")) or sorted(path.glob("pytorch_model*.bin"))
@@ -187,27 +186,22 @@ def read_folder(folder: Path, device: str | torch.device, dtype: torch.dtype | N
     return tensors
 
 
-def check_tensors(where: object, found: Mapping[str, torch.Size], expected: Mapping[str, torch.Size]) -> None:
+def check_tensors(where: object, found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
     """Compare with the model's names and shapes. A ValueError names the first that is missing, unknown or different."""
     for name in sorted(found.keys() | expected.keys()):
-        theirs, ours = (str(tuple(shapes[name])) if name in shapes else "missing" for shapes in (found, expected))
+        theirs, ours = (str(tuple(of[name].shape)) if name in of else "missing" for of in (found, expected))
         if theirs != ours:
             raise ValueError(f"{where}: {name} is {theirs} here and {ours} in the model")
 
 
-def shapes_of(tensors: Mapping[str, Tensor]) -> dict[str, torch.Size]:
-    return {name: tensor.shape for name, tensor in tensors.items()}
-
-
 def write_shards(folder: Path, plan: Mapping[str, Tensor], read: Callable[[str], Tensor], limit: int = 2**30) -> None:
     """Safetensors files of about `limit` bytes and their index. `plan` has shapes and dtypes, `read` has the values."""
-    sizes = [tensor.nbytes for tensor in plan.values()]
-    numbers = [(end - 1) // limit + 1 for end in accumulate(sizes)]
+    numbers = [(end - 1) // limit + 1 for end in accumulate(tensor.nbytes for tensor in plan.values())]
     weight_map = {name: f"model-{n:05}-of-{numbers[-1]:05}.safetensors" for name, n in zip(plan, numbers, strict=True)}
     for file, names in groupby(tqdm(plan, desc="convert", unit="tensor", disable=None), weight_map.__getitem__):
         tensors = {}
         for name in names:  # copies: safetensors refuses tensors that share memory
             tensors[name] = read(name).to(plan[name].dtype, copy=True, memory_format=torch.contiguous_format)
         save_file(tensors, folder / file)
-    index = {"metadata": {"total_size": sum(sizes)}, "weight_map": weight_map}
+    index = {"metadata": {"total_size": sum(tensor.nbytes for tensor in plan.values())}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1), encoding="utf-8")

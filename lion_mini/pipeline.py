@@ -20,7 +20,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from .box import Box
 from .config import EOS, IGNORE, PAD, LionConfig
-from .files import check_tensors, read_folder, read_text, reading, shapes_of
+from .files import check_tensors, read_folder, read_text, reading
 from .images import lion_transform, ram_from_lion, ram_transform
 from .model.generate import GENERATION, Generation, generate, log_likelihoods
 from .model.lion import Batch, LionModel, skeleton
@@ -71,7 +71,7 @@ class Lion:
         tensors = read_folder(folder, device, best_dtype(device) if dtype == "auto" else dtype)
         if any(tensor.dtype == torch.int8 for tensor in tensors.values()):
             to_int8(model)
-        check_tensors(folder, shapes_of(tensors), shapes_of(model.state_dict()))
+        check_tensors(folder, tensors, model.state_dict())
         model.load_state_dict(tensors, assign=True)
         return cls(model.eval().requires_grad_(False), text)
 

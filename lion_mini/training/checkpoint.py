@@ -18,17 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.optim import Optimizer
 
-from ..files import (
-    Tensors,
-    atomic_write,
-    check_tensors,
-    read_folder,
-    reading,
-    reason,
-    remove,
-    shapes_of,
-    sync,
-)
+from ..files import Tensors, atomic_write, check_tensors, read_folder, reading, reason, remove, sync
 from ..model.lion import LionModel
 from ..pipeline import read_config
 from ..text.vocabularies import Vocabularies
@@ -95,7 +85,7 @@ def restore(
             if settings.get(name) != value:
                 now = f"{name} {value}, not {settings.get(name)}"
                 raise ValueError(f"{path} was trained with {now}: use the same settings, or another --out")
-        check_tensors(path, shapes_of(checkpoint["trained"]), shapes_of(trained))
+        check_tensors(path, checkpoint["trained"], trained)
         with torch.no_grad():
             for name, tensor in trained.items():
                 tensor.copy_(checkpoint["trained"][name])

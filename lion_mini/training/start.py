@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import LionConfig
-from ..files import check_tensors, read_folder, shapes_of
+from ..files import check_tensors, read_folder
 from ..model.adapters import MixtureOfAdapters
 from ..model.aggregator import Aggregator
 from ..model.lion import LionModel, skeleton
@@ -40,7 +40,7 @@ def begin(
         config = replace(config, adapter_width=len(init) * config.adapter_width)
     text = Vocabularies.from_folder(init[0], config)
     model = skeleton(config)
-    expected = shapes_of(model.state_dict())
+    expected = model.state_dict()
 
     # 1. Read the folders. What several have in common must be the same.
     sources = [read_folder(folder, "cpu", None) for folder in init]
@@ -68,7 +68,7 @@ def begin(
     if not stage.model and "new" in origin.values():
         parts = ", ".join(part for part, where in origin.items() if where == "new")
         raise ValueError(f"{init[0]} has no {parts}: fine-tuning begins with a whole LION, which stage 3 makes")
-    check_tensors(init[0], shapes_of(tensors), expected)
+    check_tensors(init[0], tensors, expected)
 
     # 3. Copy what trains (what was read is mapped from a file). Frozen norms and T5's embeddings stay in float32, so
     #    that the residual stream is float32.
