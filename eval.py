@@ -38,7 +38,7 @@ from lion_mini.distributed import distributed
 from lion_mini.evaluation.benchmarks import BENCHMARKS, best, read, report, score, table, vqa_scores
 from lion_mini.evaluation.readers import Example
 from lion_mini.files import atomic_write, json_lines, need, reading, run
-from lion_mini.images import ImageFolder, draw_boxes, lion_transform, open_image
+from lion_mini.images import ImageFolder, draw_boxes, draw_sheet, lion_transform, open_image
 from lion_mini.pipeline import DTYPES, TINY, read_config
 from lion_mini.quantize import best_dtype
 from lion_mini.text.prompts import DECODING, EVAL_TEMPLATES, TASK_OF, load_templates, render
@@ -283,20 +283,15 @@ def measure(args: Namespace) -> None:
 
 def draw_worst(examples: Examples, predictions: Line, images: ImageFolder, count: int) -> Image.Image:
     """A sheet of the answers that overlap the truth least, four in a row."""
-    rows, width, height = list[tuple[float, Path, list[Any]]](), 360, 300
+    rows = list[tuple[float, Path, list[Any], str]]()
     for example in examples:
         path, box = images.path(str(example.image)), Box.parse(predictions[example.id]["text"])
         if path and example.box:
             iou = box.iou(example.box) if box else -1.0
             label = f"{example.fields['expression']} ({f'IoU {iou:.2f}' if box else 'no box'})"
-            rows.append((iou, path, [(example.box, label, "green")] + [(box, "", "red")] * bool(box)))
-    rows = sorted(rows, key=lambda row: row[0])[:count]
-    sheet = Image.new("RGB", (width * min(4, len(rows)), height * -(-len(rows) // 4)), "white")
-    for i, (_, file, boxes) in enumerate(rows):
-        picture = draw_boxes(open_image(file), boxes)
-        picture.thumbnail((width - 8, height - 8))
-        sheet.paste(picture, (i % 4 * width + 4, i // 4 * height + 4))
-    return sheet
+            rows.append((iou, path, [(example.box, "true", "green")] + [(box, "model", "red")] * bool(box), label))
+    worst = sorted(rows, key=lambda row: row[0])[:count]
+    return draw_sheet([(draw_boxes(open_image(path), boxes), label) for _, path, boxes, label in worst], columns=4)
 
 
 # --- the shapes world

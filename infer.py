@@ -42,7 +42,7 @@ KIND = {"caption": "caption", "ask": "vqa", "locate": "rec", "describe": "reg"} 
 Picture = tuple[Path, Image.Image, Box | None]  # the box to describe
 
 
-def check(args: argparse.Namespace) -> None:
+def check_flags(args: argparse.Namespace) -> None:
     """A ValueError if flags contradict each other, or if a value cannot be used."""
     mode, text = args.job or ("", "")
     prompt = args.no_tags or args.use_tags or args.official
@@ -156,7 +156,7 @@ def demonstrate(args: argparse.Namespace) -> int:
 
 
 def infer(args: argparse.Namespace) -> int:
-    check(args)
+    check_flags(args)
     if args.data:
         source, opened = Records(args.data, args.root), cache(partial(open_lion, args))
         lacking = tag_records(source, args.out, args.batch_size, lambda images: opened().tag(images))

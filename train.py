@@ -50,7 +50,7 @@ from lion_mini.toy.questions import Toy
 from lion_mini.toy.stage0 import toy_jobs
 from lion_mini.training.checkpoint import State, restore, save, weight_files, write_result
 from lion_mini.training.report import draw_loss, draw_samples, log_step, overview, say, trim
-from lion_mini.training.stages import STAGES, TOY, Job, Stage, changed, check, groups, schedule, unfreeze
+from lion_mini.training.stages import STAGES, TOY, Job, Stage, changed, check_flags, groups, schedule, unfreeze
 from lion_mini.training.start import begin
 
 MAX_SKIPPED = 10  # non-finite steps in a row that end a run
@@ -281,7 +281,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def train_stages(args: argparse.Namespace) -> int:
-    check(args)
+    check_flags(args)
     patience = timedelta(days=7) if args.from_scratch or args.quick else None  # the other ranks wait for stage 0
     ranks = distributed(args.device, patience)
     for job in plan(args):

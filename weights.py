@@ -36,7 +36,7 @@ from lion_mini.training.start import fresh
 Table = dict[str, str]
 
 
-def rows(table: Table) -> Table:
+def expand(table: Table) -> Table:
     """Write out the alternatives: `(query|key)` on the left goes with `(q|k)` on the right."""
     written = Table()
     for row in table.items():
@@ -45,7 +45,7 @@ def rows(table: Table) -> Table:
     return written
 
 
-EVA = rows({  # eva_vit_g.pth: models/eva_vit.py
+EVA = expand({  # eva_vit_g.pth: models/eva_vit.py
     "blocks.39.*": "- a 40th block; LION stops at the 39th, as BLIP-2 does",
     "(cls_token|pos_embed|patch_embed.proj.*)": "vit.(cls|positions|patch_embed.*)",
     "blocks.{}.attn.(q_bias|v_bias|qkv.weight)": "vit.blocks.{}.attn.(q_bias|v_bias|qkv.weight)",
@@ -54,7 +54,7 @@ EVA = rows({  # eva_vit_g.pth: models/eva_vit.py
     "head.*": "- the head of EVA's own training",
 })  # fmt: skip
 
-T5 = rows({  # google/flan-t5-xl, flan-t5-xxl
+T5 = expand({  # google/flan-t5-xl, flan-t5-xxl
     "(shared|lm_head).weight": "t5.(shared|lm_head).weight",
     "(encoder|decoder).embed_tokens.weight": "- another name of shared.weight",
     "(encoder|decoder).block.0.layer.0.SelfAttention.relative_attention_bias.weight":
@@ -69,7 +69,7 @@ T5 = rows({  # google/flan-t5-xl, flan-t5-xxl
     "(encoder|decoder).final_layer_norm.weight": "t5.(encoder|decoder)_norm.weight",
 })  # fmt: skip
 
-RAM = rows({  # ram_swin_large_14m.pth
+RAM = expand({  # ram_swin_large_14m.pth
     "(label_embed|image_proj.*|wordvec_proj.*|fc.*)": "ram.(label_embed|image_proj.*|wordvec_proj.*|fc.*)",
     "visual_encoder.(patch_embed.proj|patch_embed.norm|norm).*": "ram.swin.(patch_embed.proj|patch_embed.norm|norm).*",
     "visual_encoder.layers.{}.blocks.{}.(norm1|norm2|attn.qkv|attn.proj|mlp.fc1|mlp.fc2).*":
@@ -86,7 +86,7 @@ RAM = rows({  # ram_swin_large_14m.pth
     "visual_encoder.layers.{}.blocks.{}.attn_mask": "- a mask that follows from window and image size",
 })  # fmt: skip
 
-LION = rows({  # LION-FlanT5-XL.pth, LION-FlanT5-XXL.pth: models/lion_t5.py, Qformer.py, lion_adapters.py
+LION = expand({  # LION-FlanT5-XL.pth, LION-FlanT5-XXL.pth: models/lion_t5.py, Qformer.py, lion_adapters.py
     "(query_tokens|soft_prompt_hint)": "(qformer.queries|soft_prompt)",
     "(ln_vision|t5_proj|ln_adapter).*": "(qformer.image_norm|qformer.proj|aggregator.norm).*",
     "Qformer.bert.embeddings.(word|position)_embeddings.weight": "qformer.(words|positions).weight",
@@ -123,7 +123,7 @@ BERT = {  # bert-base-uncased: the start of the Q-Former
     "cls.*": "- the heads of BERT's own training",
 }
 # BLIP-2 stands before LION, whose table has all its rows: the first of equals counts.
-KINDS = {"EVA ViT-g": EVA, "FlanT5": T5, "RAM": RAM, "BLIP-2": BLIP2, "LION": LION, "BERT": BERT}
+CHECKPOINTS = {"EVA ViT-g": EVA, "FlanT5": T5, "RAM": RAM, "BLIP-2": BLIP2, "LION": LION, "BERT": BERT}
 WORDS = "qformer.words.weight"  # BERT has one word fewer: LION adds [DEC]
 OLD_NAMES = {"vision_multi": "tagging_head", "LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
 # The regular expression of a row.
@@ -254,14 +254,16 @@ def inspect(args: argparse.Namespace) -> int:
         print(f"{args.path}: a whole LION, {len(model.state_dict())} tensors, {count / 1e6:.1f} M parameters")
         return int(problems > 0)
     source = Tensors(args.path)
-    kind = max(KINDS, key=lambda kind: sum(translate(name, KINDS[kind]) is not None for name in source.shapes))
+    kind = max(
+        CHECKPOINTS, key=lambda kind: sum(translate(name, CHECKPOINTS[kind]) is not None for name in source.shapes)
+    )
     print(f"{args.path}: {kind}, {len(source.shapes)} tensors")
     plan = skeleton(choose_config(args.config, source.shapes)).state_dict()
-    found = list(places(source, KINDS[kind], plan))
+    found = list(places(source, CHECKPOINTS[kind], plan))
     print(*(line for _, _, line, _ in found), sep="\n")
     filled, problems = {ours for _, ours, _, _ in found if ours}, sum(wrong for *_, wrong in found)
     for ours in plan:
-        if ours not in filled and (theirs := translate(ours, inverted(KINDS[kind]))):
+        if ours not in filled and (theirs := translate(ours, inverted(CHECKPOINTS[kind]))):
             # BLIP-2's T5 files were trained without reading text.
             optional = kind == "BLIP-2" and bool(re.match(r"qformer\.(words|positions|layers\.\d+\.ff)\.", ours))
             print(f"{theirs} {'not there' if optional else 'MISSING'}, for {ours}")

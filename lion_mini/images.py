@@ -10,6 +10,7 @@ original width and height therefore keeps its numbers. They differ in the filter
 import math
 import os
 import random
+import textwrap
 import unicodedata
 from collections.abc import Sequence
 from functools import partial
@@ -115,6 +116,19 @@ def draw_boxes(image: Image.Image, boxes: Sequence[tuple[Box, str] | tuple[Box, 
             light = 0.299 * fill[0] + 0.587 * fill[1] + 0.114 * fill[2] > 140
             draw.text((x + pad, y + h / 2), text, fill="black" if light else "white", font=font, anchor="lm")
     return picture
+
+
+def draw_sheet(pictures: Sequence[tuple[Image.Image, str]], columns: int = 3, side: int = 340) -> Image.Image:
+    """Pictures in rows, each in a square of `side` pixels with its text below: two lines per line of the text."""
+    font, height = ImageFont.load_default(11), side + 80
+    sheet = Image.new("RGB", (side * min(columns, len(pictures)), height * -(-len(pictures) // columns)), "white")
+    for i, (picture, text) in enumerate(pictures):
+        x, y = i % columns * side + 4, i // columns * height + 4
+        sheet.paste(ImageOps.contain(picture, (side - 8, side - 8)), (x, y))
+        lines = [line for part in text.split("\n") for line in textwrap.wrap(part, side // 6)[:2]]
+        plain = "\n".join(lines).encode("latin-1", "replace").decode("latin-1")  # PIL's font has no other letters
+        ImageDraw.Draw(sheet).multiline_text((x, y + side - 4), plain, fill="black", font=font, spacing=1)
+    return sheet
 
 
 def _fitting(label: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: float) -> str:

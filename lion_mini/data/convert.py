@@ -30,19 +30,20 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, ImageDraw
+from PIL import Image
 from tqdm import tqdm, trange
 
 from ..box import Box
 from ..evaluation.readers import Example, any_box_of, aokvqa, captions, refcoco, rows, textcaps, vqa
 from ..files import atomic_write, json_lines, need, printable, read_json, reading, run
-from ..images import ImageFolder, draw_boxes, open_image
+from ..images import ImageFolder, draw_boxes, draw_sheet, open_image
 from ..text.prompts import TASK_OF, TEMPLATES, load_templates, render
-from .records import BRACKETED, Records
-from .records import Example as TrainingExample
+from .records import BRACKETED, Records, TrainingExample
 
 
-def records(name: str, kind: str, paths: Sequence[Path], templates: dict[str, tuple[str, ...]], seed: int) -> Iterator:
+def make_records(
+    name: str, kind: str, paths: Sequence[Path], templates: dict[str, tuple[str, ...]], seed: int
+) -> Iterator:
     """The records of a data set in its order. `question` is empty if the text that its template needs is empty."""
     if name == "release":
         yield from released(paths)
@@ -141,18 +142,18 @@ DATA_SETS: dict[str, tuple[Callable, dict[str, int]]] = {  # the reader; kinds o
     "refcoco": (partial(refcoco, split="train"), {"rec": 0, "reg": 0}),
     "release": (released, {"as it is": 0}),
 }
-KINDS = {name: tuple(counts) for name, (_, counts) in DATA_SETS.items()}
+TASKS_OF_SET = {name: tuple(counts) for name, (_, counts) in DATA_SETS.items()}
 
 
 def convert(args: argparse.Namespace) -> None:
-    kind = args.kind or KINDS[args.name][0]
-    if kind not in KINDS[args.name]:
-        raise ValueError(f"{args.name} has no --as {kind}, only {', '.join(KINDS[args.name])}")
+    kind = args.kind or TASKS_OF_SET[args.name][0]
+    if kind not in TASKS_OF_SET[args.name]:
+        raise ValueError(f"{args.name} has no --as {kind}, only {', '.join(TASKS_OF_SET[args.name])}")
     templates = TEMPLATES if args.templates is None else load_templates(args.templates)
     images, counts = ImageFolder(args.images), Counter[str]()
     with atomic_write(args.out) as new:
         with open(new, "w", encoding="utf-8", errors="backslashreplace") as file:  # escapes half a surrogate pair
-            for record in records(args.name, kind, args.ann, templates, args.seed):
+            for record in make_records(args.name, kind, args.ann, templates, args.seed):
                 if args.name != "release" and not (record["question"].strip() and record["answer"].strip()):
                     counts["a question or without an answer"] += 1
                 elif not images.without_missing([record["image"]], args.skip_missing)[0]:
@@ -198,21 +199,15 @@ def inspect(args: argparse.Namespace) -> None:
     for words, number, question in longest:
         print(f"  {words} words in the question of record {number}: {question:.70}")
     if drawn:
-        draw(drawn).save(args.picture)
-        print(f"  three of them are drawn in {args.picture}")
+        draw_sheet([draw_record(example) for example in drawn]).save(args.picture)
+        print(f"  {len(drawn)} of them are drawn in {args.picture}")
 
 
-def draw(examples: Iterable[TrainingExample]) -> Image.Image:
-    """Records side by side: the picture with its boxes, question and answer."""
-    sheet = Image.new("RGB", (1080, 360), "white")
-    for x, example in zip(range(0, 1080, 360), examples, strict=False):
-        boxes = [Box.parse(text) for text in BRACKETED.findall(f"{example.question} {example.answer}")]
-        picture = draw_boxes(example.image, [(box, "") for box in boxes if box])
-        picture.thumbnail((352, 290))
-        sheet.paste(picture, (x + 4, 4))
-        text = "\n".join(f"{printable(text):.55}" for text in (example.question, example.answer))
-        ImageDraw.Draw(sheet).text((x + 4, 300), text, fill="black")
-    return sheet
+def draw_record(example: TrainingExample) -> tuple[Image.Image, str]:
+    """The picture with the record's boxes, and its question and answer."""
+    boxes = [Box.parse(text) for text in BRACKETED.findall(f"{example.question} {example.answer}")]
+    picture = draw_boxes(example.image, [(box, "") for box in boxes if box])
+    return picture, f"{printable(example.question)}\n{printable(example.answer)}"
 
 
 def tag_records(source: Records, out: Path, batch_size: int, tagger: Callable[[list], list]) -> int:
@@ -272,7 +267,7 @@ def main(argv: list[str] | None = None) -> int:
     commands = parser.add_subparsers(required=True)
     make = commands.add_parser("convert", help="official files to records")
     make.set_defaults(command=convert)
-    make.add_argument("name", choices=KINDS)
+    make.add_argument("name", choices=TASKS_OF_SET)
     make.add_argument("--as", dest="kind", help="vqa or vqg, rec or reg")
     make.add_argument("--ann", type=Path, nargs="+", required=True)
     make.add_argument("--images", type=Path, required=True, help="the pictures' folder")

@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader, Dataset
 from ..images import augment, lion_transform, ram_transform
 from ..model.lion import Batch
 from ..pipeline import Lion
-from .records import Example, Source
+from .records import Source, TrainingExample
 
 PATIENCE = 100  # unusable records in a row that end a run
 
@@ -84,7 +84,7 @@ class MicroBatches(Dataset):
         self.mixture, self.size, self.image_size, self.ram_size = mixture, size, image_size, ram_size
 
     def __getitem__(self, g: int) -> Samples | ValueError:
-        pixels, examples, bad = list[Tensor](), list[Example](), list[str]()
+        pixels, examples, bad = list[Tensor](), list[TrainingExample](), list[str]()
         for position in range(g * self.size, (g + 1) * self.size):
             epoch, number, index = self.mixture.at(position)
             source = self.mixture.sources[number]

@@ -34,7 +34,7 @@ BRACKETED = re.compile(r"\[[-+0-9.eE\s]*,[-+0-9.eE,\s]*\]")  # numbers that can 
 
 
 @dataclass(frozen=True)
-class Example:
+class TrainingExample:
     """One question about one picture, and the answer to learn."""
 
     image: Image.Image
@@ -49,7 +49,7 @@ class Source(Protocol):
     augments: bool  # whether image-level pictures may be cropped and mirrored
 
     def __len__(self) -> int: ...
-    def read(self, index: int, rng: random.Random) -> Example: ...  # a ValueError names the record and what is wrong
+    def read(self, index: int, rng: random.Random) -> TrainingExample: ...  # or a ValueError that names the record
 
 
 class Records:
@@ -83,21 +83,21 @@ class Records:
     def fields(self, index: int) -> dict[str, Any]:
         """Image, question, answer, tags, task and name of a record."""
         with reading(name := f"{self.path}, record {index + 1}"):
-            return check(json.loads(self.line(index))) | {"name": name}
+            return check_record(json.loads(self.line(index))) | {"name": name}
 
     def picture(self, name: str) -> Path:
         """The path of a picture; one that is missing should lie below `root`."""
         return self.images.find(name) or self.images.root / name
 
-    def read(self, index: int, rng: random.Random) -> Example:
+    def read(self, index: int, rng: random.Random) -> TrainingExample:
         fields = self.fields(index)
         with reading(fields["name"]):
             if fields["task"] not in self.tasks:
                 raise ValueError(f"it is {fields['task']}-level, which this stage does not train")
-            return Example(open_image(self.picture(fields.pop("image"))), **fields)
+            return TrainingExample(open_image(self.picture(fields.pop("image"))), **fields)
 
 
-def check(record: Any) -> dict[str, Any]:
+def check_record(record: Any) -> dict[str, Any]:
     """The fields image, question, answer, tags and task of a record; a ValueError if it cannot be trained from."""
     need(record, dict, "a record")
     image = record.get("image") or record.get("image_path") or record.get("image_id")

@@ -36,17 +36,23 @@ def attention(
     module has an attribute `record`: a function that is called with the weights (b, h, t, n), or None.
     """
     if record is not None or (q.device.type == "cpu" and q.dtype == torch.bfloat16):
-        # Spelled out: to see the weights, and because the fused kernel is 3 to 9 times slower in bfloat16 on a CPU.
-        scores = (q * (scale or q.shape[-1] ** -0.5)) @ k.mT
-        if mask is not None:
-            scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
-        weights = scores.softmax(-1).to(v.dtype)
-        if record is not None:
-            record(weights)
-        x = F.dropout(weights, dropout) @ v
+        x = plain_attention(q, k, v, mask, scale or q.shape[-1] ** -0.5, dropout, record)
     else:
         x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, scale=scale)
     return rearrange(x, "b h t e -> b t (h e)")
+
+
+def plain_attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, dropout: float, record: Recorder
+) -> Tensor:  # (b, h, t, e), (b, h, n, e), (b, h, n, e) -> (b, h, t, e)
+    """Spelled out: to see the weights, and because the fused kernel is 3 to 9 times slower in bfloat16 on a CPU."""
+    scores = (q * scale) @ k.mT
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
+    weights = scores.softmax(-1).to(v.dtype)
+    if record is not None:
+        record(weights)
+    return F.dropout(weights, dropout) @ v
 
 
 def recomputed(layer: nn.Module, recompute: bool, x: Tensor, *rest: Any) -> Tensor:

@@ -5,7 +5,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from itertools import permutations
 
 from ..box import Box
-from ..data.records import Example, split_tags
+from ..data.records import TrainingExample, split_tags
 from ..text.prompts import EVAL_TEMPLATES, TASK_OF, TEMPLATES, render
 from .world import COLOURS, SHAPES, TAGS, Scene, Split, Thing, scene
 
@@ -21,7 +21,7 @@ KINDS = ("caption", "vqa", "vqg", "dialogue", "rec", "reg")
 INSTRUCTIONS = {kind: (*TEMPLATES[kind], *([EVAL_TEMPLATES[kind]] if kind in EVAL_TEMPLATES else [])) for kind in KINDS}
 
 Record = dict[str, str]
-Texts = Mapping[str, Sequence[str]]
+Instructions = Mapping[str, Sequence[str]]
 
 
 def matching(things: Sequence[Thing], phrase: str) -> list[Thing]:
@@ -132,7 +132,7 @@ def tags(things: Sequence[Thing], rng: random.Random) -> list[str]:
 
 
 def records(
-    scene: Scene, rng: random.Random, kinds: Collection[str] = KINDS, instructions: Texts = INSTRUCTIONS
+    scene: Scene, rng: random.Random, kinds: Collection[str] = KINDS, instructions: Instructions = INSTRUCTIONS
 ) -> list[Record]:
     """One record per kind, for vqa one per question: `question`, `answer`, `category`, `tags`, `kind`, `subkind`.
 
@@ -178,10 +178,10 @@ class Toy:
     def __len__(self) -> int:
         return self.scenes
 
-    def read(self, index: int, rng: random.Random) -> Example:
+    def read(self, index: int, rng: random.Random) -> TrainingExample:
         this, groups = scene(index, self.split), dict[str, list[Record]]()
         for record in records(this, rng, self.kinds):
             groups.setdefault(f"{record['kind']} {record['subkind']}", []).append(record)
         chosen = rng.choice(groups[rng.choice(sorted(groups))])
         name, tags = f"toy scene {index} of {self.split}", split_tags(chosen["tags"])
-        return Example(this.image, chosen["question"], chosen["answer"], tags, TASK_OF[chosen["kind"]], name)
+        return TrainingExample(this.image, chosen["question"], chosen["answer"], tags, TASK_OF[chosen["kind"]], name)

@@ -35,7 +35,7 @@ from ..text.tokenizers import UnigramTokenizer
 from ..training.report import say
 from ..training.stages import PARTS, TOY, Job, changed, groups, schedule
 from .labels import FIELDS, REFERENT, field_loss, patch_labels, tag_loss, word_labels, word_loss
-from .questions import INSTRUCTIONS, Record, Texts, records, tags
+from .questions import INSTRUCTIONS, Instructions, Record, records, tags
 from .vocab import write_vocabularies
 from .world import COLOURS, COORDINATES, SHAPES, SIDES, TAGS, Scene, scene
 
@@ -59,7 +59,7 @@ def toy_jobs(args: argparse.Namespace) -> Iterator[Job]:
         start = args.out / "stage0"
         if not start.exists() and not (dist.is_initialized() and dist.get_rank()):
             with atomic_write(start) as new:
-                run(new, args.quick, args.seed)
+                train_stage0(new, args.quick, args.seed)
         if dist.is_initialized():
             dist.barrier()
     parts = list(PARTS)  # only the frozen parts of the package's folder are used
@@ -74,7 +74,7 @@ def toy_jobs(args: argparse.Namespace) -> Iterator[Job]:
 
 
 @torch.random.fork_rng(devices=[])
-def run(out: str | Path, quick: bool = False, seed: int = 0) -> None:
+def train_stage0(out: str | Path, quick: bool = False, seed: int = 0) -> None:
     """Train all three. Write weights under the names of `LionModel.state_dict()`, vocabularies, tags and thresholds."""
     # oneDNN caches its kernels for the last 1,024 shapes. Here every step has new shapes: half a gigabyte and more.
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256")
@@ -204,7 +204,7 @@ def prompt(record: Record, tagged: bool, rng: random.Random) -> str:
 
 
 def draw_records(
-    scenes: Sequence[Scene], instructions: Texts, grounded: bool, rng: random.Random
+    scenes: Sequence[Scene], instructions: Instructions, grounded: bool, rng: random.Random
 ) -> Iterator[tuple[int, Record]]:
     """Four questions about each of 32 scenes, or 64 captions with boxes: one image teaches many coordinates."""
     for i in rng.sample(range(len(scenes)), 64 if grounded else 32):
@@ -274,4 +274,4 @@ def train_ram(scenes: Sequence[Scene], steps: int, seed: int) -> tuple[Ram, list
 
 
 if __name__ == "__main__":
-    run("out/stage0")
+    train_stage0("out/stage0")

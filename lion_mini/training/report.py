@@ -4,18 +4,17 @@ import json
 import math
 import random
 import sys
-import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 from ..box import Box
-from ..data.records import Example, Source
-from ..images import draw_boxes
+from ..data.records import Source, TrainingExample
+from ..images import draw_boxes, draw_sheet
 from ..model.generate import GENERATION
 from ..model.lion import LionModel
 from ..pipeline import Lion
@@ -81,9 +80,9 @@ def draw_loss(metrics: Path, out: Path, width: int = 800, height: int = 400) -> 
 
 
 @torch.inference_mode()
-def draw_samples(lion: Lion, sources: Sequence[Source], out: Path, count: int = 6, side: int = 300) -> None:
+def draw_samples(lion: Lion, sources: Sequence[Source], out: Path, count: int = 6) -> None:
     """Questions, true answers and the model's. Boxes are drawn: the question's blue, the true one green, ours red."""
-    examples: list[Example] = []
+    examples: list[TrainingExample] = []
     for i in range(count):
         source = sources[i % len(sources)]
         try:
@@ -97,14 +96,9 @@ def draw_samples(lion: Lion, sources: Sequence[Source], out: Path, count: int = 
     tags = None if any(example.tags is None for example in examples) else [e.tags or [] for e in examples]
     answers = [answer.text for answer in lion.respond(images, questions, tasks, GENERATION["locate"], tags)]
     lion.model.train()
-    picture = Image.new("RGB", (3 * side, -(-len(examples) // 3) * (side + 80)), "white")
-    draw, font = ImageDraw.Draw(picture), ImageFont.load_default(11)
-    for i, (example, answer) in enumerate(zip(examples, answers, strict=True)):
-        x, y = i % 3 * side, i // 3 * (side + 80)
+    cells = []
+    for example, answer in zip(examples, answers, strict=True):
         texts = (("question", example.question, "blue"), ("true", example.answer, "green"), ("model", answer, "red"))
         boxes = [(box, label, color) for label, text, color in texts if (box := Box.parse(text))]
-        picture.paste(draw_boxes(example.image, boxes).resize((side - 4, side - 4)), (x + 2, y + 2))
-        lines = [line for label, text, _ in texts for line in textwrap.wrap(f"{label}: {text}", 54)[:2]]
-        plain = "\n".join(lines).encode("latin-1", "replace").decode("latin-1")  # PIL's font has no other letters
-        draw.multiline_text((x + 4, y + side), plain, fill="black", font=font, spacing=1)
-    picture.save(out)
+        cells.append((draw_boxes(example.image, boxes), "\n".join(f"{label}: {text}" for label, text, _ in texts)))
+    draw_sheet(cells).save(out)

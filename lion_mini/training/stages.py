@@ -141,7 +141,7 @@ def changed(stage: Stage, args: argparse.Namespace) -> Stage:
     return replace(stage, model=model, **{name: value for name, value in given.items() if value is not None})
 
 
-def check(args: argparse.Namespace) -> None:
+def check_flags(args: argparse.Namespace) -> None:
     """Refuse numbers that make no run, and flags that would change nothing but be recorded in `made_by`."""
     counts = ("batch", "steps", "micro_batch", "save_every", "keep", "draw_every", "workers", "warmup")
     for name in (*counts, "lr", "clip"):

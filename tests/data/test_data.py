@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from lion_mini.data.mixture import MicroBatches, Mixture, micro_batches
-from lion_mini.data.records import Records, check
+from lion_mini.data.records import Records, check_record
 from lion_mini.images import lion_transform
 from lion_mini.toy.questions import Toy
 
@@ -55,7 +55,7 @@ def numbered(folder: Path, name: str, count: int, **more: Any) -> Records:
     ],
 )
 def test_the_releases_records(record: dict[str, Any], expected: dict[str, Any]) -> None:
-    found = check({"question": "what is it?"} | record)
+    found = check_record({"question": "what is it?"} | record)
     assert found["question"]
     assert {key: found[key] for key in expected} == expected
 

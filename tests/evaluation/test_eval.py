@@ -116,7 +116,7 @@ def test_boxes_and_their_contact_sheet(run: Run, tmp_path: Path) -> None:
     assert "paper: LION-4B 89.73, LION-12B 89.80, zero-shot LION-4B 57.89, zero-shot LION-12B 58.54" in out
     assert "no box                    100.00" in out  # these weights are random
     assert "one instruction for all" in out
-    assert Image.open(tmp_path / "results" / "refcoco_val.png").size == (720, 300)
+    assert Image.open(tmp_path / "results" / "refcoco_val.png").size == (680, 420)
     _, told, _ = lines(tmp_path / "results" / "refcoco_val.jsonl")
     assert told["prompt"] == "In the image <image>, can you locate lady ' s head and let me know its coordinates?"
     box = "Answer: [0.445, 0.055,0.664,0.343]"

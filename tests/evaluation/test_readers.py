@@ -386,8 +386,8 @@ def converted(
     images = folder / "images"
     more = [part for key, value in flags.items() for part in (f"--{key.rstrip('_')}", value)]
     if pictures:
-        kind = flags.get("as_", convert.KINDS[name][0])
-        for record in convert.records(name, kind, paths, dict(TEMPLATES), 0):
+        kind = flags.get("as_", convert.TASKS_OF_SET[name][0])
+        for record in convert.make_records(name, kind, paths, dict(TEMPLATES), 0):
             picture = images / record["image"]
             picture.parent.mkdir(parents=True, exist_ok=True)
             Image.new("RGB", (64, 48), "white").save(picture)
@@ -538,10 +538,10 @@ def test_nothing_but_a_sentence_comes_out_of_a_converter(tmp_path: Path) -> None
         ("release", "as it is", [release], []),
     ]
     for name, kind, data, others in whole:
-        assert list(convert.records(name, kind, [write(tmp_path, "x.json", data), *others], dict(TEMPLATES), 0))
+        assert list(convert.make_records(name, kind, [write(tmp_path, "x.json", data), *others], dict(TEMPLATES), 0))
         for broken in mutations(data):
             try:
-                list(convert.records(name, kind, [write(tmp_path, "x.json", broken), *others], dict(TEMPLATES), 0))
+                list(convert.make_records(name, kind, [write(tmp_path, "x.json", broken), *others], dict(TEMPLATES), 0))
                 complaint = ""
             except ValueError as error:
                 complaint = str(error)
@@ -574,7 +574,7 @@ def test_inspect(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     assert "1 that cannot be used, 1 of them for a box out of range" in out
     assert "record 2: [0.1,0.2,1.5,0.3] is no box" in out  # the number that training gives it
     assert "words in the question of record 3:" in out
-    assert Image.open(picture).width == 1080
+    assert Image.open(picture).size == (340, 420)
     damaged = tmp_path / "images" / found[0]["image"]
     damaged.write_bytes(damaged.read_bytes()[:60])
     assert convert.main(command) == 0

@@ -18,7 +18,7 @@ from lion_mini.toy import labels, stage0
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    stage0.run(out := tmp_path_factory.mktemp("stage0"), quick=True)
+    stage0.train_stage0(out := tmp_path_factory.mktemp("stage0"), quick=True)
     return out
 
 
@@ -45,7 +45,7 @@ def test_it_restores_the_random_state(tmp_path: Path) -> None:
     torch.manual_seed(5)
     expected = torch.rand(3)
     torch.manual_seed(5)
-    stage0.run(tmp_path, quick=True)
+    stage0.train_stage0(tmp_path, quick=True)
     assert torch.equal(torch.rand(3), expected)
 
 
