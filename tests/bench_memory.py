@@ -31,7 +31,7 @@ from torch.utils._pytree import tree_leaves
 import weights
 from lion_mini import Lion, LionConfig
 from lion_mini.model import bert, t5, vit
-from lion_mini.model.lion import Batch, LionModel
+from lion_mini.model.lion import Batch, LionModel, skeleton
 from lion_mini.text.vocabularies import Vocabularies
 from lion_mini.training.stages import STAGES, groups, part_of, unfreeze
 from train import autocast
@@ -192,14 +192,13 @@ def process(*command: object) -> tuple[float, int]:
 
 def official_files(config: LionConfig, folder: Path) -> list[object]:
     """Write the files of a release of that size, random. Returns the command that converts them."""
-    with torch.device("meta"):
-        plan = LionModel(config).state_dict()
+    plan = skeleton(config).state_dict()
     tables = {"vit": weights.EVA, "t5": weights.T5, "ram": weights.RAM, "lion": weights.LION}
     files: dict[str, rehearse.Manifest] = {}
     for kind, table in tables.items():
         names = {weights.translate(ours, weights.inverted(table)): tensor.shape for ours, tensor in plan.items()}
         files[kind] = {name: shape for name, shape in names.items() if name is not None}
     texts = ("bert-base-uncased/vocab.txt", "flan-t5/tokenizer.json", *Vocabularies.FILES[2:])
-    rehearse.write(files, config.t5, [OFFICIAL / text for text in texts], folder)
+    rehearse.write(files, [OFFICIAL / text for text in texts], folder)
     (folder / "sizes.json").write_text(config.to_json())
     return [*rehearse.conversion(folder), "--config", folder / "sizes.json"]

@@ -10,7 +10,6 @@ XL needs 40 GB of disk.
 """
 
 import argparse
-import json
 import os
 import resource
 import shutil
@@ -27,7 +26,6 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from lion_mini.config import PRESETS, T5Config  # noqa: E402
 from lion_mini.files import write_shards  # noqa: E402
 from lion_mini.text.vocabularies import Vocabularies  # noqa: E402
 
@@ -56,7 +54,7 @@ def manifests(size: str) -> dict[str, Manifest]:
     return {kind: manifest(name) for kind, name in names.items()} | {"t5": t5}
 
 
-def write(files: dict[str, Manifest], config: T5Config, texts: Sequence[Path], folder: Path) -> None:
+def write(files: dict[str, Manifest], texts: Sequence[Path], folder: Path) -> None:
     """Official files. `texts` are those of `Vocabularies.FILES`."""
     torch.manual_seed(0)
     for kind in ("vit", "ram", "lion"):
@@ -66,11 +64,6 @@ def write(files: dict[str, Manifest], config: T5Config, texts: Sequence[Path], f
     plan = {name: torch.empty(shape, device="meta") for name, shape in files["t5"].items()}
     half = sum(tensor.nbytes for tensor in plan.values()) // 2 + 2**28
     write_shards(folder, plan, lambda name: value(name, plan[name].shape), limit=half)
-    sizes = {
-        "d_model": config.width, "d_kv": config.head_width, "num_heads": config.heads, "d_ff": config.mlp_width,
-        "num_layers": config.encoder_depth, "num_decoder_layers": config.decoder_depth, "vocab_size": config.vocab_size,
-    }  # fmt: skip
-    (folder / "config.json").write_text(json.dumps(sizes))
     for path, name in zip(texts, Vocabularies.FILES, strict=True):
         shutil.copy(path, folder / name)
 
@@ -162,7 +155,7 @@ def main() -> None:
     if args.step == "write":
         names = ("bert_vocab.txt", "t5_tokenizer.json", "ram_tag_list.txt", "ram_tag_list_threshold.txt")
         texts = [Path(os.environ["LION_ASSETS"]) / name for name in names]
-        return write(manifests(args.size), PRESETS[args.size].t5, texts, args.folder)
+        return write(manifests(args.size), texts, args.folder)
     if args.step == "answer":
         return answer(args.folder)
     with tempfile.TemporaryDirectory(dir=args.folder) as name:

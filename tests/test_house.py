@@ -37,7 +37,6 @@ def test_model_imports_the_method_alone() -> None:
 
 
 def test_components_do_not_know_the_whole() -> None:
-    """A component imports config, layers and bert, and the part inside it; only lion.py composes."""
     parts = {"t5": {"adapters"}, "ram": {"swin"}, "generate": {"t5"}}
     for name in ("vit", "bert", "qformer", "aggregator", "adapters", "t5", "generate", "swin", "ram"):
         ours = {found.split(".")[-1] for found in imports(f"lion_mini.model.{name}") if found.startswith("lion_mini")}
