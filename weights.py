@@ -233,6 +233,8 @@ def inputs(args: argparse.Namespace) -> list[tuple[Path, Table]]:
     """The checkpoints with their tables: a later one replaces tensors of an earlier one."""
     if len({path is None for path in (args.ram, args.ram_tags, args.ram_thresholds)}) > 1:
         raise ValueError("--ram needs --ram-tags and --ram-thresholds, the two text files beside it: give all or none")
+    if args.lion and args.blip2:
+        raise ValueError(f"--blip2 {args.blip2} starts a Q-Former, which --lion has trained: give one of the two")
     if args.out.exists():
         raise ValueError(f"--out {args.out} exists already: remove it or choose another")
     bert = any((args.bert / name).is_file() for name in ("model.safetensors", "pytorch_model.bin")) and not args.lion

@@ -410,6 +410,7 @@ BAD = {
     "config": (text_file("c.json", "config", '{"vit": {"depht": 3}}'), "config.vit.depht is unknown"),
     "no thresholds": (lambda _: {"ram_thresholds": None}, "--ram needs --ram-tags and --ram-thresholds"),
     "no tagger": (lambda _: {"ram": None}, "--ram needs --ram-tags and --ram-thresholds"),
+    "two Q-Formers": (lambda _: {"blip2": OFFICIAL / "LION-FlanT5-XL.pth"}, "give one of the two"),
 }  # fmt: skip
 
 
