@@ -168,6 +168,8 @@ class Tensors:
 
 def read_tensors(file: Path) -> dict[str, Tensor]:
     """The tensors of a checkpoint file, memory-mapped unless it has torch's old format. No code in it can run."""
+    if file.suffix not in (".pth", ".pt", ".bin", ".safetensors"):
+        raise ValueError(f"{file}: a checkpoint is a .pth, .pt, .bin or .safetensors file, not {file.suffix!r}")
     with reading(f"{file} is not a whole checkpoint"):
         if file.suffix == ".safetensors":
             return load_file(file)

@@ -267,5 +267,7 @@ def pad(rows: Sequence[Sequence[int]], value: int) -> tuple[Tensor, Tensor | Non
 
 def read_config(folder: Path) -> LionConfig:
     """The config.json of a folder that weights.py convert or training wrote."""
-    with reading(path := folder / "config.json"):
+    if not (path := folder / "config.json").is_file():
+        raise ValueError(f"{folder} has no config.json: it is not a folder of weights.py or train.py")
+    with reading(path):
         return LionConfig.from_json(read_text(path))

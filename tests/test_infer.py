@@ -241,7 +241,7 @@ def test_not_a_folder_of_weights(run: Run, tmp_path: Path) -> None:
     code, _, error, _ = run(PHOTO, "--weights", tmp_path, weights=False)
     assert code == 2
     assert len(error.splitlines()) == 1
-    assert "config.json: No such file" in error
+    assert "has no config.json: it is not a folder of" in error
 
 
 def test_a_model_without_tags_takes_none(run: Run, golden_folder: Path, tmp_path: Path) -> None:

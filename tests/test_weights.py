@@ -402,7 +402,7 @@ BAD = {
         lambda p: {"ram": changed(p, "ram_swin_large_14m.pth", lambda d: d["label_embed"].zero_())},
         "label_embed is all zero, or",
     ),
-    "gguf": (text_file("lion.gguf", "lion", "GGUF"), "lion.gguf is not a whole checkpoint"),
+    "gguf": (text_file("lion.gguf", "lion", "GGUF"), "lion.gguf: a checkpoint is a .pth, .pt, .bin"),
     "no tags": (text_file("tags.txt", "ram_tags", ""), "tags.txt has 0 lines, the model needs 24"),
     "few tags": (text_file("tags.txt", "ram_tags", "a\nb\n"), "tags.txt has 2 lines, the model needs 24"),
     "few thresholds": (text_file("t.txt", "ram_thresholds", "0.5\n"), "t.txt has 1 lines, the model needs 24"),
@@ -449,7 +449,7 @@ def resaved(change: Callable[[dict], object]) -> Callable[[Path], object]:
 
 
 DAMAGES: dict[str, Callable[[Path], object]] = {
-    "config.json: No such file": lambda f: (f / "config.json").unlink(),
+    "has no config.json: it is not a folder of": lambda f: (f / "config.json").unlink(),
     "no folder with .safetensors files": lambda f: (f / SHARD).unlink(),
     "is not a whole checkpoint": lambda f: (f / SHARD).write_bytes((f / SHARD).read_bytes()[:-50]),
     "soft_prompt is missing": resaved(lambda t: t.pop("soft_prompt")),

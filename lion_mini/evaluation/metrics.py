@@ -25,8 +25,8 @@ def cider(
 ) -> tuple[float, Any]:
     """CIDEr-D of raw captions: the corpus' mean and each image's score (a dict by image if dicts are given).
 
-    For a caption s let w_n(s)[k] be the count of the n-gram k times ln N - ln max(1, df(k)), where df(k) counts the
-    images that use k in a reference. A hypothesis c scores, averaged over n = 1 to 4 and over its references r,
+    df(k) counts the images, of N, that use the n-gram k in a reference. For a caption s the weight w_n(s)[k] is the
+    count of k times ln N - ln max(1, df(k)). The score of c is a mean over n = 1 to 4 and over its references r:
 
         10 * exp(-(|c| - |r|)^2 / (2 * 6^2)) * sum_k min(w_n(c)[k], w_n(r)[k]) w_n(r)[k] / (||w_n(c)|| ||w_n(r)||)
 

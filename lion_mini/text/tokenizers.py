@@ -28,7 +28,7 @@ _HAN = "[㐀-䶿一-鿿\uf900-\ufaff\U00020000-\U0002a6df\U0002a700-\U0002b81f\U
 class UnigramTokenizer:
     """T5's: each word is cut so that the log probabilities of its pieces have the largest sum.
 
-    With the pieces ▁ -2, a -5, b -4, ▁a -4, ab -5 the word ▁ab is cut from left to right, keeping the best cut per end:
+    An example: the word ▁ab and the pieces ▁ -2, a -5, b -4, ▁a -4, ab -5. From left to right the best cut per end is
 
         ▁      ▁       -2
         ▁a     ▁a      -4     better than ▁ a, -7

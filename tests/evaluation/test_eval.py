@@ -396,7 +396,7 @@ def test_predictions_belong_to_the_weights_that_made_them(run: Run, tmp_path: Pa
     folder = folder.rename(tmp_path / "moved")
     assert run("pope_random", "--ann", path, "--weights", folder, weights=False)[0] == 0
     shutil.rmtree(folder)
-    assert "config.json: No such file" in run(*command, weights=False)[2]
+    assert "has no config.json: it is not a folder of" in run(*command, weights=False)[2]
     assert run("pope_random", "--ann", path, "--score", file, weights=False)[0] == 0
 
 

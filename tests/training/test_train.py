@@ -817,7 +817,7 @@ def test_a_user_is_told_what_is_missing(
         (["--data", "a.json"], "say which with --stage"),
         (["--stage", "1"], "--init takes one folder"),
         (["--stage", "1", "--init", "a", "b"], "--init takes one folder"),
-        (["--stage", "1", "--init", str(tmp_path / "none")], "config.json: No such file"),
+        (["--stage", "1", "--init", str(tmp_path / "none")], "has no config.json: it is not a folder of"),
         (["--stage", "4", "--init", str(stage0)], "soft prompt: fine-tuning begins with a whole LION"),
         (["--stage", "4", "--tags", "soft"], "--tags changes nothing with --stage 4: leave it out"),
         (["--stage", "2", "--no-router"], "--no-router changes nothing with --stage 2"),
