@@ -9,7 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
-from lion_mini.data.mixture import MicroBatches, Mixture, micro_batches
+from lion_mini import Lion, toy
+from lion_mini.data.mixture import MicroBatches, Mixture, collate, micro_batches
 from lion_mini.data.records import Records, check_record
 from lion_mini.images import lion_transform
 from lion_mini.toy.questions import Toy
@@ -213,3 +214,16 @@ def test_toy_source() -> None:
     again = image.read(3, random.Random(3))
     assert (again.question, again.answer, again.tags) == (asked[3].question, asked[3].answer, asked[3].tags)
     assert Toy(("image",), "test").read(3, random.Random(3)).image.tobytes() != asked[3].image.tobytes()
+
+
+def test_ram_tags_the_whole_picture_of_samples_without_tags(tmp_path: Path) -> None:
+    lion, image = Lion.from_pretrained("tiny"), toy.scene(3, "test").image
+    image.save(tmp_path / "a.png")
+    record = {"image": "a.png", "question": "what is it?", "answer": "red"}
+    (tmp_path / "r.json").write_text(json.dumps([record, record | {"tags": ["cross"]}]))
+    samples: Any = MicroBatches(Mixture([Records(tmp_path / "r.json", tmp_path)], None, 0), 2, 48, 64)[0]
+    batch = collate(lion, samples)
+    prompts = [lion.text.pieces.decode(row) for row in batch.prompt.tolist()]
+    wanted = [", ".join(lion.tag([image])[0]) if tags is None else "cross" for tags in samples.tags]  # type: ignore
+    assert len(set(wanted)) == 2
+    assert all(f"[{tags}]" in prompt for tags, prompt in zip(wanted, prompts, strict=True)), prompts
