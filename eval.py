@@ -41,7 +41,7 @@ from lion_mini.files import atomic_write, json_lines, need, reading, run
 from lion_mini.images import ImageFolder, draw_boxes, draw_sheet, lion_transform, open_image
 from lion_mini.pipeline import DTYPES, TINY, read_config
 from lion_mini.quantize import best_dtype
-from lion_mini.text.prompts import DECODING, EVAL_TEMPLATES, TASK_OF, load_templates, render
+from lion_mini.text.prompts import DECODING, EVAL_TEMPLATES, TASK_OF, TEMPLATES, load_templates, render
 from lion_mini.text.vocabularies import Vocabularies
 from lion_mini.toy.scores import toy_scores
 
@@ -61,8 +61,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--score", type=Path, metavar="FILE", help="only score this file of predictions")
     parser.add_argument("--official", action="store_true", help="write as the release: 5 beams, repetition penalty 1.5")
     parser.add_argument("--template", help="this instruction for all, with {question} or {expression}")
-    parser.add_argument("--templates", type=Path, help="a JSON file of REC instructions to draw from, as the paper did")
-    parser.add_argument("--seed", type=int, default=0, help="of --templates")
+    parser.add_argument("--templates", type=Path, nargs="+", help="files of REC instructions to draw from, or: paper")
+    parser.add_argument("--seed", type=int, default=0, help="of REC's instructions, which are drawn")
     parser.add_argument("--rounds", choices=("all", "last"), default="all", help="VisDial: last is the common mistake")
     parser.add_argument("--limit", type=int, help="only the first so many examples")
     parser.add_argument("--skip-missing", action="store_true", help="leave out examples without a picture")
@@ -103,9 +103,17 @@ def evaluate(args: Namespace) -> None:
 # --- predictions
 
 
-def instructions(args: Namespace, examples: Examples) -> list[str]:
-    """The prompt of each example, from --templates drawn by seed and id."""
-    choices = load_templates(args.templates)["rec"] if args.templates else (args.template,)
+def templates(args: Namespace) -> Sequence[str]:
+    """The instruction to ask, or those to draw from: the command line's, the weights' own, or the paper's (B.2)."""
+    kind, own = BENCHMARKS[args.task].kind, read_config(folder_of(args)).instructions
+    if args.template is not None or args.templates:
+        paths = [path for path in args.templates or () if path != Path("paper")]
+        return [args.template] if args.template is not None else load_templates(*paths)["rec"]
+    return [own[kind]] if kind in own else TEMPLATES["rec"] if kind == "rec" else [EVAL_TEMPLATES[kind]]
+
+
+def instructions(args: Namespace, choices: Sequence[str], examples: Examples) -> list[str]:
+    """The prompt of each example, drawn by seed and id if there is a choice."""
     prompts = [render(random.Random(f"{args.seed} {e.id}").choice(choices), **e.fields) for e in examples]
     for example, prompt in zip(examples, prompts, strict=True):
         name = next(iter(example.fields), "")
@@ -114,16 +122,19 @@ def instructions(args: Namespace, examples: Examples) -> list[str]:
     return prompts
 
 
-def header(args: Namespace, ranked: bool) -> Line:
+def folder_of(args: Namespace) -> Path:
+    return TINY if args.weights == Path("tiny") else args.weights
+
+
+def header(args: Namespace, choices: Sequence[str], ranked: bool) -> Line:
     """Every setting that changes predictions, and size and time of the files that make the model."""
-    folder = TINY if args.weights == Path("tiny") else args.weights
-    read_config(folder)
+    folder = folder_of(args)
     files = [folder / name for name in ("config.json", *Vocabularies.FILES)] + sorted(folder.glob("*.safetensors"))
     stats = {file.name: file.stat() for file in files if file.is_file()}
     return {
         "task": args.task, "weights": str(args.weights),
         "decoding": "ranked" if ranked else "official" if args.official else "greedy",
-        "template": args.template if args.templates is None else f"{args.templates}, seed {args.seed}",
+        "template": choices[0] if len(choices) == 1 else f"one of {len(choices)}, seed {args.seed}",
         "tags": not args.no_tags, "rounds": args.rounds if args.task == "visdial" else None,
         "dtype": args.dtype, "batch_size": args.batch_size,
         **{name: f"{stat.st_size} bytes, mtime {stat.st_mtime_ns}" for name, stat in stats.items()},
@@ -170,10 +181,11 @@ def answers(lion: Lion, args: Namespace, batch: Examples, prompts: list[str], im
 
 def predict(args: Namespace, examples: Examples, ids: list[str], path: Path, images: ImageFolder) -> tuple[Line, Line]:
     """Answer the remaining examples; `ids` are the whole file's. Header and predictions by id, empty if rank > 0."""
-    prompts = instructions(args, examples)
+    choices = templates(args)
+    prompts = instructions(args, choices, examples)
     rank, world, device = distributed(args.device)
     args.dtype = str(best_dtype(device)).removeprefix("torch.") if args.dtype == "auto" else args.dtype
-    made, known = header(args, ranked=bool(examples[0].candidates)), dict[str, Line]()
+    made, known = header(args, choices, ranked=bool(examples[0].candidates)), dict[str, Line]()
 
     # 1. Rank 0 keeps what an earlier run left, and tells the others.
     if rank == 0:
@@ -227,8 +239,6 @@ def measure(args: Namespace) -> None:
     if args.task == "visdial" and args.rounds == "last":
         examples = [example for example in examples if example.group == "last"]
     ids, asked = [example.id for example in examples], examples[: args.limit]
-    standard = EVAL_TEMPLATES[benchmark.kind]
-    args.template = standard if args.template is None else args.template
 
     # 1. Predict, or load predictions.
     if args.score is None:
@@ -247,7 +257,10 @@ def measure(args: Namespace) -> None:
     # 2. Score, and say what differs from the paper's setting.
     with reading(path):
         scores = score(args.task, examples, [predictions[example.id] for example in examples])
-    few, template = sum(len(example.references) < 10 for example in examples), made.get("template", standard)
+    few, template = (
+        sum(len(example.references) < 10 for example in examples),
+        made.get("template", EVAL_TEMPLATES[benchmark.kind]),
+    )
     notes = {
         f"{len(ids):,} examples in the file, {benchmark.count:,} in the paper's benchmark": len(ids) != benchmark.count,
         f"{len(asked) - len(examples):,} examples without a {lost} left out": len(examples) < len(asked),
@@ -257,8 +270,8 @@ def measure(args: Namespace) -> None:
         benchmark.differs: benchmark.differs,
         "the file does not say how its predictions were made": not made,
         "5 beams and repetition penalty 1.5, where the paper writes greedily": made.get("decoding") == "official",
-        "one instruction for all, where the paper draws one of 54": made.get("template") == EVAL_TEMPLATES["rec"],
-        f"the instruction {template!r}": template != standard and benchmark.kind != "rec",
+        f"the instruction {template!r}, where the paper draws one of its training list": benchmark.kind == "rec",
+        f"the instruction {template!r}": template != EVAL_TEMPLATES[benchmark.kind] and benchmark.kind != "rec",
         "no image tags": made.get("tags") is False,
         "only the last rounds": made.get("rounds") == "last",
     }  # fmt: skip

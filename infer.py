@@ -35,7 +35,7 @@ from lion_mini.data.records import Records
 from lion_mini.files import reading, run
 from lion_mini.images import draw_boxes, open_image
 from lion_mini.pipeline import DTYPES, Answer
-from lion_mini.text.prompts import DECODING, EVAL_TEMPLATES, TASK_OF, render
+from lion_mini.text.prompts import DECODING, TASK_OF, render
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 KIND = {"caption": "caption", "ask": "vqa", "locate": "rec", "describe": "reg"}  # of the prompt
@@ -103,7 +103,7 @@ def ask(lion: Lion, mode: str, text: str, pictures: Sequence[Picture], args: arg
     else:
         kind, tags = KIND[mode], args.use_tags and [args.use_tags] * len(images)
         settings = GENERATION["official" if args.official else DECODING[kind]]
-        prompts = [render(EVAL_TEMPLATES[kind], question=text, expression=text, box=box or "") for box in boxes]
+        prompts = [render(lion.instruction(kind), question=text, expression=text, box=box or "") for box in boxes]
         answers = lion.respond(images, prompts, [TASK_OF[kind]] * len(images), settings, tags)
     if mode == "locate":
         boxes = [Box.parse(answer.text) for answer in answers]

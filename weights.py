@@ -30,6 +30,7 @@ from lion_mini.files import Tensors, atomic_write, read_json, read_text, reading
 from lion_mini.model.lion import skeleton
 from lion_mini.pipeline import Lion
 from lion_mini.quantize import quantise, to_int8
+from lion_mini.text.prompts import RELEASE
 from lion_mini.text.vocabularies import Vocabularies
 from lion_mini.training.start import fresh
 
@@ -173,7 +174,9 @@ def convert(args: argparse.Namespace) -> None:
     # 1. The inputs, and the names and shapes of the model.
     files = inputs(args)
     config = choose_config(args.config, Tensors(args.t5).shapes)
-    config = config if args.ram else replace(config, ram=None)
+    config = replace(
+        config, ram=config.ram if args.ram else None, instructions=config.instructions or (RELEASE if args.lion else {})
+    )
     texts = [args.bert / "vocab.txt", args.t5 / "tokenizer.json", args.ram_tags, args.ram_thresholds]
     Vocabularies.from_files(texts, config)  # raises if one does not fit
     model = skeleton(config)

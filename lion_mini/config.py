@@ -7,7 +7,7 @@ one more name in `tasks`.
 """
 
 import json
-from dataclasses import asdict, dataclass, is_dataclass, replace
+from dataclasses import asdict, dataclass, field, is_dataclass, replace
 from typing import Any
 
 from .files import need
@@ -109,6 +109,7 @@ class LionConfig:  # The whole model. `ram=None` is a LION without its tagger: t
     max_question_tokens: int = 128  # what the Q-Former reads
     max_prompt_tokens: int = 128  # what T5 reads, in training only
     max_answer_tokens: int = 128  # in training only
+    instructions: dict[str, str] = field(default_factory=dict)  # asked in place of EVAL_TEMPLATES, by kind
     stage: int = 0  # the stage that trained the weights beside this config; 0: none
     made_by: str = ""  # the commands, seeds and hours that did
 
@@ -116,6 +117,8 @@ class LionConfig:  # The whole model. `ram=None` is a LION without its tagger: t
         for name, choices in (("visual_input", ("image", "region", "all")), ("tags", ("soft", "plain", "none"))):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be {' or '.join(choices)}, not {getattr(self, name)!r:.60}")
+        for kind, text in self.instructions.items():
+            need(text, str, f"instructions.{kind}")
         if self.adapters not in (0, 1, len(self.tasks)):
             raise ValueError(f"adapters is 0, 1 or {len(self.tasks)} (one per task), not {self.adapters}")
         if not all(0 <= tap < self.vit.depth for tap in self.taps):

@@ -239,9 +239,13 @@ class Lion:
             for row, prompt, tags, [total] in zip(written, self.prompts(questions, names), scored, sums, strict=True)
         ]
 
+    def instruction(self, kind: str) -> str:
+        """How these weights are asked: the paper's evaluation instruction, unless their config has another."""
+        return self.config.instructions.get(kind, EVAL_TEMPLATES[kind])
+
     def ask(self, image: Image.Image, kind: str, settings: Generation, **fields: str | Box) -> str:
-        """The answer to the evaluation prompt of a kind, such as "vqa"."""
-        return self.respond([image], [render(EVAL_TEMPLATES[kind], **fields)], [TASK_OF[kind]], settings)[0].text
+        """The answer to the instruction of a kind, such as "vqa"."""
+        return self.respond([image], [render(self.instruction(kind), **fields)], [TASK_OF[kind]], settings)[0].text
 
     def caption(self, image: Image.Image) -> str:
         return self.ask(image, "caption", GENERATION["caption"])

@@ -12,7 +12,8 @@
     vg, refcoco             regions, or Shikra's lines; refs(...).p with instances.json     --as rec (default) or reg
     release                 the release's own image_level_data.json and region_level_data.json
 
-Instructions are drawn from the paper's templates (or those of `--templates FILE`) by `--seed` and the record's number.
+Instructions are drawn by `--seed` and the record's number: from Table 9's templates (or those of `--templates FILES`),
+and from what the model will be asked in evaluation.
 """
 
 import argparse
@@ -22,7 +23,7 @@ import random
 import re
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import astuple
 from functools import partial
@@ -37,12 +38,12 @@ from ..box import Box
 from ..evaluation.readers import Example, any_box_of, aokvqa, captions, refcoco, rows, textcaps, vqa
 from ..files import atomic_write, json_lines, need, printable, read_json, reading, run
 from ..images import ImageFolder, draw_boxes, draw_sheet, open_image
-from ..text.prompts import TASK_OF, TEMPLATES, load_templates, render
+from ..text.prompts import TASK_OF, load_templates, pool, render
 from .records import BRACKETED, Records, TrainingExample
 
 
 def make_records(
-    name: str, kind: str, paths: Sequence[Path], templates: dict[str, tuple[str, ...]], seed: int
+    name: str, kind: str, paths: Sequence[Path], templates: Mapping[str, Sequence[str]], seed: int
 ) -> Iterator:
     """The records of a data set in its order. `question` is empty if the text that its template needs is empty."""
     if name == "release":
@@ -149,7 +150,7 @@ def convert(args: argparse.Namespace) -> None:
     kind = args.kind or TASKS_OF_SET[args.name][0]
     if kind not in TASKS_OF_SET[args.name]:
         raise ValueError(f"{args.name} has no --as {kind}, only {', '.join(TASKS_OF_SET[args.name])}")
-    templates = TEMPLATES if args.templates is None else load_templates(args.templates)
+    templates = pool(load_templates(*args.templates))
     images, counts = ImageFolder(args.images), Counter[str]()
     with atomic_write(args.out) as new:
         with open(new, "w", encoding="utf-8", errors="backslashreplace") as file:  # escapes half a surrogate pair
@@ -272,7 +273,9 @@ def main(argv: list[str] | None = None) -> int:
     make.add_argument("--ann", type=Path, nargs="+", required=True)
     make.add_argument("--images", type=Path, required=True, help="the pictures' folder")
     make.add_argument("--out", type=Path, required=True)
-    make.add_argument("--templates", type=Path, help="a JSON file of instructions in place of the paper's")
+    make.add_argument(
+        "--templates", type=Path, nargs="+", default=[], help="JSON files of instructions in place of Table 9's"
+    )
     make.add_argument("--seed", type=int, default=0)
     make.add_argument("--skip-missing", action="store_true", help="leave out records without a picture")
     look = commands.add_parser("inspect", help="what a file of records holds")

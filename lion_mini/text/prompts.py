@@ -7,7 +7,7 @@ T5 reads both, as in the release's models/lion_t5.py; the Q-Former reads the ins
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from ..box import Box
@@ -22,8 +22,7 @@ def tag_sentence(tags: Sequence[str] | str, soft_prompt: bool = True) -> str:
     return f"{opening if soft_prompt else 'You'} are allowed to use or partially use the following tags: [{joined}]. "
 
 
-# Instructions for training (B.1). Caption, vqa and vqg are Table 9's, "an question" included. Rec and reg are our own:
-# the paper's come from Shikra, whose files are not free to copy (`load_templates` reads them). Dialogue has none.
+# Instructions for training, as Table 9 prints them, "an question" included. Dialogue has none.
 TEMPLATES: dict[str, tuple[str, ...]] = {
     "caption": (
         "Can you briefly explain what you see in the image?",
@@ -44,35 +43,39 @@ TEMPLATES: dict[str, tuple[str, ...]] = {
         "Considering the picture, come up with a question where the answer is: {answer}.",
         "Taking the image into account, generate an question that has the answer: {answer}. Question:"),
     "rec": (
-        "Where in the image is {expression}? Answer with its box.",
-        "Find {expression} and give the coordinates of its bounding box.",
-        "Give the box [x1,y1,x2,y2] around {expression}.",
-        "Which region of the picture shows {expression}? Write down its coordinates.",
-        "Point out {expression} with one bounding box.",
-        "I am looking for {expression}. What are its coordinates in this image?"),
+        "Identify the position of {expression} in image and share its coordinates.",
+        "I'd like to request the coordinates of {expression} within the photo.",
+        "How can I locate {expression} in the image? Please provide the coordinates.",
+        "I am interested in knowing the coordinates of {expression} in the picture.",
+        "Assist me in locating the position of {expression} in the photograph and its bounding box coordinates.",
+        "In the image, I need to find {expression} and know its coordinates. Can you please help?"),
     "reg": (
-        "Describe the region {box} of the image so that it cannot be mistaken for another.",
-        "What is inside the box {box}?", "Name the object at {box} in a few words.",
-        "Write a short phrase that refers to the area {box} of this picture only.",
-        "Which object do the coordinates {box} mark?", "Tell me what the region {box} shows."),
+        "What are the unique characteristics of the rectangular section {box} in image?",
+        "Describe the novel qualities of the selected bounding box {box} in image.",
+        "What sets the chosen region {box} in image apart from its surroundings?",
+        "Provide a one-of-a-kind depiction for the area enclosed by {box} in image.",
+        "How would you portray the unique features of the designated box {box} in image?",
+        "Explain the distinguishing characteristics of the marked bounding box {box} in image."),
     "dialogue": ("{question}",),
 }  # fmt: skip
 
-# Instructions for evaluation (B.2), one per benchmark or family. `rec` is that of the release's notebook, whose
-# checkpoints read `<image>` as text. The paper has none for reg, pope and mmbench.
+# Instructions for evaluation (B.2), one per benchmark or family; eval.py draws REC's from all of Table 9's. The paper
+# prints none for reg, pope and mmbench.
 EVAL_TEMPLATES: dict[str, str] = {
     "caption": "A short image description:",
     "vqa": "Question: {question} Short answer:",
     "iconqa": "{question}",
     "vsr": 'Based on the image, is this statement true or false? "{question}" Answer:',
     "visdial": "Dialog history: {history}\nQuestion: {question} Short answer:",
-    "rec": "In the image <image>, can you locate {expression} and let me know its coordinates?",
+    "rec": TEMPLATES["rec"][0],
     "reg": TEMPLATES["reg"][0],
     "pope": "{question}",
     "mmbench": "Hint: {hint}\nQuestion: {question}\nOptions:\n{options}\n"
     "Please select the correct answer from the options above. \n",
 }
 
+# What the release's weights are asked instead (its notebook): `<image>` is text that they have learned.
+RELEASE = {"rec": "In the image <image>, can you locate {expression} and let me know its coordinates?"}
 # Which row of the router a kind of instruction uses, and which entry of GENERATION decodes its answer.
 TASK_OF = {kind: "region" if kind in ("rec", "reg") else "image" for kind in [*TEMPLATES, *EVAL_TEMPLATES]}
 DECODING = dict.fromkeys(TASK_OF, "answer") | {"caption": "caption", "rec": "locate", "reg": "describe"}
@@ -92,19 +95,30 @@ def render(template: str, **fields: str | Box) -> str:
     return _FIELD.sub(lambda match: texts[match[1]], "\n".join(lines))
 
 
-def load_templates(path: str | Path) -> dict[str, tuple[str, ...]]:
-    """TEMPLATES, where a JSON file `{"rec": ["Find {expression}.", ...], ...}` replaces whole tasks.
+def pool(templates: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
+    """What training draws from: the templates, and every instruction that the model will be asked."""
+    asked = {kind: [said[kind] for said in (EVAL_TEMPLATES, RELEASE) if kind in said] for kind in templates}
+    return {kind: [*dict.fromkeys([*texts, *asked[kind]])] for kind, texts in templates.items()}
 
-    Shikra's placeholders (`<expr>`, `<objs>`, `<question>`) will do. A ValueError says what is wrong with the file.
+
+def load_templates(*paths: str | Path) -> dict[str, tuple[str, ...]]:
+    """TEMPLATES, where JSON files replace whole tasks: `{"rec": ["Find {expression}.", ...]}`, or a list of one task.
+
+    Shikra's lists can be read: `<expr>`, `<objs>` and `<question>` tell the task. A ValueError says what is wrong.
     """
-    loaded = dict(TEMPLATES)
-    with reading(path):
-        for kind, templates in read_json(Path(path)).items():
-            if kind not in TEMPLATES:
-                raise ValueError(f"the task {kind!r} is unknown; there are {', '.join(TEMPLATES)}")
-            texts = [need(text, str, kind) for text in need(templates, list, kind) or [""]]
-            loaded[kind] = tuple(re.sub("<[a-z]+>", lambda m: _SHIKRA.get(m[0], m[0]), text) for text in texts)
-            for text in loaded[kind]:
-                if not text or sorted(set(_FIELD.findall(text))) != _FIELD.findall(TEMPLATES[kind][0]):
-                    raise ValueError(f"{kind} {text!r} must be a text with the same fields as {TEMPLATES[kind][0]!r}")
+    loaded, fields = dict(TEMPLATES), {kind: _FIELD.findall(texts[0]) for kind, texts in TEMPLATES.items()}
+    for path in paths:
+        with reading(path):
+            given = read_json(Path(path), (dict, list))
+            for kind, templates in given.items() if isinstance(given, dict) else [("", given)]:
+                texts = [need(text, str, kind or "a template") for text in need(templates, list, kind) or [""]]
+                texts = [re.sub("<[a-z]+>", lambda m: _SHIKRA.get(m[0], m[0]), text) for text in texts]
+                found = [sorted(set(_FIELD.findall(text))) for text in texts]
+                kind = kind or next((kind for kind in fields if fields[kind] == found[0]), "")
+                if kind not in TEMPLATES:
+                    raise ValueError(f"the task {kind!r} is unknown; there are {', '.join(TEMPLATES)}")
+                for text, names in zip(texts, found, strict=True):
+                    if not text or names != fields[kind]:
+                        raise ValueError(f"{kind} {text!r} must have the same fields as {TEMPLATES[kind][0]!r}")
+                loaded[kind] = tuple(texts)
     return loaded

@@ -6,7 +6,7 @@ from itertools import permutations
 
 from ..box import Box
 from ..data.records import TrainingExample, split_tags
-from ..text.prompts import EVAL_TEMPLATES, TASK_OF, TEMPLATES, render
+from ..text.prompts import EVAL_TEMPLATES, RELEASE, TASK_OF, TEMPLATES, render
 from .world import COLOURS, SHAPES, TAGS, Scene, Split, Thing, scene
 
 MARGIN = 3  # the least difference, in grid units, at which a thing is called left of another
@@ -18,7 +18,25 @@ RELATIONS = {"left of": (0, -1), "right of": (0, 1), "above": (1, -1), "below": 
 EXTREMES = {"leftmost": (0, -1), "rightmost": (0, 1), "topmost": (1, -1), "bottommost": (1, 1)}
 MISSED, INVENTED = 0.1, 0.03  # a tagger's error rates: per true tag, and per false tag
 KINDS = ("caption", "vqa", "vqg", "dialogue", "rec", "reg")
-INSTRUCTIONS = {kind: (*TEMPLATES[kind], *([EVAL_TEMPLATES[kind]] if kind in EVAL_TEMPLATES else [])) for kind in KINDS}
+OWN = {
+    "rec": (
+        "Where in the image is {expression}? Answer with its box.",
+        "Find {expression} and give the coordinates of its bounding box.",
+        "Give the box [x1,y1,x2,y2] around {expression}.",
+        "Which region of the picture shows {expression}? Write down its coordinates.",
+        "Point out {expression} with one bounding box.",
+        "I am looking for {expression}. What are its coordinates in this image?"),
+    "reg": (
+        "Describe the region {box} of the image so that it cannot be mistaken for another.",
+        "What is inside the box {box}?", "Name the object at {box} in a few words.",
+        "Write a short phrase that refers to the area {box} of this picture only.",
+        "Which object do the coordinates {box} mark?", "Tell me what the region {box} shows."),
+}  # fmt: skip
+# Training draws from these. The last is the one that evaluation asks.
+INSTRUCTIONS = {
+    kind: (*texts, *([EVAL_TEMPLATES[kind]] if kind in EVAL_TEMPLATES else [])) for kind, texts in TEMPLATES.items()
+}
+INSTRUCTIONS |= {"rec": (*OWN["rec"], RELEASE["rec"]), "reg": (*OWN["reg"], OWN["reg"][0])}
 
 Record = dict[str, str]
 Instructions = Mapping[str, Sequence[str]]

@@ -89,7 +89,9 @@ def train_stage0(out: str | Path, quick: bool = False, seed: int = 0) -> None:
     parts = nn.ModuleDict({"vit": vit, "t5": reader.t5, "ram": ram}).state_dict()
     save_file({name: tensor.bfloat16().contiguous() for name, tensor in parts.items()}, folder / "model.safetensors")
     made_by = f"stage 0: lion_mini/toy/stage0.py (seed {seed}, {(time.perf_counter() - start) / 60:.1f} minutes)"
-    (folder / "config.json").write_text(replace(CONFIG, made_by=made_by).to_json() + "\n", encoding="utf-8")
+    asked = {kind: INSTRUCTIONS[kind][-1] for kind in ("rec", "reg")}
+    config = replace(CONFIG, instructions=asked, made_by=made_by)
+    (folder / "config.json").write_text(config.to_json() + "\n", encoding="utf-8")
     (folder / "ram_tag_list_threshold.txt").write_text("".join(f"{t}\n" for t in thresholds), encoding="utf-8")
 
 

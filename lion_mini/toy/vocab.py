@@ -6,8 +6,8 @@ import re
 import string
 from pathlib import Path
 
-from ..text.prompts import EVAL_TEMPLATES, PLACEHOLDER, TEMPLATES, tag_sentence
-from .questions import PLACES, records
+from ..text.prompts import EVAL_TEMPLATES, PLACEHOLDER, tag_sentence
+from .questions import INSTRUCTIONS, PLACES, records
 from .world import COORDINATES, TAGS, scene
 
 SIZE = 512  # rows of T5's and of the Q-Former's embedding table
@@ -20,7 +20,8 @@ def write_vocabularies(folder: str | Path) -> None:
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    templates = [text for texts in (*TEMPLATES.values(), EVAL_TEMPLATES.values()) for text in texts]
+    templates = [text for kind, text in EVAL_TEMPLATES.items() if kind not in INSTRUCTIONS]
+    templates += [text for texts in INSTRUCTIONS.values() for text in texts]
     rng = random.Random(0)
     texts = [f"{r['question']} {r['answer']}" for seed in range(400) for r in records(scene(seed, "train"), rng)]
     texts += [re.sub(r"\{\w+\}", " ", text) for text in templates] + [tag_sentence(TAGS), *PLACES]

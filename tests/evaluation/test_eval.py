@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,8 @@ from lion_mini import Lion, toy
 from lion_mini.data.records import split_tags
 from lion_mini.evaluation import benchmarks, metrics, readers
 from lion_mini.evaluation.benchmarks import BENCHMARKS, read
-from lion_mini.pipeline import Answer
+from lion_mini.pipeline import Answer, read_config
+from lion_mini.text.prompts import RELEASE, TEMPLATES, render
 from lion_mini.toy import scores
 
 Run = Callable[..., tuple[int, str, str]]
@@ -115,7 +117,7 @@ def test_boxes_and_their_contact_sheet(run: Run, tmp_path: Path) -> None:
     assert code == 0
     assert "paper: LION-4B 89.73, LION-12B 89.80, zero-shot LION-4B 57.89, zero-shot LION-12B 58.54" in out
     assert "no box                    100.00" in out  # these weights are random
-    assert "one instruction for all" in out
+    assert "differs: the instruction 'In the image <image>, can" in out
     assert Image.open(tmp_path / "results" / "refcoco_val.png").size == (680, 420)
     _, told, _ = lines(tmp_path / "results" / "refcoco_val.jsonl")
     assert told["prompt"] == "In the image <image>, can you locate lady ' s head and let me know its coordinates?"
@@ -129,7 +131,7 @@ def test_boxes_and_their_contact_sheet(run: Run, tmp_path: Path) -> None:
     assert "the file does not say how its predictions were made" in out
 
 
-def test_instructions_for_boxes(run: Run, tmp_path: Path) -> None:
+def test_instructions_for_boxes(run: Run, tmp_path: Path, golden_folder: Path) -> None:
     paths = refer_files(tmp_path)
     draw(tmp_path, "train2014/COCO_train2014_000000581857.jpg")
     assert run("refcoco_val", "--ann", *paths, "--template", "Find {expression}!")[0] == 0
@@ -150,6 +152,17 @@ def test_instructions_for_boxes(run: Run, tmp_path: Path) -> None:
     assert {line["prompt"].removesuffix("?") for line in told[1:]} <= {
         f"{start}{what}" for start in ("<image> A ", "B ") for what in ("lady ' s head", "her")
     }
+    # Only the release's weights are asked its notebook's instruction, unless the paper's are asked for.
+    own, config = shutil.copytree(golden_folder, tmp_path / "own"), read_config(golden_folder)
+    assert config.instructions == RELEASE
+    (own / "config.json").write_text(replace(config, instructions={}).to_json())
+    for out, folder, flags in ("a", own, []), ("b", golden_folder, ["--templates", "paper"]):
+        given = ["--weights", folder, "--images", tmp_path / "images", "--out", tmp_path / out, *flags]
+        assert script.main(list(map(str, ["refcoco_val", "--ann", *paths, *given]))) == 0
+        for line, expression in zip(
+            lines(tmp_path / out / "refcoco_val.jsonl")[1:], ("lady ' s head", "her"), strict=True
+        ):
+            assert line["prompt"] in [render(text, expression=expression) for text in TEMPLATES["rec"]]
 
 
 def test_visdial_ranks_a_hundred(run: Run, tmp_path: Path) -> None:

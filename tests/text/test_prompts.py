@@ -3,6 +3,7 @@
 import json
 import math
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +11,15 @@ import pytest
 from conftest import GOLDEN, ROOT
 
 from lion_mini.box import Box
+from lion_mini.pipeline import Lion
 from lion_mini.text.prompts import (
     EVAL_TEMPLATES,
     PLACEHOLDER,
+    RELEASE,
     TASK_OF,
     TEMPLATES,
     load_templates,
+    pool,
     render,
     tag_sentence,
 )
@@ -135,6 +139,7 @@ def test_templates() -> None:
     fields = {"vqa": "question", "vqg": "answer", "rec": "expression", "reg": "box", "dialogue": "question"}
     for kind, templates in TEMPLATES.items():
         assert len(set(templates)) == len(templates)
+        assert not [*templates][5 + (kind in ("rec", "reg")) :]  # Table 9 prints five, and six for boxes
         for template in templates:
             filled = render(template, **({fields[kind]: "THIS"} if kind in fields else {}))
             assert "{" not in filled
@@ -153,7 +158,7 @@ def test_eval_prompts() -> None:
     assert render(talk, history="q: a a: b", question="c") == "Dialog history: q: a a: b\nQuestion: c Short answer:"
     assert render(talk, history="", question="c") == "Question: c Short answer:"
     # the release's playground.ipynb, letter by letter
-    assert render(EVAL_TEMPLATES["rec"], expression="green plant behind a table visible behind a lady ' s head") == (
+    assert render(RELEASE["rec"], expression="green plant behind a table visible behind a lady ' s head") == (
         "In the image <image>, can you locate green plant behind a table visible behind a lady ' s head "
         "and let me know its coordinates?"
     )
@@ -182,7 +187,29 @@ def test_load_templates(tmp_path: Path) -> None:
     assert mine["rec"] == ("In <image> find {expression}.", "Box of {expression}")
     assert mine["reg"] == ("What is {box}?",)
     assert mine["vqa"] == TEMPLATES["vqa"]
-    assert TEMPLATES["rec"] != mine["rec"]
+    assert pool(mine)["rec"] == [*mine["rec"], EVAL_TEMPLATES["rec"], RELEASE["rec"]]
+    lists = [tmp_path / "REC.json", tmp_path / "REG.json", tmp_path / "VQA.json"]  # as Shikra publishes them
+    for path, text in zip(
+        lists, ("Where is <expr> in <image>?", "<image> What is at <objs>?", "<question>"), strict=True
+    ):
+        path.write_text(json.dumps([text, f"{text} "]))
+    mine = load_templates(*lists)
+    assert mine["rec"] == ("Where is {expression} in <image>?", "Where is {expression} in <image>? ")
+    assert mine["reg"][0] == "<image> What is at {box}?"
+    assert mine["vqa"][0] == "{question}"
+    assert mine["dialogue"] == TEMPLATES["dialogue"]
+
+
+def test_what_is_asked_is_trained(tmp_path: Path) -> None:
+    """Lion, infer.py and eval.py ask from `instruction`, RELEASE or Table 9: all are in what `convert` draws from."""
+    lion = Lion.from_pretrained("tiny")
+    lion.config = replace(lion.config, instructions={})
+    for kind, texts in pool(TEMPLATES).items():
+        asked = [*TEMPLATES[kind], RELEASE.get(kind, texts[0])]
+        asked += [lion.instruction(kind)] if kind in EVAL_TEMPLATES else []
+        assert set(asked) == set(texts)
+        drawn = {random.Random(i).choice(texts) for i in range(200)}
+        assert drawn == set(texts)
 
 
 @pytest.mark.parametrize(
@@ -191,15 +218,18 @@ def test_load_templates(tmp_path: Path) -> None:
         ("{", "is not whole JSON"),
         ("\udcff", "is not UTF-8 text"),
         ("[" * 100000, "is nested too deeply"),
-        ("[]", "must be an object, found"),
+        ("[]", "'' must have the same fields"),
+        ('"x"', "must be an object or a list, found"),
+        ('["x", "<expr>"]', "caption '{expression}' must have the same fields"),
+        ('["<expr> <objs>"]', "the task '' is unknown"),
         ('{"vqaa": ["x"]}', "the task 'vqaa' is unknown; there are caption, vqa"),
         ('{"vqa": "x"}', "vqa must be a list, found 'x'"),
-        ('{"vqa": []}', "vqa '' must be a text with"),
+        ('{"vqa": []}', "vqa '' must have the same"),
         ('{"vqa": [1]}', "vqa must be text, found 1"),
-        ('{"caption": [""]}', "caption '' must be a text with"),
-        ('{"vqa": ["Answer it."]}', r"vqa 'Answer it.' must be a text with the same fields as 'Given .*\{question\}'"),
-        ('{"vqa": ["{question} {answer}"]}', "must be a text with the same fields"),
-        ('{"caption": ["Say {answer}"]}', "with the same fields as 'Can you briefly"),
+        ('{"caption": [""]}', "caption '' must have the same"),
+        ('{"vqa": ["Answer it."]}', r"vqa 'Answer it.' must have the same fields as 'Given .*\{question\}'"),
+        ('{"vqa": ["{question} {answer}"]}', "must have the same fields"),
+        ('{"caption": ["Say {answer}"]}', "must have the same fields as 'Can you briefly"),
     ],
 )
 def test_bad_templates(tmp_path: Path, text: str, message: str) -> None:

@@ -10,11 +10,10 @@ import pytest
 from lion_mini import toy
 from lion_mini.box import Box
 from lion_mini.config import PRESETS
-from lion_mini.text.prompts import EVAL_TEMPLATES, TEMPLATES
 from lion_mini.text.tokenizers import UnigramTokenizer, WordPieceTokenizer
 from lion_mini.toy import Record, Scene, Thing, records, scene
 from lion_mini.toy.__main__ import show
-from lion_mini.toy.questions import PLACES, by_attributes, by_order, by_relation
+from lion_mini.toy.questions import INSTRUCTIONS, PLACES, by_attributes, by_order, by_relation
 
 SCENES = [scene(seed, "test") for seed in range(150)] + [scene(seed, "train") for seed in range(150)]
 SIDES = {"left of": (0, -1), "right of": (0, 1), "above": (1, -1), "below": (1, 1)}
@@ -63,8 +62,7 @@ def fields(template: str, text: str) -> str | None:
 def content(record: Record) -> str:
     """The question, answer, expression or box inside the instruction."""
     kind = record["kind"]
-    templates = [*TEMPLATES[kind], *([EVAL_TEMPLATES[kind]] if kind in EVAL_TEMPLATES else [])]
-    found = [text for template in templates if (text := fields(template, record["question"])) is not None]
+    found = [text for template in INSTRUCTIONS[kind] if (text := fields(template, record["question"])) is not None]
     assert found, record
     return min(found, key=len)
 
@@ -233,7 +231,7 @@ def test_the_vocabularies_spell_every_text(tmp_path: Path) -> None:
             assert len(words.encode(r["question"])) <= PRESETS["tiny"].qformer.max_positions
             if r["kind"] == "rec":
                 assert len(pieces.encode(r["answer"])) == 10, "[ a , b , c , d ] and </s>"
-    for text in EVAL_TEMPLATES["rec"], "zebra & Co. costs 3.75!":
+    for text in INSTRUCTIONS["rec"][-1], "zebra & Co. costs 3.75!":
         assert pieces.unk_id not in pieces.encode(text)
         assert words.unk_id not in words.encode(text)
     assert (tmp_path / "ram_tag_list.txt").read_text().split("\n")[:-1] == list(toy.TAGS)
