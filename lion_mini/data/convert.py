@@ -26,7 +26,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import astuple
-from functools import partial
+from functools import cache, partial
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -65,12 +65,13 @@ def samples(examples: Iterable[Example], kind: str) -> Iterator[tuple[str, str, 
         image = str(example.image)
         if kind == "caption":
             for caption in example.references:
-                yield image if "/" in image else f"train2014/{image}", "", caption.strip()
-        elif example.box is None:
+                yield image, "", caption.strip()
+        elif "question" in example.fields:
             answer = max(example.references, key=example.references.count, default="")
             yield image, example.fields["question"], answer
-        elif Box(*(round(edge, 3) for edge in astuple(example.box))).area:  # as records write it
-            yield image, example.fields["expression"], example.box
+        else:
+            box = example.box and Box(*(round(edge, 3) for edge in astuple(example.box)))  # as records write it
+            yield image, example.fields["expression"], box if box and box.area else ""
 
 
 def llava(paths: Sequence[Path]) -> Iterator[Example]:
@@ -97,25 +98,24 @@ def ocrvqa(paths: Sequence[Path]) -> Iterator[Example]:
 
 
 def regions(paths: Sequence[Path]) -> Iterator[Example]:
-    """Visual Genome's regions with a phrase, clamped to the picture, or Shikra's lines of them."""
+    """Visual Genome's regions, clamped to the picture, or Shikra's lines of them; no box if nothing is left of it."""
     shikra = len(paths) == 1 and paths[0].suffix == ".jsonl"
     for where, row in json_lines(paths[0]) if shikra else official_regions(paths):
         with reading(where):
-            image = row["img_path"].removeprefix("images/").removeprefix("images2/")
             phrase, box = row["expression"].strip(), any_box_of(row, where, corners=shikra)
-            if phrase and box.area:
-                yield Example(where, image, {"expression": phrase}, box=box)
+            yield Example(where, row["img_path"], {"expression": phrase}, box=box if box.area else None)
 
 
 def official_regions(paths: Sequence[Path]) -> Iterator[tuple[str, Any]]:
     """Each region with its place, its fields named as in Shikra's lines; `bbox` is x, y, width and height."""
     listed = [each for path in paths for each in rows(path, read_json(path, list))]
+    image_id = lambda row: str(row["image_id" if "image_id" in row else "id"])  # "id" is version 1.0's
     with reading(" and ".join(map(str, paths))):
-        pictures = {str(row["image_id"]): row for _, row in listed if "regions" not in row}
+        pictures = {image_id(row): row for _, row in listed if "regions" not in row}
     for where, row in listed:
         for place, region in rows(where, row, "regions") if "regions" in row else ():
             with reading(place):
-                id = str(region.get("image_id", row.get("id")))  # version 1.0 has it in the row alone
+                id = image_id(region if "image_id" in region else row)
                 if id not in pictures:
                     raise ValueError(f"image {id} is not in image_data.json, which --ann must name too")
                 image = "/".join(pictures[id]["url"].split("/")[-2:])  # only the URL tells VG_100K from VG_100K_2
@@ -151,30 +151,33 @@ def convert(args: argparse.Namespace) -> None:
     if kind not in TASKS_OF_SET[args.name]:
         raise ValueError(f"{args.name} has no --as {kind}, only {', '.join(TASKS_OF_SET[args.name])}")
     templates = pool(load_templates(*args.templates))
-    images, counts = ImageFolder(args.images), Counter[str]()
+    empty = "a phrase, or a box inside the picture" if kind in ("rec", "reg") else "a question or an answer"
+    images, pictures, written, lacks = ImageFolder(*args.images, prefer=args.name), set[str](), 0, Counter[str]()
+    find = cache(images.relative)
     with atomic_write(args.out) as new:
         with open(new, "w", encoding="utf-8", errors="backslashreplace") as file:  # escapes half a surrogate pair
             for record in make_records(args.name, kind, args.ann, templates, args.seed):
+                image = find(record["image"])
                 if args.name != "release" and not (record["question"].strip() and record["answer"].strip()):
-                    counts["a question or without an answer"] += 1
-                elif not images.without_missing([record["image"]], args.skip_missing)[0]:
-                    counts["a picture"] += 1
+                    lacks[empty] += 1
+                elif image is None:
+                    lacks["a picture"] += 1
+                    images.without_missing([record["image"]], args.skip_missing)
                 else:
-                    counts["nothing"] += 1
-                    file.write(json.dumps(record, ensure_ascii=False) + "\n")
-        if not counts["nothing"]:
-            raise ValueError(f"{' and '.join(map(str, args.ann))}: there is no record in it")
-    print(f"{args.out}: {counts['nothing']:,} records of {args.name} as {kind}, {len(images.found):,} pictures")
-    for lack in ("a picture", "a question or without an answer"):
-        if counts[lack]:
-            print(f"{counts[lack]:,} records without {lack} left out")
+                    written += 1
+                    pictures.add(image)
+                    file.write(json.dumps(record | {"image": image}, ensure_ascii=False) + "\n")
+        left_out = [f"{count:,} records without {lack} left out" for lack, count in lacks.items()]
+        if not written:
+            raise ValueError("; ".join((f"{' and '.join(map(str, args.ann))}: no record can be written", *left_out)))
+    print(f"{args.out}: {written:,} records of {args.name} as {kind}, {len(pictures):,} pictures", *left_out, sep="\n")
     if expected := DATA_SETS[args.name][1][kind]:
         about = "about " * (expected % 1000 == 0)  # the table rounds to thousands
-        print(f"Table 7 counts {about}{expected:,}: {counts.total() - expected:+,}")
+        print(f"Table 7 counts {about}{expected:,}: {written + lacks.total() - expected:+,}")
 
 
 def inspect(args: argparse.Namespace) -> None:
-    """Print what a file of records holds and what is wrong in it, and draw three of its records."""
+    """Print what a file of records holds and what is wrong in it, and draw up to three of its records."""
     source, counts, missing = Records(args.file, args.images), Counter[str](), 0
     wrong, longest, drawn = list[str](), list[tuple[int, int, str]](), list[TrainingExample]()
     for number in range(1, len(source) + 1):
@@ -193,7 +196,7 @@ def inspect(args: argparse.Namespace) -> None:
     print(f"{args.file}: {len(source):,} records")
     for name, count in sorted(counts.items()):
         print(f"  {count:,} {name}")
-    print(f"  {missing:,} whose picture is not below {args.images}")
+    print(f"  {missing:,} whose picture is not below {' or '.join(map(str, args.images))}")
     boxes = sum("no box of fractions" in text for text in wrong)
     print(f"  {len(wrong):,} that cannot be used, {boxes:,} of them for a box out of range")
     print("".join(f"    {text}\n" for text in wrong[:3]), end="")
@@ -271,17 +274,15 @@ def main(argv: list[str] | None = None) -> int:
     make.add_argument("name", choices=TASKS_OF_SET)
     make.add_argument("--as", dest="kind", help="vqa or vqg, rec or reg")
     make.add_argument("--ann", type=Path, nargs="+", required=True)
-    make.add_argument("--images", type=Path, required=True, help="the pictures' folder")
+    make.add_argument("--images", type=Path, nargs="+", required=True, help="folders that have the pictures below them")
     make.add_argument("--out", type=Path, required=True)
-    make.add_argument(
-        "--templates", type=Path, nargs="+", default=[], help="JSON files of instructions in place of Table 9's"
-    )
+    make.add_argument("--templates", type=Path, nargs="+", default=[], help="instructions in place of Table 9's, JSON")
     make.add_argument("--seed", type=int, default=0)
     make.add_argument("--skip-missing", action="store_true", help="leave out records without a picture")
     look = commands.add_parser("inspect", help="what a file of records holds")
     look.set_defaults(command=inspect)
     look.add_argument("file", type=Path)
-    look.add_argument("--images", type=Path, default=Path(), help="the pictures' folder")
+    look.add_argument("--images", type=Path, nargs="+", default=[Path()], help="folders of the pictures")
     look.add_argument("--picture", type=Path, default=Path("inspect.png"), help="three samples, drawn")
     args = parser.parse_args(argv)
     return run(args.command, args)
