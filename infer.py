@@ -11,8 +11,8 @@
                                         training records with RAM's tags, one per line; continues where it stopped
 
 Answers are printed. `--out` (default: out) gets results.jsonl, one line per picture with tags, prompt, raw text,
-answer, box and score, and the pictures with their boxes. It replaces the results of an earlier run; any other file stays,
-and a new one gets a number. A picture that cannot be read is reported and left out.
+answer, box and score, and the pictures with their boxes. Only earlier results are replaced: where another file stands,
+the new one gets a number. A picture that cannot be read is reported and left out.
 Exit code 0: all is done; 1: some pictures failed; 2: nothing could be done.
 """
 
@@ -47,20 +47,21 @@ Picture = tuple[Path, Image.Image, Box | None]  # the box to describe
 def check_flags(args: argparse.Namespace) -> None:
     """A ValueError if flags contradict each other, or if a value cannot be used."""
     mode, text = args.job or ("", "")
-    prompt = args.no_tags or args.use_tags or args.official or args.max_new_tokens
+    asks, length = args.no_tags or args.use_tags or args.official or args.max_new_tokens, args.max_new_tokens
     for wrong, sentence in (
         (mode in ("ask", "locate", "prompt") and not text.strip(), f"--{mode} is empty: say what you want to know"),
         (args.images and args.data, "give pictures to look at, or a file of records with --data, not both"),
         (args.data and mode != "tags", "--data is for --tags: it adds them to training records"),
         (args.dtype not in DTYPES, f"--dtype {args.dtype}: there are {', '.join(DTYPES)}; T5 overflows in float16"),
         (args.batch_size < 1, f"--batch-size must be at least 1, not {args.batch_size}"),
+        (length is not None and length < 1, f"--max-new-tokens must be at least 1, not {length}"),
         (args.use_tags == [], "--use-tags is empty: for no tags at all say --no-tags"),
         (args.pixels and mode != "describe", "--pixels is for --describe: its four numbers are pixels then"),
         (mode and not args.images and not args.data, f"--{mode} needs a picture: name one, or a folder of them"),
         (args.task and mode != "prompt", "--task is for --prompt: every other question has its own"),
         (
-            mode == "tags" and prompt,
-            "--tags uses no prompt: leave out --use-tags, --no-tags, --official, --max-new-tokens",
+            mode == "tags" and asks,
+            "--tags writes nothing: leave out --use-tags, --no-tags, --official, --max-new-tokens",
         ),
     ):
         if wrong:
@@ -107,13 +108,13 @@ def ask(lion: Lion, mode: str, text: str, pictures: Sequence[Picture], args: arg
     if mode == "tags":
         answers = [Answer(", ".join(tag for tag, _ in tags), "", tags, 0.0) for tags in lion.scored_tags(images)]
     else:
-        kind, tags = KIND.get(mode, "rec"), args.use_tags and [args.use_tags] * len(images)
+        kind = KIND.get(mode) or ("rec" if args.task == "region" else "caption")  # a prompt is decoded like these
         settings = GENERATION["official" if args.official else DECODING[kind]]
         settings = replace(settings, max_new_tokens=args.max_new_tokens or settings.max_new_tokens)
         template = "{question}" if mode == "prompt" else lion.instruction(kind)
         prompts = [render(template, question=text, expression=text, box=box or "") for box in boxes]
-        tasks = [args.task or "image" if mode == "prompt" else TASK_OF[kind]] * len(images)
-        answers = lion.respond(images, prompts, tasks, settings, tags)
+        tags = args.use_tags and [args.use_tags] * len(images)
+        answers = lion.respond(images, prompts, [args.task or TASK_OF[kind]] * len(images), settings, tags)
     if mode in ("locate", "prompt"):
         boxes = [Box.parse(answer.text) for answer in answers]
     return [
@@ -136,30 +137,25 @@ def readable(mode: str, line: dict) -> str:
     return f"{answer}, pixels {box}" if box and mode != "describe" else answer
 
 
-def results(out: Path) -> Path:
-    """The file for the answers: results.jsonl, unless a file of that name is not from here."""
-    file = out / "results.jsonl"
-    ours = not file.exists() or '"box_pixels": ' in file.open(encoding="utf-8", errors="replace").readline()
-    return file if ours else unused(file)
-
-
 def unused(path: Path) -> Path:
-    """The path, with a number if there is such a file already."""
+    """The path, with a number if such a file exists. Results of an earlier run do not count."""
     names = (path.with_stem(f"{path.stem}-{i}") if i else path for i in count())
-    return next(name for name in names if not name.exists())
+    ours = lambda file: file.suffix == ".jsonl" and b'"box_pixels": ' in file.open("rb").readline()
+    return next(name for name in names if not name.exists() or ours(name))
 
 
 def demonstrate(args: argparse.Namespace) -> int:
     """Draw a scene that no training saw, and ask everything about it."""
     seed = random.randrange(10**9) if args.seed is None else args.seed
-    scene, rng, lion, file = toy.scene(seed, "test"), random.Random(seed), open_lion(args), results(args.out)
+    scene, rng, lion = toy.scene(seed, "test"), random.Random(seed), open_lion(args)
+    args.out.mkdir(parents=True, exist_ok=True)
     scene.image.save(path := unused(args.out / "scene.png"))
     print(f"scene {seed}, drawn to {path}")
     thing = rng.choice(scene.things)
     _, question, answer = rng.choice(list(toy.questions(scene.things, rng)))
     expression = toy.expression(scene.things, thing, rng)
     box, boxes = thing.box, [(thing.box, "true", "#3cb44b")]
-    with open(file, "w", encoding="utf-8") as out:
+    with open(unused(args.out / "results.jsonl"), "w", encoding="utf-8") as file:
         for mode, text, truth in (
             ("tags", "", ", ".join(sorted(set().union(*(each.words for each in scene.things))))),
             ("caption", "", toy.caption(scene.things)),
@@ -168,7 +164,7 @@ def demonstrate(args: argparse.Namespace) -> int:
             ("describe", box.to_text(), f"the {thing.size} {thing.name}"),
         ):
             [line] = ask(lion, mode, text, [(path, scene.image, box if mode == "describe" else None)], args)
-            out.write(json.dumps(line, ensure_ascii=False) + "\n")
+            file.write(json.dumps(line, ensure_ascii=False) + "\n")
             print(f"{mode:9} {text:32} {readable(mode, line)}   (true: {truth})")
             if mode == "locate" and line["box"]:
                 boxes.append((Box(*line["box"]), expression, "#e6194b"))
@@ -187,7 +183,7 @@ def infer(args: argparse.Namespace) -> int:
     if not args.images:
         return demonstrate(args)
     paths, lion, (mode, text) = find_images(args.images), open_lion(args), args.job or ("caption", "")
-    file, done = results(args.out), 0
+    file, done = unused(args.out / "results.jsonl"), 0
     for start in trange(0, len(paths), args.batch_size, unit_scale=args.batch_size, disable=None):
         # 1. Open the pictures. One that cannot be used is reported and left out.
         pictures: list[Picture] = []
@@ -235,12 +231,7 @@ def main(argv: list[str] | None = None) -> int:
     mode("--prompt", metavar="TEXT", type=lambda text: ("prompt", text), help="ask in words of your own, as they are")
     mode("--tags", action="store_const", const=("tags", ""), help="only RAM's tags")
     add("--task", help="the router's row for --prompt: image (default) or region")
-    add(
-        "--max-new-tokens",
-        type=int,
-        metavar="N",
-        help="how long an answer may be; default: 10 for --ask, else 30 or 40",
-    )
+    add("--max-new-tokens", type=int, metavar="N", help="how long an answer may be (default: 10 to 40)")
     add("--data", type=Path, help="with --tags: a file of training records, JSON or JSON lines, to tag")
     add("--images", type=Path, nargs="+", dest="roots", default=[Path()], help="the folders of --data's pictures")
     add("--pixels", action="store_true", help="--describe gives pixels of the upright picture")

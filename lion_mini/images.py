@@ -16,6 +16,7 @@ import unicodedata
 from collections import defaultdict
 from collections.abc import Sequence
 from functools import cached_property, partial
+from itertools import chain
 from pathlib import Path
 from typing import IO
 
@@ -158,43 +159,35 @@ class ImageFolder:
     def path(self, name: str) -> Path | None:
         """The picture's path, or None if it is missing. A ValueError if different pictures fit equally well."""
         key, suffix = reversed_parts(Path(name)), Path(name).suffix
-        paths = [root / name for root in self.roots if os.path.isfile(root / name)] or self.nearest(key)
+        paths = list(filter(os.path.isfile, (root / name for root in self.roots)))
+        if not paths:
+            near = self.index.get(key[:2]) or self.index.get(key[:1], [])
+            paths = list(filter(os.path.isfile, near)) if len(near) < 10 else []  # image.png in 10 folders says nothing
         end = lambda path: [a == b for a, b in zip(reversed_parts(path), key, strict=False)]
         rank = lambda path: (end(path), path.suffix == suffix, len({self.prefer, *key[1:]} & {*path.parts}))
-        best, *others = sorted(paths, key=rank, reverse=True) or [None]
-        for other in others:
-            if rank(other) == rank(best) and not filecmp.cmp(best, other, shallow=False):
-                fault = f"the image {name} may be {best} or {other}, and they differ"
+        paths.sort(key=rank, reverse=True)
+        for other in paths[1:]:
+            if rank(other) == rank(paths[0]) and not filecmp.cmp(paths[0], other, shallow=False):
+                fault = f"the image {name} may be {paths[0]} or {other}, and they differ"
                 raise ValueError(f"{fault}: name the right folder alone with --images")
-        return best
-
-    def nearest(self, key: tuple[str, ...]) -> list[Path]:
-        """The files of the same folder and name, else of the same name; not if many folders have one, as image.png."""
-        paths = self.index.get(key[:2]) or self.index.get(key[:1], [])
-        return list(filter(os.path.isfile, paths)) if len(paths) < 10 or len(key) == 1 else []
+        return paths[0] if paths else None
 
     @cached_property
     def index(self) -> dict[tuple[str, ...], list[Path]]:
         """Every file below the roots, by its name and by its folder and name. Made once, if a direct path fails."""
         index, visited = defaultdict[tuple[str, ...], list[Path]](list), set[str]()
-        for root in self.roots:
-            for folder, inner, names in os.walk(root, followlinks=True):
-                if (place := os.path.realpath(folder)) in visited:  # a link that leads back
-                    inner.clear()
-                    names.clear()
-                visited.add(place)
-                for path in map(Path(folder).joinpath, names):
-                    for length in (1, 2):
-                        index[reversed_parts(path)[:length]].append(path)
+        for folder, inner, names in chain.from_iterable(os.walk(root, followlinks=True) for root in self.roots):
+            if (place := os.path.realpath(folder)) in visited:  # a link that leads back
+                inner[:], names[:] = [], []
+            visited.add(place)
+            for path in map(Path(folder).joinpath, names):
+                for length in (1, 2):
+                    index[reversed_parts(path)[:length]].append(path)
         return dict(index)
 
-    def relative(self, name: str) -> str | None:
-        """The picture's path below its root; with the root's name if another root has such a picture too."""
-        if (path := self.path(name)) is None:
-            return None
-        root = next((root for root in self.roots if path.is_relative_to(root)), Path())
-        path = path.relative_to(root)
-        return str(root.name / path if sum(os.path.isfile(root / path) for root in self.roots) > 1 else path)
+    def relative(self, path: Path) -> str:
+        """How a record names the picture: by its path below its root."""
+        return str(next((path.relative_to(root) for root in self.roots if path.is_relative_to(root)), path))
 
     def without_missing(self, names: Sequence[str | bytes], skip: bool) -> list[bool]:
         """A flag per picture: is it there? A ValueError if one is missing, unless `skip`."""

@@ -43,9 +43,9 @@ from .records import BRACKETED, Records, TrainingExample
 
 
 def make_records(
-    name: str, kind: str, paths: Sequence[Path], templates: Mapping[str, Sequence[str]], seed: int
-) -> Iterator:
-    """The records of a data set in its order. `question` is empty if the text that its template needs is empty."""
+    name: str, kind: str, paths: Sequence[Path], templates: Mapping[str, Any], seed: int
+) -> Iterator[dict]:
+    """The records of a data set in its order. What the files do not have is empty: question, answer or box."""
     if name == "release":
         yield from released(paths)
         return
@@ -62,16 +62,14 @@ def make_records(
 def samples(examples: Iterable[Example], kind: str) -> Iterator[tuple[str, str, Any]]:
     """Picture; question, expression or (for captions) nothing; answer or Box. Of several answers the most frequent."""
     for example in examples:
-        image = str(example.image)
+        image, fields, answers = str(example.image), example.fields, example.references
         if kind == "caption":
-            for caption in example.references:
-                yield image, "", caption.strip()
-        elif "question" in example.fields:
-            answer = max(example.references, key=example.references.count, default="")
-            yield image, example.fields["question"], answer
+            yield from ((image, "", caption.strip()) for caption in answers)
+        elif "question" in fields:
+            yield image, fields["question"], max(answers, key=answers.count, default="")
         else:
             box = example.box and Box(*(round(edge, 3) for edge in astuple(example.box)))  # as records write it
-            yield image, example.fields["expression"], box if box and box.area else ""
+            yield image, fields["expression"], box if box and box.area else ""
 
 
 def llava(paths: Sequence[Path]) -> Iterator[Example]:
@@ -126,9 +124,8 @@ def official_regions(paths: Sequence[Path]) -> Iterator[tuple[str, Any]]:
 def released(paths: Sequence[Path]) -> Iterator[dict[str, Any]]:
     for source in (Records(path, Path()) for path in paths):
         for fields in map(source.fields, range(len(source))):
-            given = {name: fields[name] for name in ("image", "question", "answer")}
-            tags = {} if fields["tags"] is None else {"tags": fields["tags"]}
-            yield given | {"category": f"{fields['task']}_level"} | tags
+            names = [name for name in ("image", "question", "answer", "tags") if fields[name] is not None]
+            yield {name: fields[name] for name in names} | {"category": f"{fields['task']}_level"}
 
 
 DATA_SETS: dict[str, tuple[Callable, dict[str, int]]] = {  # the reader; kinds of record, and their number in Table 7
@@ -152,21 +149,22 @@ def convert(args: argparse.Namespace) -> None:
         raise ValueError(f"{args.name} has no --as {kind}, only {', '.join(TASKS_OF_SET[args.name])}")
     templates = pool(load_templates(*args.templates))
     empty = "a phrase, or a box inside the picture" if kind in ("rec", "reg") else "a question or an answer"
-    images, pictures, written, lacks = ImageFolder(*args.images, prefer=args.name), set[str](), 0, Counter[str]()
-    find = cache(images.relative)
+    images, pictures, written, lacks = ImageFolder(*args.images, prefer=args.name), set[Path](), 0, Counter[str]()
+    find = cache(images.path)
     with atomic_write(args.out) as new:
         with open(new, "w", encoding="utf-8", errors="backslashreplace") as file:  # escapes half a surrogate pair
             for record in make_records(args.name, kind, args.ann, templates, args.seed):
-                image = find(record["image"])
+                path = find(record["image"])
                 if args.name != "release" and not (record["question"].strip() and record["answer"].strip()):
                     lacks[empty] += 1
-                elif image is None:
+                elif path is None:
                     lacks["a picture"] += 1
                     images.without_missing([record["image"]], args.skip_missing)
                 else:
                     written += 1
-                    pictures.add(image)
-                    file.write(json.dumps(record | {"image": image}, ensure_ascii=False) + "\n")
+                    pictures.add(path)
+                    record["image"] = images.relative(path)
+                    file.write(json.dumps(record, ensure_ascii=False) + "\n")
         left_out = [f"{count:,} records without {lack} left out" for lack, count in lacks.items()]
         if not written:
             raise ValueError("; ".join((f"{' and '.join(map(str, args.ann))}: no record can be written", *left_out)))
@@ -183,13 +181,13 @@ def inspect(args: argparse.Namespace) -> None:
     for number in range(1, len(source) + 1):
         try:
             fields = source.fields(number - 1)
-            picture = source.images.path(fields["image"])
-            if picture and len(drawn) < 3 and number > len(source) // 3 * len(drawn):
+            there = source.picture(fields).is_file()
+            if there and len(drawn) < 3 and number > len(source) // 3 * len(drawn):
                 drawn.append(source.read(number - 1, random.Random()))
         except ValueError as error:
             wrong.append(str(error))
             continue
-        missing += picture is None
+        missing += not there
         counts[f"{fields['task']}_level, {'with' if fields['tags'] is not None else 'without'} tags"] += 1
         words = len(fields["question"].split())
         longest = sorted([*longest, (words, number, printable(fields["question"]))], reverse=True)[:3]
@@ -229,7 +227,7 @@ def tag_records(source: Records, out: Path, batch_size: int, tagger: Callable[[l
                 try:
                     fields = source.fields(i)
                     if fields["tags"] is None:
-                        paths[i] = path = source.picture(fields["image"])
+                        paths[i] = path = source.picture(fields)
                         with reading(fields["name"]):
                             new |= {} if path in tags else {path: open_image(path)}
                 except ValueError as error:

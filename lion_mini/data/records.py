@@ -13,7 +13,7 @@ import codecs
 import json
 import random
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -87,16 +87,18 @@ class Records:
         with reading(name := f"{self.path}, record {index + 1}"):
             return check_record(json.loads(self.line(index))) | {"name": name}
 
-    def picture(self, name: str) -> Path:
-        """The path of a picture; one that is missing should lie below the first root."""
-        return self.images.path(name) or self.images.roots[0] / name
+    def picture(self, fields: Mapping[str, str]) -> Path:
+        """The path of a record's picture; one that is missing should lie below the first root."""
+        with reading(fields["name"]):
+            return self.images.path(fields["image"]) or self.images.roots[0] / fields["image"]
 
     def read(self, index: int, rng: random.Random) -> TrainingExample:
         fields = self.fields(index)
         with reading(fields["name"]):
             if fields["task"] not in self.tasks:
                 raise ValueError(f"it is {fields['task']}-level, which this stage does not train")
-            return TrainingExample(open_image(self.picture(fields.pop("image"))), **fields)
+            image = open_image(self.picture(fields))
+            return TrainingExample(**fields | {"image": image})
 
 
 def check_record(record: Any) -> dict[str, Any]:
