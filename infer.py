@@ -7,8 +7,7 @@
     python infer.py photo.jpg --weights weights/xl --describe 0.1,0.2,0.4,0.9          what is in the box
     python infer.py photo.jpg --weights weights/xl --prompt "Any instruction." --max-new-tokens 60
     python infer.py photos/ "more/*.png" --weights weights/xl --tags                   RAM's tags alone
-    python infer.py --tags --data train.json --images coco --out tagged.jsonl --weights weights/xl
-                                        training records with RAM's tags, one per line; continues where it stopped
+    python infer.py --tags --data train.json --images coco --out tagged.jsonl --weights weights/xl     tags of records
 
 Answers are printed. `--out` (default: out) gets results.jsonl, one line per picture with tags, prompt, raw text,
 answer, box and score, and the pictures with their boxes. Only earlier results are replaced: where another file stands,
@@ -59,10 +58,7 @@ def check_flags(args: argparse.Namespace) -> None:
         (args.pixels and mode != "describe", "--pixels is for --describe: its four numbers are pixels then"),
         (mode and not args.images and not args.data, f"--{mode} needs a picture: name one, or a folder of them"),
         (args.task and mode != "prompt", "--task is for --prompt: every other question has its own"),
-        (
-            mode == "tags" and asks,
-            "--tags writes nothing: leave out --use-tags, --no-tags, --official, --max-new-tokens",
-        ),
+        (mode == "tags" and asks, "--tags asks nothing: leave out --use-tags, --no-tags, --official, --max-new-tokens"),
     ):
         if wrong:
             raise ValueError(sentence)

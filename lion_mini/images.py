@@ -162,7 +162,8 @@ class ImageFolder:
         paths = list(filter(os.path.isfile, (root / name for root in self.roots)))
         if not paths:
             near = self.index.get(key[:2]) or self.index.get(key[:1], [])
-            paths = list(filter(os.path.isfile, near)) if len(near) < 10 else []  # image.png in 10 folders says nothing
+            common = len(near) > 9  # such as image.png, which says nothing without its folder
+            paths = [] if common else list(map(Path, filter(os.path.isfile, near)))
         end = lambda path: [a == b for a, b in zip(reversed_parts(path), key, strict=False)]
         rank = lambda path: (end(path), path.suffix == suffix, len({self.prefer, *key[1:]} & {*path.parts}))
         paths.sort(key=rank, reverse=True)
@@ -173,17 +174,17 @@ class ImageFolder:
         return paths[0] if paths else None
 
     @cached_property
-    def index(self) -> dict[tuple[str, ...], list[Path]]:
+    def index(self) -> dict[tuple[str, ...], list[str]]:
         """Every file below the roots, by its name and by its folder and name. Made once, if a direct path fails."""
-        index, visited = defaultdict[tuple[str, ...], list[Path]](list), set[str]()
+        index, visited = defaultdict[tuple[str, ...], list[str]](list), set[str]()
         for folder, inner, names in chain.from_iterable(os.walk(root, followlinks=True) for root in self.roots):
             if (place := os.path.realpath(folder)) in visited:  # a link that leads back
                 inner[:], names[:] = [], []
             visited.add(place)
-            for path in map(Path(folder).joinpath, names):
-                for length in (1, 2):
-                    index[reversed_parts(path)[:length]].append(path)
-        return dict(index)
+            for name in names:
+                for key in ((stem(name),), (stem(name), os.path.basename(folder))):
+                    index[key].append(os.path.join(folder, name))
+        return index
 
     def relative(self, path: Path) -> str:
         """How a record names the picture: by its path below its root."""
@@ -198,6 +199,11 @@ class ImageFolder:
         return there
 
 
-def reversed_parts(path: Path) -> tuple[str, ...]:
-    """File, folder, folder above, ...; the file without a picture's ending."""
-    return (path.stem if path.suffix.lower() in SUFFIXES else path.name, *path.parts[-2::-1])
+def stem(name: str) -> str:
+    """The name without a picture's ending."""
+    start, ending = os.path.splitext(name)
+    return start if ending.lower() in SUFFIXES else name
+
+
+def reversed_parts(path: Path) -> tuple[str, ...]:  # file, folder, folder above, ...
+    return stem(path.name), *path.parts[-2::-1]

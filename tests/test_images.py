@@ -3,6 +3,7 @@
 import contextlib
 import io
 import math
+import os
 import random
 import struct
 import zlib
@@ -142,8 +143,11 @@ def test_sixteen_bits(tmp_path: Path) -> None:
     opened = reopened(tmp_path, Image.fromarray(levels), "deep.png")
     expected = [0, 0, 1, 1, 100, 128, 255]
     assert [opened.getpixel((x, 0)) for x in range(7)] == [(v, v, v) for v in expected]
-    dark = reopened(tmp_path, Image.fromarray(np.array([[0, 100, 200]], dtype=np.uint16)), "dark.png")
-    assert [dark.getpixel((x, 0)) for x in range(3)] == [(0, 0, 0), (0, 0, 0), (1, 1, 1)]
+    (tmp_path / "dark.pgm").write_bytes(b"P5 3 1 65535\n" + struct.pack(">3H", 0, 100, 200))
+    Image.fromarray(np.array([[0, 100, 200]], dtype=np.uint16)).save(tmp_path / "dark.png")
+    for name in ("dark.png", "dark.pgm"):  # dark pictures stay dark: their white is 65535
+        dark = open_image(tmp_path / name)
+        assert [dark.getpixel((x, 0)) for x in range(3)] == [(0, 0, 0), (0, 0, 0), (1, 1, 1)]
 
 
 @pytest.mark.parametrize(
@@ -235,9 +239,11 @@ def test_bad_files(tmp_path: Path, name: str, data: bytes | None, message: str) 
         assert "\n" not in str(caught.value)
 
 
-def test_a_folder_is_no_image(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=f"{tmp_path}: Is a directory"):
-        open_image(tmp_path)
+def test_a_folder_or_a_pipe_is_no_image(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.png")
+    for path in (tmp_path, tmp_path / "pipe.png", Path("/dev/zero")):
+        with pytest.raises(ValueError, match=f"{path}: it is a folder or a device, not a file"):
+            open_image(path)
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning:PIL")

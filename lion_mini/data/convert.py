@@ -42,9 +42,7 @@ from ..text.prompts import TASK_OF, load_templates, pool, render
 from .records import BRACKETED, Records, TrainingExample
 
 
-def make_records(
-    name: str, kind: str, paths: Sequence[Path], templates: Mapping[str, Any], seed: int
-) -> Iterator[dict]:
+def make_records(name: str, kind: str, paths: Sequence[Path], templates: Mapping[str, Any], seed: int) -> Iterator:
     """The records of a data set in its order. What the files do not have is empty: question, answer or box."""
     if name == "release":
         yield from released(paths)
@@ -191,15 +189,16 @@ def inspect(args: argparse.Namespace) -> None:
         counts[f"{fields['task']}_level, {'with' if fields['tags'] is not None else 'without'} tags"] += 1
         words = len(fields["question"].split())
         longest = sorted([*longest, (words, number, printable(fields["question"]))], reverse=True)[:3]
-    print(f"{args.file}: {len(source):,} records")
-    for name, count in sorted(counts.items()):
-        print(f"  {count:,} {name}")
-    print(f"  {missing:,} whose picture is not below {' or '.join(map(str, args.images))}")
     boxes = sum("no box of fractions" in text for text in wrong)
-    print(f"  {len(wrong):,} that cannot be used, {boxes:,} of them for a box out of range")
-    print("".join(f"    {text}\n" for text in wrong[:3]), end="")
-    for words, number, question in longest:
-        print(f"  {words} words in the question of record {number}: {question:.70}")
+    print(
+        f"{args.file}: {len(source):,} records",
+        *(f"  {count:,} {name}" for name, count in sorted(counts.items())),
+        f"  {missing:,} whose picture is not below {' or '.join(map(str, args.images))}",
+        f"  {len(wrong):,} that cannot be used, {boxes:,} of them for a box out of range",
+        *(f"    {text}" for text in wrong[:3]),
+        *(f"  {words} words in the question of record {number}: {question:.70}" for words, number, question in longest),
+        sep="\n",
+    )
     if drawn:
         draw_sheet([draw_record(example) for example in drawn]).save(args.picture)
         print(f"  {len(drawn)} of them are drawn in {args.picture}")

@@ -104,9 +104,7 @@ class MicroBatches(Dataset):
             examples.append(example)
         untagged = [ram_transform(e.image, self.ram_size) for e in examples if self.ram_size and e.tags is None]
         words = zip(*((e.question, e.answer, e.tags, e.task, e.name) for e in examples), strict=True)
-        questions, answers, tags, tasks, names = map(list, words)
-        ram_pixels = torch.stack(untagged) if untagged else None
-        return Samples(torch.stack(pixels), ram_pixels, questions, answers, tags, tasks, names, bad)
+        return Samples(torch.stack(pixels), torch.stack(untagged) if untagged else None, *map(list, (*words, bad)))
 
 
 def micro_batches(batches: MicroBatches, numbers: Sequence[int], workers: int) -> Iterator[tuple[int, Samples]]:

@@ -97,8 +97,7 @@ class Records:
         with reading(fields["name"]):
             if fields["task"] not in self.tasks:
                 raise ValueError(f"it is {fields['task']}-level, which this stage does not train")
-            image = open_image(self.picture(fields))
-            return TrainingExample(**fields | {"image": image})
+            return TrainingExample(**fields | {"image": open_image(self.picture(fields))})
 
 
 def check_record(record: Any) -> dict[str, Any]:
