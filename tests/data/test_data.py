@@ -76,7 +76,7 @@ BAD = [
     ({"image": "0.png", "question": "what is <extra_id_0>?"}, "must not hold <extra_id_0>"),
     (
         {"image": "0.png", "question": "word " * 40_000},
-        "its question and tags have 200,000 characters, more than 4,000",
+        "200,000 characters, more than 4,000",
     ),
     ({"image": "0.png", "question": "what?", "tags": [f"tag {i}" for i in range(4585)]}, "more than 4,000"),
     ({"image": "0.png", "question": "what?", "answer": {"a": 1}}, "its answer must be text"),
@@ -134,7 +134,7 @@ def test_several_roots(folder: Path, tmp_path: Path) -> None:
     source = Records(write(tmp_path / "a.json", records), [folder, folder / "more"])
     assert all(source.read(i, random.Random()).question for i in (0, 1, 2, 4))
     with pytest.raises(
-        ValueError, match=r"a\.json, record 4: the image 4\.png may be .*4\.png or .*4\.png, and they diff"
+        ValueError, match=r"a\.json, record 4: the image 4\.png may be .* and they differ"
     ):
         source.read(3, random.Random())
 
