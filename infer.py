@@ -18,7 +18,6 @@ Exit code 0: all is done; 1: some pictures failed; 2: nothing could be done.
 import argparse
 import glob
 import json
-import os
 import random
 import sys
 from collections.abc import Sequence
@@ -35,7 +34,7 @@ from lion_mini import GENERATION, Box, Lion, toy
 from lion_mini.data.convert import tag_records
 from lion_mini.data.records import Records, split_tags
 from lion_mini.files import printable, reading, run
-from lion_mini.images import SUFFIXES, draw_boxes, open_image
+from lion_mini.images import ENDING, draw_boxes, open_image
 from lion_mini.pipeline import DTYPES, Answer
 from lion_mini.text.prompts import DECODING, TASK_OF, render
 
@@ -78,7 +77,7 @@ def find_images(patterns: list[str]) -> list[Path]:
     paths: list[Path] = []
     for path in map(Path, patterns):
         if path.is_dir():
-            matches = sorted(file for file in path.iterdir() if file.suffix.lower() in SUFFIXES)
+            matches = sorted(file for file in path.iterdir() if ENDING.search(file.name))
         else:
             matches = [path] if path.exists() else sorted(map(Path, glob.glob(str(path), recursive=True)))
         if not matches:
@@ -205,7 +204,7 @@ def infer(args: argparse.Namespace) -> int:
 
             # 3. Draw the box. A long name is cut to make room.
             if line["box"]:
-                stem = os.fsencode(path.stem)[:200].decode(errors="ignore")
+                stem = path.stem.encode(errors="ignore")[:200].decode(errors="ignore")
                 label = line["answer"] if mode == "describe" else text
                 draw_boxes(image, [(Box(*line["box"]), label)]).save(unused(args.out / f"{stem}-box.png"))
     if not done:

@@ -11,6 +11,7 @@ import filecmp
 import math
 import os
 import random
+import re
 import textwrap
 import unicodedata
 from collections import defaultdict
@@ -31,7 +32,7 @@ from .files import reading
 
 CLIP = torch.tensor([[0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]])[..., None, None]
 IMAGENET = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])[..., None, None]  # mean and std, (2, 3, 1, 1)
-SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+ENDING = re.compile(r"\.(jpe?g|png|webp|bmp|gif|tiff?)$", re.IGNORECASE)
 COLORS = ("#e6194b", "#3cb44b", "#4363d8", "#f58231", "#911eb4", "#008080")
 
 
@@ -76,8 +77,8 @@ def to_rgb(image: Image.Image) -> Image.Image:
         levels = np.nan_to_num(np.asarray(image).astype(np.float64), posinf=0.0, neginf=0.0)
         least, most = levels.min(), levels.max()
         # White is the least usual maximum that holds all levels; else their own range is stretched.
-        deep = image.mode not in ("I", "F") or image.format in ("PNG", "PPM")  # in "I" these two have 16 bits
-        usual = (65535,) if deep else (255, 65535) if image.mode == "I" else (1, 255, 65535)
+        mode = "I;16" if image.format in ("PNG", "PPM") else image.mode  # "I" of these two means 16 bits
+        usual = {"F": (1, 255, 65535), "I": (255, 65535)}.get(mode, (65535,))
         fits = [white for white in usual if least >= 0 and most <= white]
         black, white = (0, fits[0]) if fits else (least, (most - least) or 1)
         image = Image.fromarray(np.rint((levels - black) * 255 / white).astype(np.uint8))
@@ -148,41 +149,41 @@ def _fitting(label: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, wid
 
 
 class ImageFolder:
-    """The pictures below some folders, found by any end of their path and with any ending: official trees differ.
-
-    The longest end decides, then the same ending, then the number of equal folders; `prefer` is one more.
-    """
+    """The pictures below some folders. Any end of a path finds one, with any ending: official trees differ."""
 
     def __init__(self, *roots: Path, prefer: str = ""):
         self.roots, self.prefer = [root.absolute() for root in roots], prefer
 
     def path(self, name: str) -> Path | None:
-        """The picture's path, or None if it is missing. A ValueError if different pictures fit equally well."""
+        """The picture's path, or None if it is missing. A ValueError if different pictures fit equally well.
+
+        The longest end decides, then the same ending, then the number of equal folders; `prefer` is one more.
+        """
         key, suffix = reversed_parts(Path(name)), Path(name).suffix
-        paths = list(filter(os.path.isfile, (root / name for root in self.roots)))
+        paths = [root / name for root in self.roots if os.path.isfile(root / name)]
         if not paths:
             near = self.index.get(key[:2]) or self.index.get(key[:1], [])
             common = len(near) > 9  # such as image.png, which says nothing without its folder
-            paths = [] if common else list(map(Path, filter(os.path.isfile, near)))
+            paths = [Path(file) for file in near if not common and os.path.isfile(file)]
         end = lambda path: [a == b for a, b in zip(reversed_parts(path), key, strict=False)]
         rank = lambda path: (end(path), path.suffix == suffix, len({self.prefer, *key[1:]} & {*path.parts}))
-        paths.sort(key=rank, reverse=True)
-        for other in paths[1:]:
-            if rank(other) == rank(paths[0]) and not filecmp.cmp(paths[0], other, shallow=False):
-                fault = f"the image {name} may be {paths[0]} or {other}, and they differ"
-                raise ValueError(f"{fault}: name the right folder alone with --images")
-        return paths[0] if paths else None
+        best, *others = sorted(paths, key=rank, reverse=True) or [Path()]
+        for other in others:
+            if rank(other) == rank(best) and not filecmp.cmp(best, other, shallow=False):
+                raise ValueError(f"the image {name} may be {best} or {other}: name the right folder with --images")
+        return best if paths else None
 
     @cached_property
     def index(self) -> dict[tuple[str, ...], list[str]]:
-        """Every file below the roots, by its name and by its folder and name. Made once, if a direct path fails."""
+        """Every file below the roots, by its name and by its name and folder. Made once, if a direct path fails."""
         index, visited = defaultdict[tuple[str, ...], list[str]](list), set[str]()
         for folder, inner, names in chain.from_iterable(os.walk(root, followlinks=True) for root in self.roots):
             if (place := os.path.realpath(folder)) in visited:  # a link that leads back
                 inner[:], names[:] = [], []
             visited.add(place)
             for name in names:
-                for key in ((stem(name),), (stem(name), os.path.basename(folder))):
+                stem = ENDING.sub("", name)
+                for key in ((stem,), (stem, os.path.basename(folder))):
                     index[key].append(os.path.join(folder, name))
         return index
 
@@ -199,11 +200,5 @@ class ImageFolder:
         return there
 
 
-def stem(name: str) -> str:
-    """The name without a picture's ending."""
-    start, ending = os.path.splitext(name)
-    return start if ending.lower() in SUFFIXES else name
-
-
-def reversed_parts(path: Path) -> tuple[str, ...]:  # file, folder, folder above, ...
-    return stem(path.name), *path.parts[-2::-1]
+def reversed_parts(path: Path) -> tuple[str, ...]:  # file without its ending, folder, folder above, ...
+    return ENDING.sub("", path.name), *path.parts[-2::-1]

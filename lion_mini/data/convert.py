@@ -27,7 +27,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import astuple
 from functools import cache, partial
-from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -75,8 +74,8 @@ def llava(paths: Sequence[Path]) -> Iterator[Example]:
     for path in paths:
         for where, row in rows(path, read_json(path, list)):
             with reading(where):
-                turns, unanswered = row["conversations"], {"from": "gpt", "value": ""}
-                for human, gpt in zip_longest(turns[::2], turns[1::2], fillvalue=unanswered):
+                turns = [*row["conversations"], {"from": "gpt", "value": ""}]  # if the last question has no answer
+                for human, gpt in zip(turns[::2], turns[1::2], strict=False):
                     if (human["from"], gpt["from"]) != ("human", "gpt"):
                         raise ValueError(f"expected human and gpt, found {human['from']} and {gpt['from']}")
                     fields = {"question": human["value"].replace("<image>", "").strip()}
@@ -147,29 +146,27 @@ def convert(args: argparse.Namespace) -> None:
         raise ValueError(f"{args.name} has no --as {kind}, only {', '.join(TASKS_OF_SET[args.name])}")
     templates = pool(load_templates(*args.templates))
     empty = "a phrase, or a box inside the picture" if kind in ("rec", "reg") else "a question or an answer"
-    images, pictures, written, lacks = ImageFolder(*args.images, prefer=args.name), set[Path](), 0, Counter[str]()
+    images, written, lacks = ImageFolder(*args.images, prefer=args.name), Counter[Path](), Counter[str]()
     find = cache(images.path)
-    with atomic_write(args.out) as new:
-        with open(new, "w", encoding="utf-8", errors="backslashreplace") as file:  # escapes half a surrogate pair
-            for record in make_records(args.name, kind, args.ann, templates, args.seed):
-                path = find(record["image"])
-                if args.name != "release" and not (record["question"].strip() and record["answer"].strip()):
-                    lacks[empty] += 1
-                elif path is None:
-                    lacks["a picture"] += 1
-                    images.without_missing([record["image"]], args.skip_missing)
-                else:
-                    written += 1
-                    pictures.add(path)
-                    record["image"] = images.relative(path)
-                    file.write(json.dumps(record, ensure_ascii=False) + "\n")
+    with atomic_write(args.out) as new, open(new, "wb") as file:
+        for record in make_records(args.name, kind, args.ann, templates, args.seed):
+            path = find(record["image"])
+            if args.name != "release" and not (record["question"].strip() and record["answer"].strip()):
+                lacks[empty] += 1
+            elif path is None:
+                lacks["a picture"] += 1
+                images.without_missing([record["image"]], args.skip_missing)
+            else:
+                written[path] += 1
+                file.write(as_line(record | {"image": images.relative(path)}) + b"\n")
         left_out = [f"{count:,} records without {lack} left out" for lack, count in lacks.items()]
         if not written:
             raise ValueError("; ".join((f"{' and '.join(map(str, args.ann))}: no record can be written", *left_out)))
-    print(f"{args.out}: {written:,} records of {args.name} as {kind}, {len(pictures):,} pictures", *left_out, sep="\n")
+    print(f"{args.out}: {written.total():,} records of {args.name} as {kind}, {len(written):,} pictures")
+    print("".join(f"{line}\n" for line in left_out), end="")
     if expected := DATA_SETS[args.name][1][kind]:
         about = "about " * (expected % 1000 == 0)  # the table rounds to thousands
-        print(f"Table 7 counts {about}{expected:,}: {written + lacks.total() - expected:+,}")
+        print(f"Table 7 counts {about}{expected:,}: {written.total() + lacks.total() - expected:+,}")
 
 
 def inspect(args: argparse.Namespace) -> None:
@@ -179,7 +176,7 @@ def inspect(args: argparse.Namespace) -> None:
     for number in range(1, len(source) + 1):
         try:
             fields = source.fields(number - 1)
-            there = source.picture(fields).is_file()
+            there = os.path.isfile(source.picture(fields))
             if there and len(drawn) < 3 and number > len(source) // 3 * len(drawn):
                 drawn.append(source.read(number - 1, random.Random()))
         except ValueError as error:
@@ -234,7 +231,7 @@ def tag_records(source: Records, out: Path, batch_size: int, tagger: Callable[[l
             tags.update(zip(new, tagger(list(new.values())) if new else (), strict=True))
             for i in batch:
                 more = {"tags": tags[paths[i]]} if paths.get(i) in tags else {}
-                file.write(as_line(source.line(i), more) + b"\n")
+                file.write(copied(source.line(i), more) + b"\n")
             file.flush()
     with open(out, "rb") as file:
         return sum(not re.search(rb'"tags": [\["]', line) for line in file)  # quotes inside a text are escaped
@@ -247,7 +244,7 @@ def resume(source: Records, out: Path) -> int:
     out.parent.mkdir(parents=True, exist_ok=True)
     *lines, torn = out.read_bytes().split(b"\n") if out.exists() else [b""]
     last = lines[-1] if lines else torn
-    begun = as_line(source.line(min(max(len(lines), 1), len(source)) - 1), {})[:-1]  # tags may follow
+    begun = copied(source.line(min(max(len(lines), 1), len(source)) - 1), {})[:-1]  # tags may follow
     if len(lines) > len(source) or not last.startswith(begun[: len(last)]):
         raise ValueError(f"--out {out} does not hold the first records of --data: choose another file")
     if torn:
@@ -255,12 +252,16 @@ def resume(source: Records, out: Path) -> int:
     return len(lines)
 
 
-def as_line(line: bytes, more: dict[str, Any]) -> bytes:
+def copied(line: bytes, more: dict[str, Any]) -> bytes:
     """The record as one line of JSON, with `more` fields behind its own. A line that is no record stays as it is."""
     with suppress(ValueError, RecursionError, AttributeError):
-        record = {name: value for name, value in json.loads(line).items() if (name, value) != ("tags", None)} | more
-        return json.dumps(record, ensure_ascii=False).encode("utf-8", "backslashreplace")
+        record = {name: value for name, value in json.loads(line).items() if (name, value) != ("tags", None)}
+        return as_line(record | more)
     return line.strip()
+
+
+def as_line(record: dict[str, Any]) -> bytes:  # half a surrogate pair, which is no UTF-8, becomes an escape
+    return json.dumps(record, ensure_ascii=False).encode("utf-8", "backslashreplace")
 
 
 def main(argv: list[str] | None = None) -> int:
