@@ -52,7 +52,8 @@ def check_flags(args: argparse.Namespace) -> None:
         (args.data and mode != "tags", "--data is for --tags: it adds them to training records"),
         (args.dtype not in DTYPES, f"--dtype {args.dtype}: there are {', '.join(DTYPES)}; T5 overflows in float16"),
         (args.batch_size < 1, f"--batch-size must be at least 1, not {args.batch_size}"),
-        (length is not None and length < 1, f"--max-new-tokens must be at least 1, not {length}"),
+        (length is not None and not 0 < length <= 10_000, f"--max-new-tokens must be 1 to 10,000, not {length}"),
+        ("" in (args.out, *args.images), "a file or folder without a name: say . for the folder that you are in"),
         (args.use_tags == [], "--use-tags is empty: for no tags at all say --no-tags"),
         (args.pixels and mode != "describe", "--pixels is for --describe: its four numbers are pixels then"),
         (mode and not args.images and not args.data, f"--{mode} needs a picture: name one, or a folder of them"),
@@ -170,6 +171,7 @@ def demonstrate(args: argparse.Namespace) -> int:
 
 def infer(args: argparse.Namespace) -> int:
     check_flags(args)
+    args.out = Path(args.out)
     if args.data:
         source, opened = Records(args.data, args.roots), cache(partial(open_lion, args))
         lacking = tag_records(source, args.out, args.batch_size, lambda images: opened().tag(images))
@@ -239,7 +241,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--dtype", default="auto", help=f"{', '.join(DTYPES)}; auto: bfloat16 where it is fast")
     add("--batch-size", type=int, default=8, help="pictures at a time")
-    add("--out", type=Path, default=Path("out"), help="folder of results.jsonl and drawn boxes, or file")
+    add("--out", default="out", help="folder of results.jsonl and drawn boxes, or file")
     return run(infer, parser.parse_args(argv))
 
 

@@ -144,6 +144,8 @@ def convert(args: argparse.Namespace) -> None:
     kind = args.kind or TASKS_OF_SET[args.name][0]
     if kind not in TASKS_OF_SET[args.name]:
         raise ValueError(f"{args.name} has no --as {kind}, only {', '.join(TASKS_OF_SET[args.name])}")
+    if args.out.resolve() in map(Path.resolve, args.ann):
+        raise ValueError(f"--out {args.out} is a file that --ann reads: choose another one")
     templates = pool(load_templates(*args.templates))
     empty = "a phrase, or a box inside the picture" if kind in ("rec", "reg") else "a question or an answer"
     images, written, lacks = ImageFolder(*args.images, prefer=args.name), Counter[Path](), Counter[str]()

@@ -615,7 +615,13 @@ def test_missing_pictures(tmp_path: Path, capsys: pytest.CaptureFixture) -> None
     assert "the image val2014/COCO_val2014_000000297147.jpg is not below" in error
     assert "--skip-missing" in error
     assert not (tmp_path / "out.jsonl").exists()
-    assert not (tmp_path / "out.jsonl.new").exists()
+    assert not (tmp_path / ".out.jsonl.new").exists()
+    assert convert.main(["convert", "okvqa", *flags, "--skip-missing"]) == 2
+    assert "no record can be written; 1 records without a picture left out" in capsys.readouterr().err
+    assert convert.main(["convert", "okvqa", *flags[:-1], str(paths[0])]) == 2
+    assert (
+        capsys.readouterr().err == f"lion_mini.data: --out {paths[0]} is a file that --ann reads: choose another one\n"
+    )
 
 
 def test_inspect(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
