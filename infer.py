@@ -9,10 +9,8 @@
     python infer.py photos/ "more/*.png" --weights weights/xl --tags                   RAM's tags alone
     python infer.py --tags --data train.json --images coco --out tagged.jsonl --weights weights/xl     tags of records
 
-Answers are printed. `--out` (default: out) gets results.jsonl, one line per picture with tags, prompt, raw text,
-answer, box and score, and the pictures with their boxes. Only earlier results are replaced: where another file stands,
-the new one gets a number. A picture that cannot be read is reported and left out.
-Exit code 0: all is done; 1: some pictures failed; 2: nothing could be done.
+Answers are printed. `--out` (default: out) gets results.jsonl, a line per picture, and the pictures with their boxes.
+It replaces earlier results, but no other file. Exit code 0: all is done; 1: some pictures failed; 2: nothing is done.
 """
 
 import argparse
@@ -91,8 +89,7 @@ def open_lion(args: argparse.Namespace) -> Lion:
     lion = Lion.from_pretrained(args.weights, args.device, DTYPES[args.dtype])
     if args.use_tags and lion.config.tags == "none":
         raise ValueError(f"--use-tags: {args.weights} answers without tags in its prompt")
-    if args.no_tags:
-        lion.config = replace(lion.config, tags="none")
+    lion.config = replace(lion.config, tags="none") if args.no_tags else lion.config
     if args.dtype == "auto":
         print(f"--dtype auto: {args.weights} computes in {str(lion.dtype)[6:]} on {lion.device}", file=sys.stderr)
     return lion
@@ -116,10 +113,9 @@ def ask(lion: Lion, mode: str, text: str, pictures: Sequence[Picture], args: arg
     return [
         {
             "image": str(path), "tags": [[tag, round(score, 4)] for tag, score in answer.tags],
-            "prompt": answer.prompt, "text": answer.text,
+            "prompt": answer.prompt, "text": answer.text, "score": round(answer.score, 4),
             "answer": answer.text if mode != "locate" else box and box.to_text(),
             "box": box and list(astuple(box)), "box_pixels": box and [round(x, 1) for x in box.to_pixels(*image.size)],
-            "score": round(answer.score, 4),
         }
         for path, image, box, answer in zip(paths, images, boxes, answers, strict=True)
     ]  # fmt: skip

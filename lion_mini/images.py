@@ -163,8 +163,7 @@ class ImageFolder:
         paths = [root / name for root in self.roots if os.path.isfile(root / name)]
         if not paths:
             near = self.index.get(key[:2]) or self.index.get(key[:1], [])
-            common = len(near) > 9  # such as image.png, which says nothing without its folder
-            paths = [Path(file) for file in near if not common and os.path.isfile(file)]
+            paths = [Path(file) for file in near if len(near) < 10 and os.path.isfile(file)]  # image.png is no clue
         end = lambda path: [a == b for a, b in zip(reversed_parts(path), key, strict=False)]
         rank = lambda path: (end(path), path.suffix == suffix, len({self.prefer, *key[1:]} & {*path.parts}))
         best, *others = sorted(paths, key=rank, reverse=True) or [Path()]

@@ -211,10 +211,10 @@ def draw_record(example: TrainingExample) -> tuple[Image.Image, str]:
 
 
 def tag_records(source: Records, out: Path, batch_size: int, tagger: Callable[[list], list]) -> int:
-    """Write the records to `out`, one per line in their order; those without tags get the tags of their picture.
+    """Write the records to `out`, after the first ones if they are there, and tag the pictures of those without tags.
 
-    A record that cannot be used is named on stderr and copied. The first records may be in `out` already. `tagger` maps
-    pictures to lists of tags, and is not called if none are missing. Returns how many records have no tags.
+    A record that cannot be used is named on stderr and copied. `tagger` maps pictures to lists of tags, and is called
+    only if some are missing. Returns how many records have no tags.
     """
     done, tags = resume(source, out), dict[Path, list[str]]()
     with open(out, "ab") as file:
