@@ -6,6 +6,7 @@ run(main, args)                     a script's way out: one sentence on stderr a
 """
 
 import inspect
+import io
 import json
 import os
 import pickle
@@ -60,6 +61,8 @@ def printable(text: object) -> str:
 
 def run(main: Callable[[Any], int | None], args: Any) -> int:
     """Call `main(args)`; returns the exit code. An error is one sentence on stderr; LION_DEBUG=1 adds the traceback."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # for a terminal that has only ASCII
     try:
         return main(args) or 0
     except KeyboardInterrupt:
@@ -68,7 +71,8 @@ def run(main: Callable[[Any], int | None], args: Any) -> int:
         if os.environ.get("LION_DEBUG"):
             traceback.print_exc()
         text = reason(error) if isinstance(error, (ValueError, OSError)) else f"{error!r}; LION_DEBUG=1 shows where"
-        print(f"{Path(inspect.getfile(main)).name}: {printable(text)}", file=sys.stderr)
+        name = main.__module__.rpartition(".")[0] or Path(inspect.getfile(main)).name
+        print(f"{name}: {printable(text)}", file=sys.stderr)
         return 2
 
 

@@ -414,7 +414,7 @@ def test_llava_turns_stand_alone(tmp_path: Path, capsys: pytest.CaptureFixture) 
     }  # fmt: skip
     assert (second["question"], second["answer"]) == ("What colour?", "Red.")
     out = capsys.readouterr().out
-    assert "2 records without a question or without an answer left out" in out
+    assert "2 records without a question or an answer left out" in out
     assert "Table 7 counts about 361,000: -360,996" in out
 
 
@@ -434,7 +434,7 @@ def test_vqa_and_vqg(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     paths = write(tmp_path, "q.json", questions), write(tmp_path, "a.json", annotations)
     for kind, expected in (("vqa", asked), ("vqg", turned)):
         assert converted(tmp_path, "okvqa", *paths, as_=kind) == [expected]
-        assert "1 records without a question or without an answer left out" in capsys.readouterr().out
+        assert "1 records without a question or an answer left out" in capsys.readouterr().out
 
 
 def test_ocrvqa_trains_on_split_1(tmp_path: Path) -> None:
@@ -452,7 +452,7 @@ def test_captions_for_training(tmp_path: Path) -> None:
     path = write(tmp_path, "captions_train2014.json", {"images": images, "annotations": annotations})
     found = converted(tmp_path, "coco", path)
     assert [record["answer"] for record in found] == ["A dog 0.", "A dog 1."]  # as they are, not lower-cased
-    assert found[0]["image"] == "train2014/COCO_train2014_000000000009.jpg"
+    assert found[0]["image"] == "COCO_train2014_000000000009.jpg"
     rows = [{"image_id": "aa", "caption_str": "A sign."}]
     (said,) = converted(tmp_path, "textcaps", write(tmp_path, "t.json", {"data": rows}))
     assert (said["image"], said["answer"]) == ("train_images/aa.jpg", "A sign.")
@@ -474,9 +474,11 @@ def vg_files(folder: Path) -> tuple[Path, Path]:
     return write(folder, "region_descriptions.json", regions), write(folder, "image_data.json", pictures)
 
 
-def test_visual_genome(tmp_path: Path) -> None:
+def test_visual_genome(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     paths = vg_files(tmp_path)
-    (rec,) = converted(tmp_path, "vg", *paths)  # the region beside the picture is gone
+    (rec,) = converted(tmp_path, "vg", *paths)
+    lost = "records without a phrase, or a box inside the picture left out"
+    assert f"1 {lost}" in capsys.readouterr().out  # the region beside the picture
     assert rec["image"] == "VG_100K_2/61512.jpg"
     assert rec["answer"] == "Answer: [0.000,0.200,0.500,1.000]"
     assert "the clock" in rec["question"]
@@ -487,7 +489,15 @@ def test_visual_genome(tmp_path: Path) -> None:
     line = {"img_path": "images2/VG_100K_2/61512.jpg", "expression": "the clock", "bbox": [0, 120, 400, 600]}
     boxes = [0, 120, 400, 600], [1, 1, 1, 20], [0, 2, 0.3, 40], [9, 9, 3, 3]  # nothing, nothing once written, inverted
     lines = [line | {"width": 800, "height": 600, "bbox": box} for box in boxes]
-    assert converted(tmp_path, "vg", write(tmp_path, "GC_genome196_train.jsonl", lines, lines=True)) == [rec]
+    path = write(tmp_path, "GC_genome196_train.jsonl", lines, lines=True)
+    assert converted(tmp_path, "vg", path, pictures=False) == [rec]
+    out = capsys.readouterr().out
+    assert f"3 {lost}" in out
+    assert "Table 7 counts about 3,600,000: -3,599,996" in out
+    for row in (files := [json.loads(path.read_text()) for path in paths])[0][0]["regions"] + files[1]:  # version 1.0
+        row["id"] = row.pop("image_id") if "url" in row else row.pop("region_id") + row.pop("image_id")
+    version_1 = [write(tmp_path, f"version-1/{i}.json", data) for i, data in enumerate(files)]
+    assert converted(tmp_path, "vg", *version_1, pictures=False) == [rec]
     for part, key, value in ((1, "width", 0), (0, "x", float("nan"))):
         files = [json.loads(path.read_text()) for path in paths]
         (files[part][0] if part else files[0][0]["regions"][1])[key] = value
@@ -513,6 +523,55 @@ def test_the_releases_own_files(tmp_path: Path) -> None:
         {"image": "a.jpg", "question": "Q", "answer": "A", "category": "region_level", "tags": ["x", "y"]},
         {"image": "b.jpg", "question": "Q", "answer": "", "category": "image_level"},
     ]
+
+
+TREE = {  # the official README's folders below one root, and what the annotation files name
+    "ocrvqa": ("OCR-VQA/images/8.jpg", "8"),
+    "coco": ("coco/images/train2014/COCO_train2014_000000000009.jpg", 9),
+    "llava": ("coco_2017/train2017/000000000008.jpg", "000000000008.jpg"),
+    "aokvqa": ("coco_2017/train2017/000000000009.jpg", 9),
+    "okvqa": ("okvqa/images/train/train2014/COCO_train2014_000000000009.jpg", 9),
+    "textcaps": ("textcaps/images/train_images/aa.jpg", "aa"),
+    "vqav2": ("vqav2/images/train2014/COCO_train2014_000000000009.jpg", 9),
+    "vg": ("visual_genome/VG_100K_2/8.jpg", 8),
+}
+
+
+def official(folder: Path, name: str, image: Any) -> list[Path]:
+    """Annotation files of the data set about one picture."""
+    question = {"question_id": 1, "image_id": image, "question": "What?"}
+    turns = [{"from": "human", "value": "<image>\nQ"}, {"from": "gpt", "value": "A"}]
+    book = {"imageURL": "http://x/8.gif", "questions": ["q"], "answers": ["a"], "split": 1}
+    box = {"x": 1, "y": 1, "width": 9, "height": 9}
+    files: dict[str, list[Any]] = {
+        "ocrvqa": [{image: book}],
+        "coco": [{"images": [{"id": 9, "file_name": "COCO_train2014_000000000009.jpg"}],
+                  "annotations": [{"image_id": 9, "caption": "A"}]}],
+        "llava": [[{"image": image, "conversations": turns}]],
+        "aokvqa": [[question | {"split": "train", "direct_answers": ["a"], "question_id": "1"}]],
+        "textcaps": [{"data": [{"image_id": image, "caption_str": "A"}]}],
+        "vg": [[{"id": 8, "regions": [box | {"image_id": 8, "phrase": "a dog"}]}],
+               [{"image_id": 8, "width": 64, "height": 48, "url": "http://x/VG_100K_2/8.jpg"}]],
+    }  # fmt: skip
+    files["vqav2"] = files["okvqa"] = [
+        {"data_subtype": "train2014", "questions": [question]},
+        {"annotations": [{"question_id": 1, "answers": [{"answer": "a"}]}]},
+    ]
+    return [write(folder, f"{name}-{i}.json", data) for i, data in enumerate(files[name])]
+
+
+def test_all_sets_are_trained_together(tmp_path: Path) -> None:
+    """Below one root each set finds its own pictures, although every one is different; so does training after that."""
+    root = tmp_path / "images"
+    for level, (place, _) in enumerate([*TREE.values(), ("visual_genome/VG_100K/2.jpg", 0)]):
+        (root / place).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (64, 48), (level, 0, 0)).save(root / place, "PNG")
+    (root / "coco" / "loop").symlink_to(root)
+    for level, (name, (place, image)) in enumerate(TREE.items()):
+        (record,) = converted(tmp_path, name, *official(tmp_path, name, image), skip=False, pictures=False)
+        assert record["image"] == place, name
+        read = Records(tmp_path / "out.jsonl", [tmp_path / "nothing", root]).read(0, random.Random())
+        assert read.image.getpixel((0, 0)) == (level, 0, 0)
 
 
 def test_records_can_be_trained_from(tmp_path: Path) -> None:
@@ -556,7 +615,13 @@ def test_missing_pictures(tmp_path: Path, capsys: pytest.CaptureFixture) -> None
     assert "the image val2014/COCO_val2014_000000297147.jpg is not below" in error
     assert "--skip-missing" in error
     assert not (tmp_path / "out.jsonl").exists()
-    assert not (tmp_path / "out.jsonl.new").exists()
+    assert not (tmp_path / ".out.jsonl.new").exists()
+    assert convert.main(["convert", "okvqa", *flags, "--skip-missing"]) == 2
+    assert "no record can be written; 1 records without a picture left out" in capsys.readouterr().err
+    assert convert.main(["convert", "okvqa", *flags[:-1], str(paths[0])]) == 2
+    assert (
+        capsys.readouterr().err == f"lion_mini.data: --out {paths[0]} is a file that --ann reads: choose another one\n"
+    )
 
 
 def test_inspect(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
