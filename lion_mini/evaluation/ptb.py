@@ -24,6 +24,7 @@ def _shape(char: str) -> str:
 
 
 # Parts of the rules. White space in them means nothing, and case only within (?-i: ).
+# Bounds such as {0,999} keep the time linear in hostile lines.
 _GAP, _STOP = r"[ \t\n\xa0\u2000-\u200a\u3000]", r"(?: \. (?=[,;:、]) )?"  # "etc., and" keeps its period
 _L, _LD = (rf"(?: [a-zあˆ\xad{digit}] | &[aeiou](?:acute|grave|uml); )" for digit in ("", r"\d"))
 _WORD = rf"{_L}{_LD}*+ (?: [.!?] {_L}{_LD}*+ )*+"
@@ -86,7 +87,7 @@ _RULES = {
     "symbol": r"@+ | \#+ | _+ | \*+ | (?:\\\*){1,3} | [?!]+ | -+ | << | >> | [()\[\]{}+%&~^|\\°⁄⁺⁻₊₋=/<>、]",
     "rest": r"(?:.|\n)",  # dropped
 }
-_AS_WRITTEN = {"tag", "apostrophe", "site", "mail", "file", "letters and digits"}
+_AS_WRITTEN = {"tag", "handle", "apostrophe", "site", "mail", "file", "letters and digits"}
 _SPELLING = {  # the evaluators drop -LRB- and its kin in upper case only, so in lower case they count as words
     "(": "-lrb-", ")": "-rrb-", "[": "-lsb-", "]": "-rsb-", "{": "-lcb-", "}": "-rcb-", "\xad": "", "&amp;": "&",
     "½": "1/2", "¼": "1/4", "¾": "3/4", "⅓": "1/3", "⅔": "2/3", "&lt;": "<", "&gt;": ">", "&apos;": "'", "¢": "cents",
@@ -94,7 +95,7 @@ _SPELLING = {  # the evaluators drop -LRB- and its kin in upper case only, so in
     "\x92": "'", "“": "``", "«": "``", "\x93": "``", "”": "''", "»": "''", "\x94": "''",
 }  # fmt: skip
 _SPELT = re.compile(r"^[\[\]{}]$|[\xad()½¼¾⅓⅔¢£\x80¤₠€‘‛‹\x91’›\x92“«\x93”»\x94]|&(?:amp|lt|gt|apos);")
-_PAIRS = ((token, context or "") for token, _, context in (rule.partition(" // ") for rule in _RULES.values()))
+_PAIRS = ((token, context) for token, _, context in (rule.partition(" // ") for rule in _RULES.values()))
 _LEXER = re.compile(r"\ *" + "".join(f"(?=(({token})(?:{context}))|)" for token, context in _PAIRS), re.I | re.X)
 
 
@@ -108,7 +109,7 @@ def ptb_tokenize(captions: list[str]) -> list[list[str]]:
     lines: list[list[str]] = [[]]
     while place < len(text):
         spans = _LEXER.match(shapes, place).regs  # type: ignore[union-attr]
-        rule = spans[1::2].index(max(spans[1::2]))
+        rule = spans[1::2].index(max(spans[1::2]))  # spans: all, then each rule with and without what follows
         start, place = spans[2 + 2 * rule]
         if text[start] == "\n":
             lines.append([])
