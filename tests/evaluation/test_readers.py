@@ -172,6 +172,9 @@ def test_visdial_has_every_round(tmp_path: Path) -> None:
     last = [example for example in found if example.group == "last"]
     assert [e.id for e in last] == ["185565-10", "185566-10"]
     assert last[0] == found[9]
+    path.write_text(path.read_text().replace('"question": 3,', '"question": -1,'))
+    with pytest.raises(ValueError, match=r"visdial_1\.0_val\.json, dialogs 1: the field -1 is missing"):
+        read("visdial", [path])
 
 
 # --- boxes
@@ -203,10 +206,11 @@ def test_refer(tmp_path: Path) -> None:
 
 
 def test_a_pickle_of_python_2(tmp_path: Path) -> None:
-    """Byte strings beyond ASCII, which Python 2 wrote as the opcode U or T."""
+    """Byte strings beyond ASCII, which Python 2 wrote as the opcode U or T: UTF-8, or else Latin-1."""
     path, instances = refer_files(tmp_path)
-    path.write_bytes(path.read_bytes().replace(b"X\x04\x00\x00\x00her ", b"U\x05caf\xe9!"))
-    assert read("refcoco_val", [path, instances])[1].fields["expression"] == "café!"
+    data = path.read_bytes().replace(b"X\x04\x00\x00\x00her ", b"U\x05caf\xe9!")
+    path.write_bytes(data.replace(b"X\x0d\x00\x00\x00lady ' s head", "U\x09の café".encode()))
+    assert [e.fields["expression"] for e in read("refcoco_val", [path, instances])] == ["の café", "café!"]
 
 
 def test_a_pickle_that_would_run_code(tmp_path: Path) -> None:
@@ -220,8 +224,8 @@ def test_a_pickle_that_would_run_code(tmp_path: Path) -> None:
         (pickle.dumps([Evil()]), r"it asks for pathlib\S*, and only plain data is read"),
         (b"cos\nsystem\n(S'true'\ntR.", r"it asks for os\.system, and only"),
         (b"c__builtin__\neval\n(S'1'\ntR.", r"it asks for __builtin__\.eval"),
-        (pickle.dumps([{"a": 1}])[:-4], "is not a whole pickle"),
-        (b"", "is not a whole pickle"),
+        (pickle.dumps([{"a": 1}])[:-4], r"refs\.p: it is damaged"),
+        (b"", r"refs\.p: Ran out of input"),
     ):
         path.write_bytes(data)
         with pytest.raises(ValueError, match=words):
@@ -273,12 +277,79 @@ def mmbench_file(folder: Path, answer: str = "B") -> Path:
 
 def test_mmbench(tmp_path: Path) -> None:
     first, second = read("mmbench", [mmbench_file(tmp_path)])
-    assert (first.candidates, first.references, first.target) == (("red", "blue"), ("A", "B"), 1)
-    assert first.fields == {"question": 'Which "one"?\nLook', "hint": "", "options": "A. red\nB. blue"}
+    assert (first.candidates, first.references, first.target) == (("blue", "red"), ("B", "A"), 0)  # by alphabet
+    assert first.fields == {"question": 'Which "one"?\nLook', "hint": "", "options": "A. blue\nB. red"}
     assert first.image == second.image  # a row may name the one that has its picture
-    assert (second.fields["hint"], second.target) == ("a hint", 0)
+    assert (second.fields["hint"], second.references, second.target) == ("a hint", ("A", "B"), 0)
     assert Image.open(io.BytesIO(first.image if isinstance(first.image, bytes) else b"")).size == (8, 8)
-    assert read("mmbench", [mmbench_file(tmp_path, answer="")])[0].target is None  # test: hidden
+    path = mmbench_file(tmp_path, answer="")
+    assert read("mmbench", [path])[0].target is None  # test: hidden
+    text = path.read_text()
+    path.write_text(text.replace("red\tblue\tnan\t", "Zoo\tapple\t9\tapple"))
+    (found, _) = read("mmbench", [path])
+    assert (found.candidates, found.references) == (("9", "apple", "apple", "Zoo"), ("C", "B", "D", "A"))
+    assert found.fields["options"] == "A. 9\nB. apple\nC. apple\nD. Zoo"
+    path.write_text(text + '9\t"no end')
+    with pytest.raises(ValueError, match=r"mmbench_dev\.tsv: unexpected end of data"):
+        read("mmbench", [path])
+    path.write_text(text.replace("coarse_", "fine_"))
+    with pytest.raises(ValueError, match=r"mmbench_dev\.tsv, record 1: l2-category must be in \['logic_reasoning'"):
+        read("mmbench", [path])
+
+
+@pytest.mark.parametrize(
+    ("task", "rows"),
+    [
+        ("pope_random", [{"question_id": i, "image": "1.jpg", "text": "Q", "label": "yes"} for i in (1, 2)]),
+        ("vsr", [{"image": "1.jpg", "caption": "a", "label": i} for i in (1, 0)]),
+        ("refcoco_val", [{"img_path": "1.jpg", "expression": "a", "bbox": [1, 1, 2, 2], "height": 4, "width": 4}] * 2),
+        ("refcoco_val", [{"img_id": "x", "sents": "a", "bbox": [1, 1, 2, 2], "height": 4, "width": 4}]),
+        ("coco", [{"image": "1.jpg", "caption": ["a"]}, {"image": "2.jpg", "caption": "b"}]),
+        ("gqa", [{"question_id": 1, "question": "Q", "answer": "no", "image": "1.jpg"}]),
+        ("aokvqa", [{"image_id": 1, "question_id": i, "question": "Q", "direct_answers": ["a"]} for i in "ab"]),
+    ],
+)
+def test_records_in_any_json(tmp_path: Path, task: str, rows: list[dict]) -> None:
+    """A list, lines, objects that span lines, and files that were joined."""
+    path, one_by_one = tmp_path / "x.json", list(map(json.dumps, rows))
+    expected = read(task, [write(tmp_path, "list.json", rows)])
+    assert len(expected) == len(rows)
+    indented = "\n".join(json.dumps(row, indent=1) for row in rows)
+    for text in ("\n".join(one_by_one), indented, "".join(one_by_one), "\r\n\ufeff\n".join(one_by_one) + "\n\n"):
+        path.write_bytes(("\ufeff" + text).encode())
+        assert read(task, [path]) == expected
+    path.write_text(indented + "\n{\n")
+    with pytest.raises(ValueError, match=rf"x\.json, line {indented.count(chr(10)) + 2}: it is not whole JSON"):
+        read(task, [path])
+
+
+def test_numbers_for_texts_and_texts_for_numbers(tmp_path: Path) -> None:
+    questions, annotations = okvqa_files(tmp_path)
+    expected, text = read("okvqa", [questions, annotations]), questions.read_text()
+    questions.write_text(text.replace(": 297147,", ': "297147",').replace(": 2971475}", ': "2971475"}'))
+    assert questions.read_text() != text
+    assert read("okvqa", [questions, annotations]) == expected
+    paths = refer_files(tmp_path)
+    boxes, text = read("refcoco_val", [*paths]), paths[1].read_text()
+    paths[1].write_text(text.replace('"id": 581857', '"id": "581857"').replace('"id": 7', '"id": "7"'))
+    assert read("refcoco_val", [*paths]) == boxes
+    icon = {"question": "How many?", "choices": ["3", "2"], "answer": 1}
+    whole: list[tuple[str, dict, dict]] = [
+        ("coco", {"images": [{"id": 1}], "annotations": [{"image_id": 1, "caption": "a"}]}, {"images": [{"id": "1"}]}),
+        ("aokvqa", {"image_id": 1, "question_id": "7", "question": "Q", "direct_answers": ["3"]},
+         {"image_id": "1", "question_id": 7, "direct_answers": 3}),
+        ("gqa", {"7": {"imageId": "n1", "question": "Q", "answer": "3"}},
+         {"7": {"imageId": "n1", "question": "Q", "answer": 3}}),
+        ("iconqa", {"choose_txt_test": ["1"], "1": icon},
+         {"choose_txt_test": [1], "1": icon | {"choices": [3, 2], "answer": "1"}}),
+        ("vsr", {"image": "1.jpg", "caption": "a", "label": 1}, {"label": "1"}),
+        ("vsr", {"image": "1.jpg", "caption": "a", "label": 0}, {"label": False}),
+        ("pope_random", {"question_id": 1, "image": "1.jpg", "text": "Q", "label": "yes"},
+         {"question_id": "1", "label": "Yes\n"}),
+    ]  # fmt: skip
+    for task, official, careless in whole:
+        expected = read(task, [write(tmp_path, "official.json", official)])
+        assert read(task, [write(tmp_path, "careless.json", official | careless)]) == expected
 
 
 # --- what is wrong with a file
@@ -293,8 +364,10 @@ def test_broken_files_are_one_sentence(tmp_path: Path) -> None:
         (json.dumps([row, row]), "the id 1 stands there twice"),
         (json.dumps([row, 7]), "record 2: it must be an object, found 7"),
         (json.dumps([row])[:-5], "is not whole JSON"),
+        (json.dumps([row | {"answer": []}]), "1 has no answer"),
+        ("[" * 10**5, "line 1: it is nested too deeply"),
         ("[]", "there is no example of gqa in it"),
-        ("", "is not whole JSON"),
+        ("", "there is no example of gqa in it"),
         ("7", "it must be a list, found 7"),
     ):
         path.write_text(text, encoding="utf-8")
