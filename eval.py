@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     folder = lambda name: TINY if name == "tiny" else Path(name) if name else None
     parser.add_argument("--weights", type=folder, help="a folder of weights.py convert or train.py, or: tiny")
     parser.add_argument("--ann", type=Path, nargs="+", default=[], help="the official annotation file or files")
-    parser.add_argument("--images", type=Path, default=Path(), help="the pictures' folder")
+    parser.add_argument("--images", type=Path, nargs="+", default=[Path()], help="folders that have the pictures")
     parser.add_argument("--out", type=folder, default=Path("results"), help="folder of predictions and scores")
     parser.add_argument("--score", type=Path, metavar="FILE", help="only score this file of predictions")
     parser.add_argument("--official", action="store_true", help="write as the release: 5 beams, repetition penalty 1.5")
@@ -225,7 +225,7 @@ def open_lion(args: Namespace, device: str | torch.device) -> Lion:
 
 
 def measure(args: Namespace) -> None:
-    benchmark, images = BENCHMARKS[args.task], ImageFolder(args.images)
+    benchmark, images = BENCHMARKS[args.task], ImageFolder(*args.images, prefer=args.task)
     path, lost = args.score or args.out / f"{args.task}.jsonl", "prediction" if args.score else "picture"
     examples = [e for e in read(args.task, args.ann) if args.rounds == "all" or e.group == "last"]
     ids, asked = [example.id for example in examples], examples[: args.limit]
@@ -238,7 +238,8 @@ def measure(args: Namespace) -> None:
     else:
         made, predictions = load(path, ids, {"task": args.task})
     if not (examples := [example for example in asked if example.id in predictions]):
-        raise ValueError(f"{args.score or args.images} holds no {lost} for the {len(asked):,} examples of {args.task}")
+        where = args.score or " or ".join(map(str, args.images))
+        raise ValueError(f"{where} holds no {lost} for the {len(asked):,} examples of {args.task}")
 
     # 2. Score, and say what differs from the paper's setting.
     with reading(path):
