@@ -101,7 +101,9 @@ def captions(paths: Sequence[Path], split: str = "test") -> Iterator[Example]:
             with reading(where):
                 id = str(row["id"])  # LAVIS' ground truth has no names
                 name = row["file_name"] if "file_name" in row else f"val2014/COCO_val2014_{int(id):012}.jpg"
-                yield Example(id, name, references=tuple(given[id]))
+                yield Example(id, name, references=tuple(given.pop(id, ())))
+        if given:
+            raise ValueError(f"{path}: image {next(iter(given))} has captions and is not in images")
         return
     karpathy = isinstance(data, dict) and "images" in data  # else LAVIS' list
     for where, row in rows(path, data, "images", split) if karpathy else rows(path, data):
