@@ -167,7 +167,9 @@ def choose_config(path: Path | None, shapes: Mapping[str, torch.Size]) -> LionCo
         width = shapes.get("shared.weight", ())[-1:] or shapes.get("t5_proj.weight", ())[:1]
         return PRESETS["xxl" if PRESETS["xxl"].t5.width in width else "xl"]
     with reading(path):
-        return LionConfig.from_json(read_text(path))
+        config = LionConfig.from_json(read_text(path))
+        skeleton(config)
+        return config
 
 
 def convert(args: argparse.Namespace) -> None:

@@ -141,6 +141,12 @@ class LionConfig:  # The whole model. `ram=None` is a LION without its tagger: t
         return _parse(cls(), json.loads(text), "config")
 
 
+# Least and greatest values, by field or by type. Depths are limited because every block takes time to build.
+LIMITS: dict[object, tuple[int, int]] = {
+    int: (1, 10**6), float: (0, 1), "depth": (1, 200), "adapters": (0, 500), "stage": (0, 4),
+}  # fmt: skip
+
+
 def _parse(default: Any, value: Any, path: str) -> Any:
     """`value` from JSON in place of `default`, which shows its type; of a config, fields may be left out."""
     if value is None and path == "config.ram":
@@ -150,8 +156,15 @@ def _parse(default: Any, value: Any, path: str) -> Any:
             raise ValueError(f"{path}.{unknown[0]} is unknown; there are {', '.join(vars(default))}")
         return replace(default, **{k: _parse(getattr(default, k), v, f"{path}.{k}") for k, v in value.items()})
     if isinstance(default, tuple):
-        return tuple(_parse(default[0], item, path) for item in need(value, list, path))
-    return type(default)(need(value, type(default), path))
+        return tuple(_parse(default[0], item, path) for item in need(value, list, path) or [None])
+    value = type(default)(need(value, type(default), path))
+    if not isinstance(value, (int, float)):
+        return value
+    *_, name = path.split(".")
+    low, high = LIMITS["depth" if "depth" in name else name if name in LIMITS else type(default)]
+    if not low <= value <= high:
+        raise ValueError(f"{path} must be from {low} to {high}, not {value!r:.60}")
+    return value
 
 
 PRESETS = {

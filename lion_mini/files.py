@@ -9,12 +9,14 @@ import inspect
 import json
 import os
 import pickle
+import re
 import shutil
 import sys
 import traceback
+import warnings
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import accumulate, groupby
 from pathlib import Path
 from typing import Any
@@ -41,7 +43,7 @@ def reading(what: object) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        text, place = reason(error), printable(what)
+        text, place = (isinstance(what, Path) and disguise(what)) or reason(error), printable(what)
         raise ValueError(text if text.startswith(place) else f"{place}: {text}") from error
 
 
@@ -49,8 +51,33 @@ def reason(error: BaseException) -> str:
     """What went wrong, on one line that a terminal can show."""
     if isinstance(error, OSError) and error.strerror:
         return printable(f"{error.filename}: {error.strerror}" if error.filename else error.strerror)
-    text = next((text for kinds, text in FAULTS.items() if isinstance(error, kinds)), "")
-    return printable(text.format(error) or str(error).strip().split("\n")[0] or f"it is damaged ({error!r})")
+    said = str(error).strip().split("\n")[0]
+    kind = pickle.UnpicklingError if "weights_only" in said else type(error)  # PyTorch advises to allow code
+    text = next((text for kinds, text in FAULTS.items() if issubclass(kind, kinds)), "")
+    said = said.split(". ")[0] if kind is RuntimeError else said  # its first sentence; PyTorch's advice comes behind
+    return printable(text.format(error) or said or f"it is damaged ({error!r})")
+
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int8)  # int8 with a scale
+CHECKPOINTS = (".pth", ".pt", ".bin", ".safetensors")
+SIGNATURES = {  # the ending of a file's name and its first bytes, if they do not belong together
+    rb"\S* $": "it is empty",
+    rb"\S* version https://git-lfs": "it is a Git LFS pointer: git lfs pull fetches the file itself",
+    rb"\S* \s*<(!doctype|html|head|body|\?xml|!--)": "it is a web page",
+    rb"\S* (\x1f\x8b|7z\xbc|BZh|\xfd7zXZ|.{257}ustar|PK(?!.*data\.pkl))": "it is an archive: unpack it",
+    rb"\.safetensors PK": "it is PyTorch's: its name must end in .pth",
+    rb"\.(pth|pt|bin|safetensors) [^\0-\x08\x0e-\x1f]*$": "it is text",
+}
+
+
+def disguise(path: Path) -> str:
+    """What a file is that has the name of something else; an empty text if it looks right."""
+    with suppress(OSError):
+        if path.is_file():
+            with open(path, "rb") as file:
+                start = path.suffix.lower().encode() + b" " + file.read(512)
+            return next((what for form, what in SIGNATURES.items() if re.match(form, start, re.I | re.S)), "")
+    return ""
 
 
 def printable(text: object) -> str:
@@ -148,8 +175,7 @@ class Tensors:
     def __init__(self, path: Path):
         self.where, self.shapes = dict[str, Path](), dict[str, torch.Size]()  # of each tensor
         self._mapped, self._room = dict[str, Tensor](), 0
-        shards = sorted(path.glob("*.safetensors")) or sorted(path.glob("pytorch_model*.bin"))
-        for file in [path] if path.is_file() else shards:
+        for file in [path] if path.is_file() else shards(path):
             for name, tensor in read_tensors(file).items():
                 if name in self.where:
                     raise ValueError(f"{file}: {name} stands in {self.where[name].name} already")
@@ -162,24 +188,51 @@ class Tensors:
         if name not in self._mapped or self._room < 0:
             self._mapped.clear()
             self._mapped, self._room = read_tensors(self.where[name]), 2**30
-        self._room -= self._mapped[name].nbytes
-        return self._mapped[name]
+        tensor = self._mapped[name]
+        if tensor.dtype not in FLOATS:
+            raise ValueError(f"{self.where[name]}: {name} must hold floats, not {tensor.dtype}")
+        self._room -= tensor.nbytes
+        return tensor
+
+
+def shards(folder: Path) -> list[Path]:
+    """A folder's checkpoint files. Its index, if there is one, must name no others."""
+    for name, pattern in (("model.safetensors", "*.safetensors"), ("pytorch_model.bin", "pytorch_model*.bin")):
+        if files := sorted(file for file in folder.glob(pattern) if file.is_file()):
+            if (index := folder / f"{name}.index.json").exists():
+                with reading(index):
+                    listed = need(read_json(index)["weight_map"], dict, "weight_map").values()
+                    if strange := set(listed) - {file.name for file in files}:
+                        raise ValueError(f"it names {min(strange)}, which is not in its folder")
+            return files
+    return []
 
 
 def read_tensors(file: Path) -> dict[str, Tensor]:
     """The tensors of a checkpoint file, memory-mapped unless it has torch's old format. No code in it can run."""
-    if file.suffix not in (".pth", ".pt", ".bin", ".safetensors"):
+    if file.suffix not in CHECKPOINTS:
         raise ValueError(f"{file}: a checkpoint is a .pth, .pt, .bin or .safetensors file, not {file.suffix!r}")
-    with reading(f"{file} is not a whole checkpoint"):
-        if file.suffix == ".safetensors":
-            return load_file(file)
-        data = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
-        data = data["model"] if isinstance(data.get("model"), dict) else data
-        return {need(name, str, "a name"): need(tensor, Tensor, name) for name, tensor in data.items()}
+    with reading(file), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PyTorch's about old formats
+        with reading("it is not a whole checkpoint"), open(file, "rb") as opened:
+            if opened.read(9)[6:] == b"\0\0{":  # the length of the header, and the header
+                tensors = load_file(file)
+            else:
+                data = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+                tensors = data["model"] if isinstance(need(data, dict).get("model"), dict) else data
+        if not tensors:
+            raise ValueError("it holds no tensor")
+        for name, tensor in tensors.items():
+            if not need(name, str, "a name").isprintable():
+                raise ValueError(f"the name {name!r:.99} cannot be printed")
+            dense = need(tensor, Tensor, name).layout == torch.strided and not (tensor.is_nested or tensor.is_meta)
+            if not dense or tensor.is_complex() or tensor.is_quantized:
+                raise ValueError(f"{name} is sparse, nested, complex, quantised or without values, and is refused")
+        return tensors
 
 
 def read_folder(folder: Path, device: str | torch.device, dtype: torch.dtype | None) -> dict[str, Tensor]:
-    """Every tensor, int8 as it is and all others as `dtype` (None: as stored, and on the CPU memory-mapped)."""
+    """Every tensor, int8 as it is and floats as `dtype` (None: as stored, and on the CPU memory-mapped)."""
     source, tensors = Tensors(folder), dict[str, Tensor]()
     for name in source.where:
         tensor = source.read(name)
@@ -191,9 +244,10 @@ def read_folder(folder: Path, device: str | torch.device, dtype: torch.dtype | N
 def check_tensors(where: object, found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
     """Compare with the model's names and shapes. A ValueError names the first that is missing, unknown or different."""
     for name in sorted(found.keys() | expected.keys()):
-        theirs, ours = (str(tuple(of[name].shape)) if name in of else "missing" for of in (found, expected))
-        if theirs != ours:
-            raise ValueError(f"{where}: {name} is {theirs} here and {ours} in the model")
+        both = [of.get(name) for of in (found, expected)]
+        kinds = ["missing" if t is None else f"{tuple(t.shape)}{' in int8' * (t.dtype == torch.int8)}" for t in both]
+        if kinds[0] != kinds[1]:
+            raise ValueError(f"{where}: {name} is {kinds[0]} here and {kinds[1]} in the model")
 
 
 def write_shards(folder: Path, plan: Mapping[str, Tensor], read: Callable[[str], Tensor], limit: int = 2**30) -> None:

@@ -32,6 +32,7 @@ from .text.vocabularies import Vocabularies
 TINY = Path(__file__).parent / "assets" / "tiny"  # the weights in the package, trained on the toy world
 DType = torch.dtype | Literal["auto"] | None
 DTYPES: dict[str, DType] = {"auto": "auto", "stored": None, "float32": torch.float32, "bfloat16": torch.bfloat16}
+MAX_TOKENS = 4096  # eight times what T5 was trained on; XL's scores then take 2.5 GB per layer and sample
 Texts = Sequence[str]
 Images = Sequence[Image.Image]
 Tags = Sequence[Texts] | Texts | None  # per question a list, or one text joined by ", "; None: RAM's
@@ -62,12 +63,13 @@ class Lion:
 
         `dtype=None` keeps the stored one; "auto" is bfloat16 where the device computes in it, else float32.
         """
-        if dtype == torch.float16:
-            raise ValueError("T5 overflows in float16: use bfloat16, or float32")
+        if dtype not in DTYPES.values():
+            raise ValueError(f"the dtype is float32, bfloat16, 'auto' or None (as stored), not {dtype}: T5 overflows")
         device, folder = usable(device), TINY if str(folder) == "tiny" else Path(folder)
         config = read_config(folder)
         text = Vocabularies.from_folder(folder, config)
-        model = skeleton(config)
+        with reading(folder / "config.json"):
+            model = skeleton(config)
         tensors = read_folder(folder, device, best_dtype(device) if dtype == "auto" else dtype)
         if any(tensor.dtype == torch.int8 for tensor in tensors.values()):
             to_int8(model)
@@ -99,6 +101,7 @@ class Lion:
             prompts = [self.text.pieces.encode(prompt) for prompt in self.prompts(questions, tags)]
         else:
             prompts = list(map(self.training_prompt, questions, tags))
+        check_lengths("a question with its tags", prompts)
         prompt, prompt_mask = pad(prompts, PAD)
         # 3. Each picture once.
         pictures, which = pixels.unique(dim=0, return_inverse=True)
@@ -179,6 +182,7 @@ class Lion:
         if len(candidates) != len(questions) or not all(candidates) or any(isinstance(c, str) for c in candidates):
             raise ValueError("candidates must be one list of texts per question, none of them empty")
         ids = [[self.text.pieces.encode(text) for text in texts] for texts in candidates]
+        check_lengths("a candidate", [each for row in ids for each in row])
         batch = self.batch(pixels, questions, tags, tasks)
         return log_likelihoods(self.model.t5, *self.model.encode(batch), batch.task, ids, segment)
 
@@ -267,6 +271,11 @@ def pad(rows: Sequence[Sequence[int]], value: int) -> tuple[Tensor, Tensor | Non
     ids = pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=value)
     lengths = torch.tensor([len(row) for row in rows])
     return ids, None if min(lengths) == max(lengths) else torch.arange(ids.shape[1]) < lengths[:, None]
+
+
+def check_lengths(what: str, rows: Sequence[Sequence[int]]) -> None:
+    if (longest := max(map(len, rows), default=0)) > MAX_TOKENS:
+        raise ValueError(f"{what} has {longest:,} tokens, T5 reads at most {MAX_TOKENS:,}: shorten it")
 
 
 def read_config(folder: Path) -> LionConfig:

@@ -17,7 +17,7 @@ class Int8Linear(nn.Module):
         self.bias = linear.bias
 
     def forward(self, x: Tensor) -> Tensor:  # (..., d) -> (..., out)
-        rows = x.reshape(-1, x.shape[-1])
+        rows = x.reshape(-1, x.shape[-1]).contiguous()  # which the product of PyTorch 2.6 asks for
         # PyTorch's int8 product: on a CPU, in bfloat16, without a gradient, aligned to 32 bytes (it never checks), and
         # faster only for a few rows, such as a beam search's. Else the weight is dequantised.
         few = len(rows) <= 16 and x.device.type == "cpu" and x.dtype == torch.bfloat16 and not x.requires_grad
@@ -45,7 +45,9 @@ def to_int8(model: nn.Module) -> None:
 def usable(device: str | torch.device) -> torch.device:
     """The device, if this machine has it and this PyTorch can use it; else a ValueError."""
     with reading(f"the device {str(device)!r} cannot be used, cpu always can"):
-        return torch.empty(0, device=device).device
+        probe = torch.zeros(1, device=device)
+        probe.tolist()  # meta holds no values
+        return probe.device
 
 
 def has_bfloat16() -> bool:  # this CPU, in hardware; elsewhere float32 is faster

@@ -1,17 +1,15 @@
-"""The normalisers and pre-tokenisers that T5's `tokenizer.json` names, in the order of the file.
+"""The normalisers that T5's `tokenizer.json` names, in the order of the file. The rules are those of Hugging Face's
+`tokenizers`, odd ones included: the models were trained with them.
 
-A normaliser changes the text, a pre-tokeniser splits it into words. The rules are those of Hugging Face's `tokenizers`,
-odd ones included: the models were trained with them.
-
-    "Ａ  dog"  --Precompiled, Replace-->  "A dog"  --Metaspace-->  "▁A", "▁dog"
+    "Ａ  dog"  --Precompiled, Replace-->  "A dog"
 """
 
 import base64
 import re
 import struct
 from functools import partial
-from itertools import pairwise
 from operator import methodcaller
+from itertools import pairwise
 from typing import Any
 from unicodedata import category
 
@@ -28,14 +26,18 @@ class Precompiled:
 
     The rules are a trie over UTF-8 bytes, Darts' double array, and behind it their right-hand sides, each ended by a
     zero. A unit holds the byte that leads to it, the offset of its children (child = node ^ offset ^ byte) and a flag:
-    does a rule end here? If one does, child 0 holds the position of its right-hand side.
+    does a rule end here? If one does, child 0 holds the position of its right-hand side, and its own highest bit is 1.
     """
 
     def __init__(self, encoded: str):
         data = base64.b64decode(encoded, validate=True)
         size = struct.unpack_from("<I", data)[0]
-        self.units, self.strings = struct.unpack_from(f"<{size // 4}I", data, 4), data[4 + size :]
-        self.root = self.units[0] >> 10
+        self.units, strings = struct.unpack_from(f"<{size // 4}I", data, 4), data[4 + size :]
+        self.root, self.rules = self.units[0] >> 10, dict[int, str]()
+        for node, unit in enumerate(self.units):
+            if unit >> 8 & 1 and not unit >> 31:
+                start = self.units[node ^ unit >> 10] & 0x7FFFFFFF
+                self.rules[node] = strings[start : strings.index(b"\0", start)].decode()
 
     def __call__(self, text: str) -> str:
         return "".join(map(self.rewrite, clusters(text)))
@@ -47,9 +49,9 @@ class Precompiled:
             node ^= byte
             if node >= len(self.units) or self.units[node] & 0x800000FF != byte:
                 break
-            rule_ends, node = self.units[node] >> 8 & 1, node ^ self.units[node] >> 10
-            if rule_ends:
-                return self.strings[self.units[node] & 0x7FFFFFFF :].split(b"\0", 1)[0].decode()
+            if node in self.rules:
+                return self.rules[node]
+            node ^= self.units[node] >> 10
         return cluster if len(cluster) < 2 else "".join(map(self.rewrite, cluster))
 
 
@@ -64,39 +66,20 @@ def clusters(text: str) -> list[str]:
     return [text[start:end] for start, end in pairwise([*starts, len(text)])]
 
 
-class Metaspace:
-    """A space becomes a visible mark that belongs to the word behind it: "a dog" is ▁a, ▁dog."""
-
-    def __init__(self, spec: dict[str, Any]):
-        older = "always" if spec.get("add_prefix_space", True) else "never"
-        self.mark, self.prepend = spec["replacement"], spec.get("prepend_scheme", older)
-        if len(self.mark) != 1 or self.prepend not in ("always", "first", "never"):
-            raise ValueError("replacement must be one character, prepend_scheme always, first or never")
-        self.pattern = re.compile(f"(?!^)(?={re.escape(self.mark)})" if spec.get("split", True) else "(?!)")
-
-    def __call__(self, text: str, first: bool) -> list[str]:  # first: the whole text begins with this one
-        text = text.replace(" ", self.mark)
-        prepend = self.prepend == "always" or (self.prepend == "first" and first)
-        return self.pattern.split(self.mark + text if prepend and text[:1] not in ("", self.mark) else text)
-
-
-def read_steps(key: str, spec: Any) -> list[Any]:
-    """The steps at one key of a tokenizer.json, sequences unrolled."""
+def read_normalizers(spec: Any) -> list[Any]:
+    """The steps that a tokenizer.json names, sequences unrolled."""
     if spec is None:
         return []
-    if need(spec, dict, key).get("type") == "Sequence":
-        return [step for part in spec[f"{key.replace('_', '')}s"] for step in read_steps(key, part)]
-    with reading(f"the {key} {spec!r:.99}"):
-        match key, spec:
-            case "normalizer", {"type": "Precompiled"}:
+    if need(spec, dict, "normalizer").get("type") == "Sequence":
+        return [step for part in spec["normalizers"] for step in read_normalizers(part)]
+    with reading(f"the normalizer {spec!r:.99}"):
+        match spec:
+            case {"type": "Precompiled"}:
                 return [Precompiled(spec["precompiled_charsmap"])]
-            case "normalizer", {"type": "Replace", "pattern": old, "content": new}:
-                pattern = old["Regex"] if "Regex" in old else re.escape(old["String"])
-                return [partial(re.compile(pattern).sub, new.replace("\\", r"\\"))]
-            case "normalizer", {"type": "Strip", "strip_left": left, "strip_right": right}:
+            case {"type": "Replace", "pattern": {"Regex": " {2,}" | r"\s+" as pattern}, "content": str(new)}:
+                return [partial(re.compile(pattern.replace(r"\s", f"[{SPACE}]")).sub, new.replace("\\", r"\\"))]
+            case {"type": "Replace", "pattern": {"String": str(old)}, "content": str(new)}:
+                return [methodcaller("replace", old, new)]
+            case {"type": "Strip", "strip_left": bool(left), "strip_right": bool(right)}:
                 return [methodcaller("lstrip", SPACE)] * left + [methodcaller("rstrip", SPACE)] * right
-            case "pre_tokenizer", {"type": "WhitespaceSplit"}:
-                return [lambda text, first: re.split(f"[{SPACE}]+", text)]
-            case "pre_tokenizer" | "decoder", {"type": "Metaspace"}:
-                return [Metaspace(spec)]
-        raise ValueError("it is unknown or incomplete")
+        raise ValueError("it is unknown or incomplete, or its regular expression is none of FlanT5's")

@@ -14,15 +14,19 @@ import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache, lru_cache, reduce
+from math import isfinite
 from pathlib import Path
 from typing import Any
 from unicodedata import category, normalize
 
 from ..files import need, read_json, read_text, reading
-from .charsmap import SPACE, read_steps
+from .charsmap import SPACE, read_normalizers
 
 # The blocks of Chinese characters that BERT's authors chose.
 _HAN = "[㐀-䶿一-鿿\uf900-\ufaff\U00020000-\U0002a6df\U0002a700-\U0002b81f\U0002b920-\U0002ceaf\U0002f800-\U0002fa1f]"
+
+MARK = "▁"
+SPACES = {"type": "Metaspace", "replacement": MARK, "prepend_scheme": "always", "add_prefix_space": True, "split": True}
 
 
 class UnigramTokenizer:
@@ -43,18 +47,23 @@ class UnigramTokenizer:
             raise ValueError(f"model must be Unigram without byte_fallback, found {model.get('type')!r:.60}")
         self.unk_id = need(model.get("unk_id"), int, "unk_id")
         with reading("model.vocab"):
-            vocab = [(piece, float(score)) for piece, score in need(model["vocab"], list)]
+            vocab = [(need(piece, str), float(score)) for piece, score in need(model["vocab"], list)]
+            if not all(isfinite(score) for _, score in vocab) or not 0 <= self.unk_id < len(vocab):
+                raise ValueError("a score is not finite, or unk_id is no piece")
         self.pieces = {piece: (id, score) for id, (piece, score) in enumerate(vocab)}
         self.tokens = dict(enumerate(piece for piece, _ in vocab))
         self.longest, self.unk_score = max(map(len, self.pieces)), min(score for _, score in vocab) - 10
-        self.normalizers = read_steps("normalizer", data.get("normalizer"))
-        self.pre_tokenizers = read_steps("pre_tokenizer", data.get("pre_tokenizer"))
-        (self.decoder,) = read_steps("decoder", need(data.get("decoder"), dict, "decoder"))
+        self.normalizers = read_normalizers(data.get("normalizer"))
+        for key in ("pre_tokenizer", "decoder"):
+            spec = need(data.get(key), dict, key)
+            if any(SPACES.get(name, value) != value for name, value in spec.items()) or "replacement" not in spec:
+                fault = "is not FlanT5's: another library may have saved the file again; take the published one"
+                raise ValueError(f"{key} {spec!r:.99} {fault}")
         with reading("added_tokens"):
-            added = {spec["content"]: spec for spec in need(data.get("added_tokens"), list)}
+            added = {need(spec["content"], str): spec for spec in need(data.get("added_tokens"), list)}
             if words := [token for token, spec in added.items() if spec.get("single_word")]:
                 raise ValueError(f"{words[0]!r} is a single_word token, which T5 has not")
-            self.tokens |= {spec["id"]: token for token, spec in added.items()}
+            self.tokens |= {need(spec["id"], int, token): token for token, spec in added.items()}
             self.special = {token: spec["id"] for token, spec in added.items() if spec.get("special")}
             self.pad_id, self.eos_id, _ = (self.special[token] for token in ("<pad>", "</s>", "<extra_id_0>"))
         self.split_raw = _Splitter({t: spec for t, spec in added.items() if not spec.get("normalized")})
@@ -63,7 +72,7 @@ class UnigramTokenizer:
     @classmethod
     def from_file(cls, path: str | Path) -> "UnigramTokenizer":
         """Read T5's `tokenizer.json`; a ValueError says what is wrong with it."""
-        with reading(path):
+        with reading(Path(path)):
             return cls(read_json(Path(path)))
 
     def __len__(self) -> int:
@@ -72,26 +81,19 @@ class UnigramTokenizer:
     def encode(self, text: str, limit: int = sys.maxsize) -> list[int]:
         """The ids of a text and `</s>`; beyond `limit` the front is cut off."""
         ids: list[int] = []
-        for i, raw in enumerate(self.split_raw(text)):
-            for j, part in enumerate([raw] if isinstance(raw, int) else self.split_normal(self.normalise(raw))):
-                words = [] if isinstance(part, int) else self.words(part, first=i == j == 0)
+        for raw in self.split_raw(text):
+            for part in [raw] if isinstance(raw, int) else self.split_normal(self.normalise(raw)):
+                words = [] if isinstance(part, int) else metaspace(part)
                 ids += [part] if isinstance(part, int) else [id for word in words for id in self.cut(word)]
         return [*ids[max(0, len(ids) + 1 - limit) :], self.eos_id]
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of ids, without special tokens and ids beyond the vocabulary (T5's embedding has more rows)."""
         tokens = [self.tokens[id] for id in ids if self.tokens.get(id, "<pad>") not in self.special]
-        first = "" if self.decoder.prepend != "never" else " "
-        return _tidy("".join(t.replace(self.decoder.mark, " " if i else first) for i, t in enumerate(tokens)))
+        return _tidy("".join(token.replace(MARK, " " if i else "") for i, token in enumerate(tokens)))
 
     def normalise(self, text: str) -> str:
         return reduce(lambda text, step: step(text), self.normalizers, text)
-
-    def words(self, text: str, first: bool) -> list[str]:  # first: the whole text begins with this part
-        words = [text]
-        for step in self.pre_tokenizers:
-            words = [inner for i, word in enumerate(words) for inner in step(word, first and i == 0)]
-        return list(filter(None, words))
 
     @lru_cache(1 << 14)  # noqa: B019  few words make up most of a text
     def cut(self, word: str) -> list[int]:
@@ -111,6 +113,12 @@ class UnigramTokenizer:
         return ids[::-1]
 
 
+def metaspace(text: str) -> list[str]:
+    """A space becomes a visible mark that belongs to the word behind it: "a dog" is ▁a, ▁dog."""
+    text = text.replace(" ", MARK)
+    return re.split(f"(?!^)(?={MARK})", text if text.startswith(MARK) else MARK + text) if text else []
+
+
 class WordPieceTokenizer:
     """BERT's uncased one and LION's `[DEC]`: "Undoing" might become un ##do ##ing, and a word with a gap `[UNK]`."""
 
@@ -125,7 +133,7 @@ class WordPieceTokenizer:
     @classmethod
     def from_file(cls, path: str | Path) -> "WordPieceTokenizer":
         """Read `vocab.txt`, a token per line; a ValueError says what is wrong with it."""
-        with reading(path):
+        with reading(Path(path)):
             return cls(read_text(Path(path)).removesuffix("\n").split("\n"))  # splitlines also splits at some tokens
 
     def __len__(self) -> int:

@@ -30,9 +30,13 @@ class Vocabularies:
         if config.ram:
             sizes += [(files[2], len(names), config.ram.tags), (files[3], len(lines), config.ram.tags)]
         for path, found, expected in sizes:
-            if found != expected:
-                raise ValueError(f"{path} has {found} lines, the model needs {expected}")
-        if len(pieces) > config.t5.vocab_size:
-            raise ValueError(f"{files[1]} has {len(pieces)} pieces, T5 only {config.t5.vocab_size}")
+            with reading(path):
+                if found != expected:
+                    raise ValueError(f"{path} has {found} lines, the model needs {expected}")
+        if not all(0 <= id < config.t5.vocab_size for id in pieces.tokens):
+            raise ValueError(f"{files[1]} has ids up to {max(pieces.tokens)}, T5 only {config.t5.vocab_size} tokens")
         with reading(files[-1]):
-            return cls(words, pieces, names, list(map(float, lines)))
+            thresholds = list(map(float, lines))
+            if odd := [line for line, value in zip(lines, thresholds, strict=True) if not 0 <= value <= 1]:
+                raise ValueError(f"a threshold must be from 0 to 1, found {odd[0]}")
+            return cls(words, pieces, names, thresholds)
