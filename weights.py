@@ -51,8 +51,7 @@ EVA = expand({  # eva_vit_g.pth: models/eva_vit.py
     "(cls_token|pos_embed|patch_embed.proj.*)": "vit.(cls|positions|patch_embed.*)",
     "blocks.{}.attn.(q_bias|v_bias|qkv.weight)": "vit.blocks.{}.attn.(q_bias|v_bias|qkv.weight)",
     "blocks.{}.(norm1|attn.proj|norm2|mlp.fc1|mlp.fc2).*": "vit.blocks.{}.(norm1|attn.o|norm2|mlp.fc1|mlp.fc2).*",
-    "(norm|fc_norm).*": "- the final norm of the 40 blocks",
-    "head.*": "- the head of EVA's own training",
+    "(norm|fc_norm|head).*": "- the end of EVA's own training, behind its 40 blocks",
 })  # fmt: skip
 
 T5 = expand({  # google/flan-t5-xl, flan-t5-xxl
@@ -83,8 +82,7 @@ RAM = expand({  # ram_swin_large_14m.pth
     "tagging_head.encoder.layer.{}.intermediate.dense.*": "ram.head.{}.ff.wi.*",
     "tagging_head.encoder.layer.{}.output.(dense|LayerNorm).*": "ram.head.{}.ff.(wo|norm).*",
     "(tag_encoder|text_decoder).*": "- writes captions from tags; LION only tags",
-    "visual_encoder.layers.{}.blocks.{}.attn.relative_position_index": "- an index that follows from the window size",
-    "visual_encoder.layers.{}.blocks.{}.attn_mask": "- a mask that follows from window and image size",
+    "visual_encoder.layers.{}.blocks.{}.(attn.relative_position_index|attn_mask)": "- follows from the sizes",
 })  # fmt: skip
 
 LION = expand({  # LION-FlanT5-XL.pth, LION-FlanT5-XXL.pth: models/lion_t5.py, Qformer.py, lion_adapters.py
@@ -167,8 +165,7 @@ def choose_config(path: Path | None, shapes: Mapping[str, torch.Size]) -> LionCo
         width = shapes.get("shared.weight", ())[-1:] or shapes.get("t5_proj.weight", ())[:1]
         return PRESETS["xxl" if PRESETS["xxl"].t5.width in width else "xl"]
     with reading(path):
-        config = LionConfig.from_json(read_text(path))
-        skeleton(config)
+        skeleton(config := LionConfig.from_json(read_text(path)))  # raises if its sizes do not fit together
         return config
 
 

@@ -16,7 +16,7 @@ import traceback
 import warnings
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from itertools import accumulate, groupby
 from pathlib import Path
 from typing import Any
@@ -51,11 +51,10 @@ def reason(error: BaseException) -> str:
     """What went wrong, on one line that a terminal can show."""
     if isinstance(error, OSError) and error.strerror:
         return printable(f"{error.filename}: {error.strerror}" if error.filename else error.strerror)
+    text = next((text for kinds, text in FAULTS.items() if isinstance(error, kinds)), "").format(error)
     said = str(error).strip().split("\n")[0]
-    kind = pickle.UnpicklingError if "weights_only" in said else type(error)  # PyTorch advises to allow code
-    text = next((text for kinds, text in FAULTS.items() if issubclass(kind, kinds)), "")
-    said = said.split(". ")[0] if kind is RuntimeError else said  # its first sentence; PyTorch's advice comes behind
-    return printable(text.format(error) or said or f"it is damaged ({error!r})")
+    said = said.split(". ")[0] if isinstance(error, RuntimeError) else said  # PyTorch's advice follows
+    return printable(text or said or f"it is damaged ({error!r})")
 
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int8)  # int8 with a scale
@@ -65,6 +64,7 @@ SIGNATURES = {  # the ending of a file's name and its first bytes, if they do no
     rb"\S* version https://git-lfs": "it is a Git LFS pointer: git lfs pull fetches the file itself",
     rb"\S* \s*<(!doctype|html|head|body|\?xml|!--)": "it is a web page",
     rb"\S* (\x1f\x8b|7z\xbc|BZh|\xfd7zXZ|.{257}ustar|PK(?!.*data\.pkl))": "it is an archive: unpack it",
+    rb"\.(pth|pt|bin) .{6}\0\0\{": "it is a safetensors file: its name must end in .safetensors",
     rb"\.safetensors PK": "it is PyTorch's: its name must end in .pth",
     rb"\.(pth|pt|bin|safetensors) [^\0-\x08\x0e-\x1f]*$": "it is text",
 }
@@ -72,12 +72,11 @@ SIGNATURES = {  # the ending of a file's name and its first bytes, if they do no
 
 def disguise(path: Path) -> str:
     """What a file is that has the name of something else; an empty text if it looks right."""
-    with suppress(OSError):
-        if path.is_file():
-            with open(path, "rb") as file:
-                start = path.suffix.lower().encode() + b" " + file.read(512)
-            return next((what for form, what in SIGNATURES.items() if re.match(form, start, re.I | re.S)), "")
-    return ""
+    if not os.path.isfile(path) or not os.access(path, os.R_OK):
+        return ""
+    with open(path, "rb") as file:
+        start = path.suffix.lower().encode() + b" " + file.read(512)
+    return next((what for form, what in SIGNATURES.items() if re.match(form, start, re.I | re.S)), "")
 
 
 def printable(text: object) -> str:
@@ -102,12 +101,6 @@ def run(main: Callable[[Any], int | None], args: Any) -> int:
 def read_text(path: Path) -> str:
     with reading(path):
         return path.read_text(encoding="utf-8-sig")
-
-
-def read_lines(path: Path) -> list[str]:
-    """The lines, stripped, without the empty ones at the end."""
-    text = read_text(path).rstrip()
-    return [line.strip() for line in text.split("\n")] if text else []
 
 
 def read_json(path: Path, kind: type | tuple[type, ...] = dict) -> Any:
@@ -196,16 +189,15 @@ class Tensors:
 
 
 def shards(folder: Path) -> list[Path]:
-    """A folder's checkpoint files. Its index, if there is one, must name no others."""
-    for name, pattern in (("model.safetensors", "*.safetensors"), ("pytorch_model.bin", "pytorch_model*.bin")):
-        if files := sorted(file for file in folder.glob(pattern) if file.is_file()):
-            if (index := folder / f"{name}.index.json").exists():
-                with reading(index):
-                    listed = need(read_json(index)["weight_map"], dict, "weight_map").values()
-                    if strange := set(listed) - {file.name for file in files}:
-                        raise ValueError(f"it names {min(strange)}, which is not in its folder")
-            return files
-    return []
+    """A folder's checkpoint files. An index beside them must name no others."""
+    tried = (filter(Path.is_file, folder.glob(form)) for form in ("*.safetensors", "pytorch_model*.bin"))
+    files = next(filter(None, map(sorted, tried)), [])
+    for index in folder.glob(f"*{files[0].suffix}.index.json") if files else ():
+        with reading(index):
+            listed = need(read_json(index)["weight_map"], dict, "weight_map").values()
+            if strange := set(listed) - {file.name for file in files}:
+                raise ValueError(f"it names {min(strange)}, which is not in its folder")
+    return files
 
 
 def read_tensors(file: Path) -> dict[str, Tensor]:
@@ -214,8 +206,8 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
         raise ValueError(f"{file}: a checkpoint is a .pth, .pt, .bin or .safetensors file, not {file.suffix!r}")
     with reading(file), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PyTorch's about old formats
-        with reading("it is not a whole checkpoint"), open(file, "rb") as opened:
-            if opened.read(9)[6:] == b"\0\0{":  # the length of the header, and the header
+        with reading("it is not a whole checkpoint"):
+            if file.suffix == ".safetensors":
                 tensors = load_file(file)
             else:
                 data = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))

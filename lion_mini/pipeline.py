@@ -139,11 +139,10 @@ class Lion:
 
     def training_prompt(self, question: str, tags: Texts) -> list[int]:
         """The prompt's ids, at most `max_prompt_tokens` if that is possible: tags are dropped from the end."""
-        tags, most = tags.split(", ") if isinstance(tags, str) else tags, self.config.max_prompt_tokens
+        tags = tags.split(", ") if isinstance(tags, str) else tags
         encode = lambda count: self.text.pieces.encode(self.prompts([question], [tags[:count]])[0])
-        if len(ids := encode(len(tags))) <= most:
-            return ids
-        return encode(max(0, bisect_right(range(len(tags)), most, key=lambda count: len(encode(count))) - 1))
+        fit = bisect_right(range(len(tags) + 1), self.config.max_prompt_tokens, key=lambda count: len(encode(count)))
+        return encode(max(0, fit - 1))
 
     def answer_ids(self, answer: str) -> list[int]:
         return [*self.text.pieces.encode(answer)[:-1][: self.config.max_answer_tokens - 1], EOS]

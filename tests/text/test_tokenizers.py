@@ -139,23 +139,13 @@ def test_t5_equals_the_oracle() -> None:
         {"normalizer": {"type": "Replace", "pattern": {"Regex": r"\s+"}, "content": "\\1"}},
         {"normalizer": {"type": "Strip", "strip_left": True, "strip_right": False}},
         {"normalizer": {"type": "Replace", "pattern": {"String": "a."}, "content": r"\1"}},
-        {"added_tokens": [*ADDED, added("<TAG>", 480, lstrip=True, rstrip=True)]},
-        {"added_tokens": [*ADDED, added("do", 480, special=True), added("dog", 481)]},
+        {"added_tokens": [*ADDED, added("do", 480, special=True), added("dog", 481, special=True)]},
     ],
 )  # fmt: skip
 def test_what_a_file_declares(tmp_path: Path, changes: dict[str, Any]) -> None:
     """Every step and every flag of an added token does what it does in the oracle."""
     path = changed(tmp_path, **changes)
     compare(UnigramTokenizer.from_file(path), oracle("tokenizers").Tokenizer.from_file(str(path)), 200)
-
-
-def test_normalized_added_token(tmp_path: Path) -> None:
-    """It is found in normalised text, and decodes to what the file says (to its normalised form in today's oracle)."""
-    path = changed(tmp_path, added_tokens=[*ADDED, added("ﬁne", 480, normalized=True)])
-    ours, theirs = UnigramTokenizer.from_file(path), oracle("tokenizers").Tokenizer.from_file(str(path))
-    for text in ("fine", "ﬁne", "a ﬁne fine  ﬁnest", "<extra_id_0>ﬁne<extra_id_1>", "fin"):
-        assert ours.encode(text) == theirs.encode(text).ids
-    assert ours.decode(ours.encode("ﬁne")) == "ﬁne"
 
 
 def test_real_t5_equals_the_oracle() -> None:
@@ -314,7 +304,9 @@ def charsmap(data: bytes) -> dict[str, str]:
         (bad_unigram("decoder", None), "decoder must be an object, found None"),
         (bad_unigram("added_tokens", []), "added_tokens: the field '<pad>' is missing"),
         (bad_unigram("added_tokens", [added("<pad>", 0, special=True)]), "added_tokens: the field '</s>' is missing"),
-        (bad_unigram("added_tokens", [added("x", 9, single_word=True)]), "added_tokens: 'x' is a single_word token"),
+        (bad_unigram("added_tokens", [added("x", 9, special=True, single_word=True)]), "'x' has .*'single_word'"),
+        (bad_unigram("added_tokens", [added("x", 9)]), "added_tokens: 'x' has {'special': False}, which no"),
+        (bad_unigram("added_tokens", [added("x", 0, special=True) | {"id": "0"}]), "added_tokens: it must be a whole number"),
     ],
 )  # fmt: skip
 def test_bad_unigram_files(tmp_path: Path, data: Any, message: str) -> None:
