@@ -6,11 +6,11 @@
     python weights.py inspect LION-FlanT5-XL.pth          # every tensor: where it goes, or why it is not used
     python weights.py export weights/xl --out LION.pth    # the trained tensors under the release's names
 
-The tables are the port: official name -> our name, or `-` and why it is not used. `{}` is a number, `*` any rest, and
+The tables are the port: official name -> our name, or `-` and why it is not used. `{}` is a number, `*` any rest,
 `(a|b)` two rows. `convert` stops at a tensor without a row, a parameter without a tensor, and another shape.
 
-Without `--lion` the result is the start of stage 1. The Q-Former comes from `--blip2`, or from BERT's weights in the
-`--bert` folder; all else that LION trains is initialised. Without `--ram` tags must be given at run time.
+Without `--lion` the result is the start of stage 1: the Q-Former comes from `--blip2` or from BERT's weights in the
+`--bert` folder, all else that LION trains is initialised. Without `--ram` tags must be given at run time.
 """
 
 import argparse
@@ -173,9 +173,8 @@ def convert(args: argparse.Namespace) -> None:
     # 1. The inputs, and the names and shapes of the model.
     files = inputs(args)
     config = choose_config(args.config, Tensors(args.t5).shapes)
-    config = replace(
-        config, ram=config.ram if args.ram else None, instructions=config.instructions or (RELEASE if args.lion else {})
-    )
+    asked = config.instructions or (RELEASE if args.lion else {})
+    config = replace(config, ram=config.ram if args.ram else None, instructions=asked)
     texts = [args.bert / "vocab.txt", args.t5 / "tokenizer.json", args.ram_tags, args.ram_thresholds]
     Vocabularies.from_files(texts, config)  # raises if one does not fit
     model = skeleton(config)
@@ -258,9 +257,8 @@ def inspect(args: argparse.Namespace) -> int:
         print(f"{args.path}: a whole LION, {len(model.state_dict())} tensors, {count / 1e6:.1f} M parameters")
         return int(problems > 0)
     source = Tensors(args.path)
-    kind = max(
-        CHECKPOINTS, key=lambda kind: sum(translate(name, CHECKPOINTS[kind]) is not None for name in source.shapes)
-    )
+    known = lambda kind: sum(translate(name, CHECKPOINTS[kind]) is not None for name in source.shapes)
+    kind = max(CHECKPOINTS, key=known)
     print(f"{args.path}: {kind}, {len(source.shapes)} tensors")
     plan = skeleton(choose_config(args.config, source.shapes)).state_dict()
     found = list(places(source, CHECKPOINTS[kind], plan))

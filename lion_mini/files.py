@@ -64,8 +64,7 @@ SIGNATURES = {  # the ending of a file's name and its first bytes, if they do no
     rb"\S* version https://git-lfs": "it is a Git LFS pointer: git lfs pull fetches the file itself",
     rb"\S* \s*<(!doctype|html|head|body|\?xml|!--)": "it is a web page",
     rb"\S* (\x1f\x8b|7z\xbc|BZh|\xfd7zXZ|.{257}ustar|PK(?!.*data\.pkl))": "it is an archive: unpack it",
-    rb"\.(pth|pt|bin) .{6}\0\0\{": "it is a safetensors file: its name must end in .safetensors",
-    rb"\.safetensors PK": "it is PyTorch's: its name must end in .pth",
+    rb"\.(pth|pt|bin) .{6}\0\0\{|\.safetensors PK": "safetensors files must end in .safetensors, PyTorch's in .pth",
     rb"\.(pth|pt|bin|safetensors) [^\0-\x08\x0e-\x1f]*$": "it is text",
 }
 
@@ -174,7 +173,7 @@ class Tensors:
                     raise ValueError(f"{file}: {name} stands in {self.where[name].name} already")
                 self.where[name], self.shapes[name] = file, tensor.shape
         if not self.where:
-            raise ValueError(f"{path}: no such file, and no folder with .safetensors files or pytorch_model.bin")
+            raise ValueError(f"{path}: no such file, no folder with .safetensors files or pytorch_model.bin, or empty")
 
     def read(self, name: str) -> Tensor:
         """One file is mapped at a time, and anew after 1 GiB, because mapped pages count as memory in use."""
@@ -190,8 +189,7 @@ class Tensors:
 
 def shards(folder: Path) -> list[Path]:
     """A folder's checkpoint files. An index beside them must name no others."""
-    tried = (filter(Path.is_file, folder.glob(form)) for form in ("*.safetensors", "pytorch_model*.bin"))
-    files = next(filter(None, map(sorted, tried)), [])
+    files = sorted(filter(Path.is_file, folder.glob("*.safetensors"))) or sorted(folder.glob("pytorch_model*.bin"))
     for index in folder.glob(f"*{files[0].suffix}.index.json") if files else ():
         with reading(index):
             listed = need(read_json(index)["weight_map"], dict, "weight_map").values()
@@ -212,8 +210,6 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
             else:
                 data = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
                 tensors = data["model"] if isinstance(need(data, dict).get("model"), dict) else data
-        if not tensors:
-            raise ValueError("it holds no tensor")
         for name, tensor in tensors.items():
             if not need(name, str, "a name").isprintable():
                 raise ValueError(f"the name {name!r:.99} cannot be printed")

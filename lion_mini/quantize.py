@@ -17,9 +17,9 @@ class Int8Linear(nn.Module):
         self.bias = linear.bias
 
     def forward(self, x: Tensor) -> Tensor:  # (..., d) -> (..., out)
-        rows = x.reshape(-1, x.shape[-1]).contiguous()  # which the product of PyTorch 2.6 asks for
-        # PyTorch's int8 product: on a CPU, in bfloat16, without a gradient, aligned to 32 bytes (it never checks), and
-        # faster only for a few rows, such as a beam search's. Else the weight is dequantised.
+        # PyTorch's int8 product: on a CPU, in bfloat16, contiguous, without a gradient, aligned to 32 bytes (it never
+        # checks), and faster only for a few rows, such as a beam search's. Else the weight is dequantised.
+        rows = x.reshape(-1, x.shape[-1]).contiguous()
         few = len(rows) <= 16 and x.device.type == "cpu" and x.dtype == torch.bfloat16 and not x.requires_grad
         if few and all(n % 32 == 0 for n in (rows.shape[1], rows.data_ptr(), self.weight.data_ptr())):
             y = torch._weight_int8pack_mm(rows, self.weight, self.scale).view(*x.shape[:-1], len(self.weight))

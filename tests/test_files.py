@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from lion_mini.files import atomic_write, json_lines, need, read_json, read_lines, reading, run
+from lion_mini.files import atomic_write, json_lines, need, read_json, reading, run
 
 
 def test_reading_names_the_innermost_place_once() -> None:
@@ -31,9 +31,6 @@ def test_text(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=r".") as caught:
             read_json(path)
         assert str(caught.value) == f"{path}: {words}"
-    for text, lines in (("", []), ("\n\n", []), ("\ufeffa \r\n\n b\n \n", ["a", "", "b"])):
-        path.write_text(text, encoding="utf-8")
-        assert read_lines(path) == lines
     path.write_bytes(b'\xef\xbb\xbf1\n\n{"a": 2}\n{"a":')
     rows = json_lines(path)
     assert [next(rows), next(rows)] == [(f"{path}, line 1", 1), (f"{path}, line 3", {"a": 2})]

@@ -387,7 +387,7 @@ GATE = "t5_model.encoder.block.0.layer.1.adapter.router_ratio"
 BAD = {
     "missing file": (lambda _: {"vit": "nowhere.pth"}, "nowhere.pth: no such file"),
     "missing folder": (lambda _: {"t5": "nowhere"}, "nowhere"),
-    "missing shard": (missing_shard, "no file holds decoder.block.0.layer.0.layer_norm.weight, and 25 more"),
+    "missing shard": (missing_shard, "index.json: it names model-00002-of-00002.safetensors, which is not"),
     "code in a pickle": (evil, "could run code, and is refused"),
     "old pickle": (lambda p: evil(p) and {"lion": p / "evil.pth"}, "evil.pth"),
     "another T5": (other_t5, "soft_prompt_hint (24,) -> soft_prompt  SHAPE DIFFERS: the model has (48,)"),
@@ -403,7 +403,7 @@ BAD = {
         "label_embed is all zero, or",
     ),
     "gguf": (text_file("lion.gguf", "lion", "GGUF"), "lion.gguf: a checkpoint is a .pth, .pt, .bin"),
-    "no tags": (text_file("tags.txt", "ram_tags", ""), "tags.txt has 0 lines, the model needs 24"),
+    "no tags": (text_file("tags.txt", "ram_tags", ""), "tags.txt: it is empty"),
     "few tags": (text_file("tags.txt", "ram_tags", "a\nb\n"), "tags.txt has 2 lines, the model needs 24"),
     "few thresholds": (text_file("t.txt", "ram_thresholds", "0.5\n"), "t.txt has 1 lines, the model needs 24"),
     "thresholds in words": (text_file("t.txt", "ram_thresholds", "high\n" * 24), "t.txt: could not convert"),

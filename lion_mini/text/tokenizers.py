@@ -1,10 +1,7 @@
 """Text to token ids and back: Unigram for FlanT5, WordPiece for the Q-Former, both read from the published files.
 
 Both first cut added tokens such as `<extra_id_0>` out of the text, then normalise the rest and split it into words.
-They differ in how a word becomes pieces:
-
-    Unigram     every piece has a log probability; the most probable cut of the word wins (Viterbi)
-    WordPiece   the longest piece that begins the word, then the longest that continues it, ...
+They differ in how a word becomes pieces.
 
 Sources: Kudo, "Subword Regularization", 2018 (T5's sentencepiece); Devlin et al., "BERT", 2019. The ids equal those of
 Hugging Face's `tokenizers`. Only characters newer than Unicode 8 may differ: Python's own tables class them.
@@ -27,9 +24,7 @@ from ..files import need, read_json, read_text, reading
 
 # The blocks of Chinese characters that BERT's authors chose.
 _HAN = "[㐀-䶿一-鿿\uf900-\ufaff\U00020000-\U0002a6df\U0002a700-\U0002b81f\U0002b920-\U0002ceaf\U0002f800-\U0002fa1f]"
-
-MARK = "▁"
-SPACES = {"type": "Metaspace", "replacement": MARK, "prepend_scheme": "always", "add_prefix_space": True, "split": True}
+SPACES = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always", "add_prefix_space": True, "split": True}
 # Unicode's White_Space; str.isspace accepts four control characters more.
 SPACE = "\t\n\v\f\r \x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000" + "".join(map(chr, range(0x2000, 0x200B)))
 # Joiners, Thai and Lao AM, half-width voicing marks and skin tones attach to the character before, like accents.
@@ -58,14 +53,13 @@ class UnigramTokenizer:
             if not all(isfinite(score) for _, score in vocab) or not 0 <= self.unk_id < len(vocab):
                 raise ValueError("a score is not finite, or unk_id is no piece")
         self.pieces = {piece: (id, score) for id, (piece, score) in enumerate(vocab)}
-        self.tokens = dict(enumerate(piece for piece, _ in vocab))
         self.longest, self.unk_score = max(map(len, self.pieces)), min(score for _, score in vocab) - 10
-        self.normalizers = read_normalizers(data.get("normalizer"))
+        with reading("normalizer"):
+            self.normalizers = read_normalizers(data.get("normalizer"))
         for key in ("pre_tokenizer", "decoder"):
             spec = need(data.get(key), dict, key)
-            if any(SPACES.get(name, value) != value for name, value in spec.items()) or "replacement" not in spec:
-                fault = "is not FlanT5's: another library may have saved the file again; take the published one"
-                raise ValueError(f"{key} {spec!r:.99} {fault}")
+            if "type" not in spec or any(SPACES.get(name, value) != value for name, value in spec.items()):
+                raise ValueError(f"{key} {spec!r:.99} is not FlanT5's (saved again?): take the published file")
         with reading("added_tokens"):
             added = need(data.get("added_tokens"), list)
             for spec in added:
@@ -73,7 +67,7 @@ class UnigramTokenizer:
                     raise ValueError(f"{spec['content']!r:.60} has {flags}, which no token of T5 has")
             self.special = {need(spec["content"], str): need(spec["id"], int) for spec in added}
             self.pad_id, self.eos_id, _ = (self.special[token] for token in ("<pad>", "</s>", "<extra_id_0>"))
-        self.tokens |= {id: token for token, id in self.special.items()}
+        self.tokens = dict(enumerate(piece for piece, _ in vocab)) | {id: token for token, id in self.special.items()}
         self.splitter = _splitter(self.special)
 
     @classmethod
@@ -99,7 +93,7 @@ class UnigramTokenizer:
     def decode(self, ids: Iterable[int]) -> str:
         """The text of ids, without special tokens and ids beyond the vocabulary (T5's embedding has more rows)."""
         tokens = [self.tokens[id] for id in ids if self.tokens.get(id, "<pad>") not in self.special]
-        return _tidy("".join(token.replace(MARK, " " if i else "") for i, token in enumerate(tokens)))
+        return _tidy("".join(token.replace("▁", " " if i else "") for i, token in enumerate(tokens)))
 
     @lru_cache(1 << 14)  # noqa: B019  few words make up most of a text
     def cut(self, word: str) -> list[int]:
@@ -165,28 +159,27 @@ def clusters(text: str) -> list[str]:
 
 
 def read_normalizers(spec: Any) -> list[Any]:
-    """The steps that a tokenizer.json names, sequences unrolled."""
-    if spec is None:
-        return []
-    if need(spec, dict, "normalizer").get("type") == "Sequence":
-        return [step for part in spec["normalizers"] for step in read_normalizers(part)]
-    with reading(f"the normalizer {spec!r:.99}"):
-        match spec:
-            case {"type": "Precompiled"}:
-                return [Precompiled(spec["precompiled_charsmap"])]
-            case {"type": "Replace", "pattern": {"Regex": " {2,}" | r"\s+" as pattern}, "content": str(new)}:
-                return [partial(re.compile(pattern.replace(r"\s", f"[{SPACE}]")).sub, new.replace("\\", r"\\"))]
-            case {"type": "Replace", "pattern": {"String": str(old)}, "content": str(new)}:
-                return [methodcaller("replace", old, new)]
-            case {"type": "Strip", "strip_left": bool(left), "strip_right": bool(right)}:
-                return [methodcaller("lstrip", SPACE)] * left + [methodcaller("rstrip", SPACE)] * right
-        raise ValueError("it is unknown or incomplete, or its regular expression is none of FlanT5's")
+    """The steps that a tokenizer.json names, sequences unrolled. A regular expression of another kind may never end."""
+    match spec:
+        case None:
+            return []
+        case {"type": "Sequence", "normalizers": list(parts)}:
+            return [step for part in parts for step in read_normalizers(part)]
+        case {"type": "Precompiled", "precompiled_charsmap": str(encoded)}:
+            return [Precompiled(encoded)]
+        case {"type": "Replace", "pattern": {"Regex": " {2,}" | r"\s+" as pattern}, "content": str(new)}:
+            return [partial(re.compile(pattern.replace(r"\s", f"[{SPACE}]")).sub, new.replace("\\", r"\\"))]
+        case {"type": "Replace", "pattern": {"String": str(old)}, "content": str(new)}:
+            return [methodcaller("replace", old, new)]
+        case {"type": "Strip", "strip_left": bool(left), "strip_right": bool(right)}:
+            return [methodcaller("lstrip", SPACE)] * left + [methodcaller("rstrip", SPACE)] * right
+    raise ValueError(f"{spec!r:.99} is unknown or incomplete, or its regular expression is none of FlanT5's")
 
 
 def metaspace(text: str) -> list[str]:
     """A space becomes a visible mark that belongs to the word behind it: "a dog" is ▁a, ▁dog."""
-    text = text.replace(" ", MARK)
-    return re.split(f"(?!^)(?={MARK})", text if text.startswith(MARK) else MARK + text) if text else []
+    text = text.replace(" ", "▁")
+    return re.split("(?!^)(?=▁)", text if text.startswith("▁") else "▁" + text) if text else []
 
 
 class WordPieceTokenizer:
