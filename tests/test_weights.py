@@ -516,7 +516,7 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
     r"soft_prompt is \(1,\) here and \(24,\) in the model": resaved(lambda t: t.update(soft_prompt=torch.zeros(1))),
     "config.json: config.t5.width must be from 1": lambda f: (f / "config.json").write_text('{"t5": {"width": 0}}'),
     "config.json: stage 0 of Swin has": lambda f: (f / "config.json").write_text(
-        (f / "config.json").read_text().replace('"window": ', '"window": 9')
+        (f / "config.json").read_text().replace('"window": 4', '"window": 3')
     ),
     "must hold floats, not torch.bool": resaved(lambda t: t.update(soft_prompt=t["soft_prompt"] > 0)),
     "vocab.txt has 6 lines": lambda f: (f / "vocab.txt").write_text("[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\n"),
