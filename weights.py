@@ -6,11 +6,11 @@
     python weights.py inspect LION-FlanT5-XL.pth          # every tensor: where it goes, or why it is not used
     python weights.py export weights/xl --out LION.pth    # the trained tensors under the release's names
 
-The tables are the port: official name -> our name, or `-` and why it is not used. `{}` is a number, `*` any rest, and
+The tables are the port: official name -> our name, or `-` and why it is not used. `{}` is a number, `*` any rest,
 `(a|b)` two rows. `convert` stops at a tensor without a row, a parameter without a tensor, and another shape.
 
-Without `--lion` the result is the start of stage 1. The Q-Former comes from `--blip2`, or from BERT's weights in the
-`--bert` folder; all else that LION trains is initialised. Without `--ram` tags must be given at run time.
+Without `--lion` the result is the start of stage 1: the Q-Former comes from `--blip2` or from BERT's weights in the
+`--bert` folder, all else that LION trains is initialised. Without `--ram` tags must be given at run time.
 """
 
 import argparse
@@ -51,8 +51,7 @@ EVA = expand({  # eva_vit_g.pth: models/eva_vit.py
     "(cls_token|pos_embed|patch_embed.proj.*)": "vit.(cls|positions|patch_embed.*)",
     "blocks.{}.attn.(q_bias|v_bias|qkv.weight)": "vit.blocks.{}.attn.(q_bias|v_bias|qkv.weight)",
     "blocks.{}.(norm1|attn.proj|norm2|mlp.fc1|mlp.fc2).*": "vit.blocks.{}.(norm1|attn.o|norm2|mlp.fc1|mlp.fc2).*",
-    "(norm|fc_norm).*": "- the final norm of the 40 blocks",
-    "head.*": "- the head of EVA's own training",
+    "(norm|fc_norm|head).*": "- the end of EVA's own training, behind its 40 blocks",
 })  # fmt: skip
 
 T5 = expand({  # google/flan-t5-xl, flan-t5-xxl
@@ -83,8 +82,7 @@ RAM = expand({  # ram_swin_large_14m.pth
     "tagging_head.encoder.layer.{}.intermediate.dense.*": "ram.head.{}.ff.wi.*",
     "tagging_head.encoder.layer.{}.output.(dense|LayerNorm).*": "ram.head.{}.ff.(wo|norm).*",
     "(tag_encoder|text_decoder).*": "- writes captions from tags; LION only tags",
-    "visual_encoder.layers.{}.blocks.{}.attn.relative_position_index": "- an index that follows from the window size",
-    "visual_encoder.layers.{}.blocks.{}.attn_mask": "- a mask that follows from window and image size",
+    "visual_encoder.layers.{}.blocks.{}.(attn.relative_position_index|attn_mask)": "- follows from the sizes",
 })  # fmt: skip
 
 LION = expand({  # LION-FlanT5-XL.pth, LION-FlanT5-XXL.pth: models/lion_t5.py, Qformer.py, lion_adapters.py
@@ -167,16 +165,16 @@ def choose_config(path: Path | None, shapes: Mapping[str, torch.Size]) -> LionCo
         width = shapes.get("shared.weight", ())[-1:] or shapes.get("t5_proj.weight", ())[:1]
         return PRESETS["xxl" if PRESETS["xxl"].t5.width in width else "xl"]
     with reading(path):
-        return LionConfig.from_json(read_text(path))
+        skeleton(config := LionConfig.from_json(read_text(path)))  # raises if its sizes do not fit together
+        return config
 
 
 def convert(args: argparse.Namespace) -> None:
     # 1. The inputs, and the names and shapes of the model.
     files = inputs(args)
     config = choose_config(args.config, Tensors(args.t5).shapes)
-    config = replace(
-        config, ram=config.ram if args.ram else None, instructions=config.instructions or (RELEASE if args.lion else {})
-    )
+    asked = config.instructions or (RELEASE if args.lion else {})
+    config = replace(config, ram=config.ram if args.ram else None, instructions=asked)
     texts = [args.bert / "vocab.txt", args.t5 / "tokenizer.json", args.ram_tags, args.ram_thresholds]
     Vocabularies.from_files(texts, config)  # raises if one does not fit
     model = skeleton(config)
@@ -259,9 +257,8 @@ def inspect(args: argparse.Namespace) -> int:
         print(f"{args.path}: a whole LION, {len(model.state_dict())} tensors, {count / 1e6:.1f} M parameters")
         return int(problems > 0)
     source = Tensors(args.path)
-    kind = max(
-        CHECKPOINTS, key=lambda kind: sum(translate(name, CHECKPOINTS[kind]) is not None for name in source.shapes)
-    )
+    known = lambda kind: sum(translate(name, CHECKPOINTS[kind]) is not None for name in source.shapes)
+    kind = max(CHECKPOINTS, key=known)
     print(f"{args.path}: {kind}, {len(source.shapes)} tensors")
     plan = skeleton(choose_config(args.config, source.shapes)).state_dict()
     found = list(places(source, CHECKPOINTS[kind], plan))

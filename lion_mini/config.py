@@ -1,9 +1,7 @@
 """Every size of LION, as frozen dataclasses; the defaults are LION-4B (FlanT5-XL).
 
-`LionConfig` nests one config per component. It is what `config.json` in a converted folder holds. The stages and
-ablations of the paper are values here, never other code: which branches feed the language model (`visual_input`), how
-many adapters each feed-forward layer has (`adapters`), whether image tags stand in the prompt (`tags`). A new task is
-one more name in `tasks`.
+`LionConfig` nests one config per component, and `config.json` in a converted folder holds it. The stages and ablations
+of the paper are values here, never other code: `visual_input`, `adapters` and `tags`. A new task is a name in `tasks`.
 """
 
 import json
@@ -12,8 +10,7 @@ from typing import Any
 
 from .files import need
 
-PAD, EOS = 0, 1  # T5's token ids; decoding starts from PAD
-IGNORE = -100  # a label that no loss counts
+PAD, EOS, IGNORE = 0, 1, -100  # T5's token ids, PAD starts decoding; a label that no loss counts
 
 
 @dataclass(frozen=True)
@@ -141,6 +138,10 @@ class LionConfig:  # The whole model. `ram=None` is a LION without its tagger: t
         return _parse(cls(), json.loads(text), "config")
 
 
+# Least and greatest values, by field or type. Each block takes time to build: 200 of them about a second.
+LIMITS = {int: (1, 10**6), float: (0, 1), "depth": (1, 200), "adapters": (0, 200), "stage": (0, 4)}
+
+
 def _parse(default: Any, value: Any, path: str) -> Any:
     """`value` from JSON in place of `default`, which shows its type; of a config, fields may be left out."""
     if value is None and path == "config.ram":
@@ -150,8 +151,14 @@ def _parse(default: Any, value: Any, path: str) -> Any:
             raise ValueError(f"{path}.{unknown[0]} is unknown; there are {', '.join(vars(default))}")
         return replace(default, **{k: _parse(getattr(default, k), v, f"{path}.{k}") for k, v in value.items()})
     if isinstance(default, tuple):
-        return tuple(_parse(default[0], item, path) for item in need(value, list, path))
-    return type(default)(need(value, type(default), path))
+        return tuple(_parse(default[0], item, path) for item in need(value, list, path) or [None])
+    value = type(default)(need(value, type(default), path))
+    if isinstance(value, (int, float)):
+        field = "depth" if "depth" in path else path.split(".")[-1]
+        low, high = LIMITS.get(field) or LIMITS[type(default)]
+        if not low <= value <= high:
+            raise ValueError(f"{path} must be from {low} to {high}, not {value!r:.60}")
+    return value
 
 
 PRESETS = {
@@ -163,9 +170,7 @@ PRESETS = {
         qformer=QFormerConfig(width=128, depth=3, heads=4, mlp_width=256, queries=12, vocab_size=512, max_positions=64),
         aggregator=AggregatorConfig(heads=4, mlp_width=256),
         t5=T5Config(width=128, head_width=32, heads=4, mlp_width=256, encoder_depth=3, decoder_depth=3, vocab_size=512),
-        ram=RamConfig(
-            image_size=64, width=24, depths=(2, 2), heads=(2, 4), window=4, tag_width=48, tags=12,
-            head=TagHeadConfig(width=48, depth=1, heads=4, mlp_width=96),
-        ),
+        ram=RamConfig(image_size=64, width=24, depths=(2, 2), heads=(2, 4), window=4, tag_width=48, tags=12,
+                      head=TagHeadConfig(width=48, depth=1, heads=4, mlp_width=96)),
     ),
 }  # fmt: skip

@@ -12,8 +12,8 @@ from .quantize import usable
 def distributed(device: str, timeout: timedelta | None = None) -> tuple[int, int, torch.device]:
     """Initialise the process group. Returns (rank, world size, device); without torchrun it is (0, 1, device).
 
-    The backend is nccl on CUDA, where "cuda" means the card LOCAL_RANK, and gloo elsewhere. `timeout` limits how long a
-    collective waits for the other ranks (None: PyTorch's default). A device that cannot be used raises a ValueError.
+    On CUDA the backend is nccl and "cuda" means the card LOCAL_RANK; elsewhere it is gloo. `timeout` limits how long a
+    collective waits for the other ranks. A device that cannot be used raises a ValueError.
     """
     if "RANK" not in os.environ or int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return 0, 1, usable(device)

@@ -14,6 +14,7 @@ import re
 import shutil
 import sys
 import traceback
+import warnings
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -43,7 +44,7 @@ def reading(what: object) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        text, place = reason(error), printable(what)
+        text, place = (isinstance(what, Path) and disguise(what)) or reason(error), printable(what)
         raise ValueError(text if text.startswith(place) else f"{place}: {text}") from error
 
 
@@ -51,8 +52,31 @@ def reason(error: BaseException) -> str:
     """What went wrong, on one line that a terminal can show."""
     if isinstance(error, OSError) and error.strerror:
         return printable(f"{error.filename}: {error.strerror}" if error.filename else error.strerror)
-    text = next((text for kinds, text in FAULTS.items() if isinstance(error, kinds)), "")
-    return printable(text.format(error) or str(error).strip().split("\n")[0] or f"it is damaged ({error!r})")
+    text = next((text for kinds, text in FAULTS.items() if isinstance(error, kinds)), "").format(error)
+    said = str(error).strip().split("\n")[0]
+    said = said.split(". ")[0] if isinstance(error, RuntimeError) else said  # PyTorch's advice follows
+    return printable(text or said or f"it is damaged ({error!r})")
+
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int8)  # int8 with a scale
+CHECKPOINTS = (".pth", ".pt", ".bin", ".safetensors")
+SIGNATURES = {  # the ending of a file's name and its first bytes, if they do not belong together
+    rb"\S* $": "it is empty",
+    rb"\S* version https://git-lfs": "it is a Git LFS pointer: git lfs pull fetches the file itself",
+    rb"\S* \s*<(!doctype|html|head|body|\?xml|!--)": "it is a web page",
+    rb"\S* (\x1f\x8b|7z\xbc|BZh|\xfd7zXZ|.{257}ustar|PK(?!.*data\.pkl))": "it is an archive: unpack it",
+    rb"\.(pth|pt|bin) .{6}\0\0\{|\.safetensors PK": "safetensors files must end in .safetensors, PyTorch's in .pth",
+    rb"\.(pth|pt|bin|safetensors) [^\0-\x08\x0e-\x1f]*$": "it is text",
+}
+
+
+def disguise(path: Path) -> str:
+    """What a file is that has the name of something else; an empty text if it looks right."""
+    if not os.path.isfile(path) or not os.access(path, os.R_OK):
+        return ""
+    with open(path, "rb") as file:
+        start = path.suffix.lower().encode() + b" " + file.read(512)
+    return next((what for form, what in SIGNATURES.items() if re.match(form, start, re.I | re.S)), "")
 
 
 def printable(text: object) -> str:
@@ -80,12 +104,6 @@ def run(main: Callable[[Any], int | None], args: Any) -> int:
 def read_text(path: Path) -> str:
     with reading(path):
         return path.read_text(encoding="utf-8-sig")
-
-
-def read_lines(path: Path) -> list[str]:
-    """The lines, stripped, without the empty ones at the end."""
-    text = read_text(path).rstrip()
-    return [line.strip() for line in text.split("\n")] if text else []
 
 
 def read_json(path: Path, kind: type | tuple[type, ...] = dict) -> Any:
@@ -161,38 +179,60 @@ class Tensors:
     def __init__(self, path: Path):
         self.where, self.shapes = dict[str, Path](), dict[str, torch.Size]()  # of each tensor
         self._mapped, self._room = dict[str, Tensor](), 0
-        shards = sorted(path.glob("*.safetensors")) or sorted(path.glob("pytorch_model*.bin"))
-        for file in [path] if path.is_file() else shards:
+        for file in [path] if path.is_file() else shards(path):
             for name, tensor in read_tensors(file).items():
                 if name in self.where:
                     raise ValueError(f"{file}: {name} stands in {self.where[name].name} already")
                 self.where[name], self.shapes[name] = file, tensor.shape
         if not self.where:
-            raise ValueError(f"{path}: no such file, and no folder with .safetensors files or pytorch_model.bin")
+            raise ValueError(f"{path}: no such file, no folder with .safetensors files or pytorch_model.bin, or empty")
 
     def read(self, name: str) -> Tensor:
         """One file is mapped at a time, and anew after 1 GiB, because mapped pages count as memory in use."""
         if name not in self._mapped or self._room < 0:
             self._mapped.clear()
             self._mapped, self._room = read_tensors(self.where[name]), 2**30
-        self._room -= self._mapped[name].nbytes
-        return self._mapped[name]
+        tensor = self._mapped[name]
+        if tensor.dtype not in FLOATS:
+            raise ValueError(f"{self.where[name]}: {name} must hold floats, not {tensor.dtype}")
+        self._room -= tensor.nbytes
+        return tensor
+
+
+def shards(folder: Path) -> list[Path]:
+    """A folder's checkpoint files. An index beside them must name no others."""
+    files = sorted(filter(Path.is_file, folder.glob("*.safetensors"))) or sorted(folder.glob("pytorch_model*.bin"))
+    for index in folder.glob(f"*{files[0].suffix}.index.json") if files else ():
+        with reading(index):
+            listed = need(read_json(index)["weight_map"], dict, "weight_map").values()
+            if strange := set(listed) - {file.name for file in files}:
+                raise ValueError(f"it names {min(strange)}, which is not in its folder")
+    return files
 
 
 def read_tensors(file: Path) -> dict[str, Tensor]:
     """The tensors of a checkpoint file, memory-mapped unless it has torch's old format. No code in it can run."""
-    if file.suffix not in (".pth", ".pt", ".bin", ".safetensors"):
+    if file.suffix not in CHECKPOINTS:
         raise ValueError(f"{file}: a checkpoint is a .pth, .pt, .bin or .safetensors file, not {file.suffix!r}")
-    with reading(f"{file} is not a whole checkpoint"):
-        if file.suffix == ".safetensors":
-            return load_file(file)
-        data = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
-        data = data["model"] if isinstance(data.get("model"), dict) else data
-        return {need(name, str, "a name"): need(tensor, Tensor, name) for name, tensor in data.items()}
+    with reading(file), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PyTorch's about old formats
+        with reading("it is not a whole checkpoint"):
+            if file.suffix == ".safetensors":
+                tensors = load_file(file)
+            else:
+                data = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+                tensors = data["model"] if isinstance(need(data, dict).get("model"), dict) else data
+        for name, tensor in tensors.items():
+            if not need(name, str, "a name").isprintable():
+                raise ValueError(f"the name {name!r:.99} cannot be printed")
+            dense = need(tensor, Tensor, name).layout == torch.strided and not (tensor.is_nested or tensor.is_meta)
+            if not dense or tensor.is_complex() or tensor.is_quantized:
+                raise ValueError(f"{name} is sparse, nested, complex, quantised or without values, and is refused")
+        return tensors
 
 
 def read_folder(folder: Path, device: str | torch.device, dtype: torch.dtype | None) -> dict[str, Tensor]:
-    """Every tensor, int8 as it is and all others as `dtype` (None: as stored, and on the CPU memory-mapped)."""
+    """Every tensor, int8 as it is and floats as `dtype` (None: as stored, and on the CPU memory-mapped)."""
     source, tensors = Tensors(folder), dict[str, Tensor]()
     for name in source.where:
         tensor = source.read(name)
@@ -204,9 +244,10 @@ def read_folder(folder: Path, device: str | torch.device, dtype: torch.dtype | N
 def check_tensors(where: object, found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
     """Compare with the model's names and shapes. A ValueError names the first that is missing, unknown or different."""
     for name in sorted(found.keys() | expected.keys()):
-        theirs, ours = (str(tuple(of[name].shape)) if name in of else "missing" for of in (found, expected))
-        if theirs != ours:
-            raise ValueError(f"{where}: {name} is {theirs} here and {ours} in the model")
+        both = [of.get(name) for of in (found, expected)]
+        kinds = ["missing" if t is None else f"{tuple(t.shape)}{' in int8' * (t.dtype == torch.int8)}" for t in both]
+        if kinds[0] != kinds[1]:
+            raise ValueError(f"{where}: {name} is {kinds[0]} here and {kinds[1]} in the model")
 
 
 def write_shards(folder: Path, plan: Mapping[str, Tensor], read: Callable[[str], Tensor], limit: int = 2**30) -> None:

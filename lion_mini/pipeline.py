@@ -3,8 +3,7 @@
     lion = Lion.from_pretrained("tiny")
     lion.caption(image)    lion.answer(image, "what is he holding?")    lion.locate(image, "the dog on the left") -> Box
 
-`Lion` holds a `LionModel` (model/lion.py) and its vocabularies. `Lion.batch` makes a `Batch` of tensors from pixels,
-questions, tags and tasks. Questions about the same picture share its encoding.
+`Lion` holds a `LionModel` (model/lion.py) and its vocabularies; `Lion.batch` makes a `Batch` of tensors for it.
 """
 
 from bisect import bisect_right
@@ -30,8 +29,9 @@ from .text.prompts import EVAL_TEMPLATES, PLACEHOLDER, TASK_OF, render, tag_sent
 from .text.vocabularies import Vocabularies
 
 TINY = Path(__file__).parent / "assets" / "tiny"  # the weights in the package, trained on the toy world
-DType = torch.dtype | Literal["auto"] | None
+DType = torch.dtype | Literal["auto"] | None  # auto: bfloat16 where the device computes in it; None: as stored
 DTYPES: dict[str, DType] = {"auto": "auto", "stored": None, "float32": torch.float32, "bfloat16": torch.bfloat16}
+MAX_TOKENS = 4096  # eight times what T5 was trained on; XL's scores then take 2.5 GB per layer and sample
 Texts = Sequence[str]
 Images = Sequence[Image.Image]
 Tags = Sequence[Texts] | Texts | None  # per question a list, or one text joined by ", "; None: RAM's
@@ -58,16 +58,14 @@ class Lion:
     def from_pretrained(
         cls, folder: str | Path, device: str | torch.device = "cpu", dtype: DType = torch.float32
     ) -> "Lion":
-        """The model in a folder that `weights.py convert` or training wrote, in eval mode; "tiny" is the built-in one.
-
-        `dtype=None` keeps the stored one; "auto" is bfloat16 where the device computes in it, else float32.
-        """
-        if dtype == torch.float16:
-            raise ValueError("T5 overflows in float16: use bfloat16, or float32")
+        """The model in a folder of `weights.py convert` or of training, in eval mode; "tiny" is the built-in one."""
+        if dtype not in DTYPES.values():
+            raise ValueError(f"T5 may overflow in {dtype}: give float32, bfloat16, 'auto' or None")
         device, folder = usable(device), TINY if str(folder) == "tiny" else Path(folder)
         config = read_config(folder)
         text = Vocabularies.from_folder(folder, config)
-        model = skeleton(config)
+        with reading(folder / "config.json"):
+            model = skeleton(config)
         tensors = read_folder(folder, device, best_dtype(device) if dtype == "auto" else dtype)
         if any(tensor.dtype == torch.int8 for tensor in tensors.values()):
             to_int8(model)
@@ -99,16 +97,17 @@ class Lion:
             prompts = [self.text.pieces.encode(prompt) for prompt in self.prompts(questions, tags)]
         else:
             prompts = list(map(self.training_prompt, questions, tags))
+        if (longest := max(map(len, prompts), default=0)) > MAX_TOKENS:
+            raise ValueError(f"a question and its tags have {longest:,} tokens, but T5 reads at most {MAX_TOKENS:,}")
         prompt, prompt_mask = pad(prompts, PAD)
         # 3. Each picture once.
         pictures, which = pixels.unique(dim=0, return_inverse=True)
-        batch = Batch(
+        return Batch(
             *(pictures, which, question, question_mask, prompt, prompt_mask),
             soft=prompt == self.text.pieces.special[PLACEHOLDER],
             task=torch.tensor([self.config.tasks.index(task) for task in tasks]),
             labels=None if answers is None else pad([self.answer_ids(answer) for answer in answers], IGNORE)[0],
-        )
-        return batch.to(self.device, self.dtype)
+        ).to(self.device, self.dtype)
 
     def check(self, pixels: Tensor, questions: Texts, tags: Tags, tasks: Texts, answers: Texts | None = None) -> None:
         """A ValueError says what is wrong with an argument."""
@@ -136,11 +135,10 @@ class Lion:
 
     def training_prompt(self, question: str, tags: Texts) -> list[int]:
         """The prompt's ids, at most `max_prompt_tokens` if that is possible: tags are dropped from the end."""
-        tags, most = tags.split(", ") if isinstance(tags, str) else tags, self.config.max_prompt_tokens
+        tags = tags.split(", ") if isinstance(tags, str) else tags
         encode = lambda count: self.text.pieces.encode(self.prompts([question], [tags[:count]])[0])
-        if len(ids := encode(len(tags))) <= most:
-            return ids
-        return encode(max(0, bisect_right(range(len(tags)), most, key=lambda count: len(encode(count))) - 1))
+        fit = bisect_right(range(len(tags) + 1), self.config.max_prompt_tokens, key=lambda count: len(encode(count)))
+        return encode(max(0, fit - 1))
 
     def answer_ids(self, answer: str) -> list[int]:
         return [*self.text.pieces.encode(answer)[:-1][: self.config.max_answer_tokens - 1], EOS]
@@ -184,12 +182,9 @@ class Lion:
 
     # --- pictures -> tags
 
-    def tag(
-        self, images: Images, threshold: float | None = None, top_k: int | None = None, return_scores: bool = False
-    ) -> list[list[str]] | list[Scored]:
+    def tag(self, images: Images, threshold: float | None = None, top_k: int | None = None) -> list[list[str]]:
         """RAM's tags of each picture in the tag list's order; `threshold` replaces every tag's own."""
-        scored = self.scored_tags(images, threshold, top_k)
-        return scored if return_scores else [[tag for tag, _ in tags] for tags in scored]
+        return [[tag for tag, _ in tags] for tags in self.scored_tags(images, threshold, top_k)]
 
     def scored_tags(self, images: Images, threshold: float | None = None, top_k: int | None = None) -> list[Scored]:
         size = self.ram.config.image_size

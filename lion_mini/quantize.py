@@ -17,9 +17,9 @@ class Int8Linear(nn.Module):
         self.bias = linear.bias
 
     def forward(self, x: Tensor) -> Tensor:  # (..., d) -> (..., out)
-        rows = x.reshape(-1, x.shape[-1])
-        # PyTorch's int8 product: on a CPU, in bfloat16, without a gradient, aligned to 32 bytes (it never checks), and
-        # faster only for a few rows, such as a beam search's. Else the weight is dequantised.
+        # PyTorch's int8 product: on a CPU, in bfloat16, contiguous, without a gradient, aligned to 32 bytes (it never
+        # checks), and faster only for a few rows, such as a beam search's. Else the weight is dequantised.
+        rows = x.reshape(-1, x.shape[-1]).contiguous()
         few = len(rows) <= 16 and x.device.type == "cpu" and x.dtype == torch.bfloat16 and not x.requires_grad
         if few and all(n % 32 == 0 for n in (rows.shape[1], rows.data_ptr(), self.weight.data_ptr())):
             y = torch._weight_int8pack_mm(rows, self.weight, self.scale).view(*x.shape[:-1], len(self.weight))
@@ -45,7 +45,9 @@ def to_int8(model: nn.Module) -> None:
 def usable(device: str | torch.device) -> torch.device:
     """The device, if this machine has it and this PyTorch can use it; else a ValueError."""
     with reading(f"the device {str(device)!r} cannot be used, cpu always can"):
-        return torch.empty(0, device=device).device
+        probe = torch.zeros(1, device=device)
+        probe.tolist()  # meta holds no values
+        return probe.device
 
 
 def has_bfloat16() -> bool:  # this CPU, in hardware; elsewhere float32 is faster

@@ -1,14 +1,17 @@
 """The edge: one sentence for what is wrong, and files that are whole or not there."""
 
+import json
 import os
 import resource
+import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from lion_mini.files import atomic_write, json_lines, need, read_json, read_lines, reading, run
+from lion_mini.files import Tensors, atomic_write, check_tensors, json_lines, need, read_json, reading, run
 
 
 def test_reading_names_the_innermost_place_once() -> None:
@@ -31,9 +34,6 @@ def test_text(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=r".") as caught:
             read_json(path)
         assert str(caught.value) == f"{path}: {words}"
-    for text, lines in (("", []), ("\n\n", []), ("\ufeffa \r\n\n b\n \n", ["a", "", "b"])):
-        path.write_text(text, encoding="utf-8")
-        assert read_lines(path) == lines
     path.write_bytes(b'\xef\xbb\xbf1\n\n{"a": 2}\n{"a":')
     rows = json_lines(path)
     assert [next(rows), next(rows)] == [(f"{path}, line 1", 1), (f"{path}, line 3", {"a": 2})]
@@ -43,6 +43,137 @@ def test_text(tmp_path: Path) -> None:
     for value, kind in ((True, int), (True, float), (1.5, int), (None, (str, list))):
         with pytest.raises(ValueError, match="box must be"):
             need(value, kind, "box")
+
+
+LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 3132668804\n"
+PAGE = b"<!DOCTYPE html>\n<html><head><title>404</title>"
+GZIP = b"\x1f\x8b\x08\0" + bytes(20)
+
+
+@pytest.mark.parametrize("name", ["x.pth", "x.bin", "x.safetensors", "tokenizer.json", "vocab.txt"])
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        (b"", "empty"),
+        (LFS, "a Git LFS pointer"),
+        (PAGE, "a web page"),
+        (b"\n <html>", "a web page"),
+        (GZIP, "an archive"),
+    ],
+)
+def test_a_file_that_is_something_else(tmp_path: Path, name: str, data: bytes, words: str) -> None:
+    (path := tmp_path / name).write_bytes(data)
+    read: Any = {".json": read_json, ".txt": lambda path: int(path.read_text(errors="replace"))}.get(
+        path.suffix, Tensors
+    )
+    with pytest.raises(ValueError, match=f"{name}: it is {words}"), reading(path):
+        read(path)
+
+
+def dump(data: object) -> Any:
+    return lambda path: torch.save(data, path)
+
+
+def odd(name: str) -> Any:
+    """A checkpoint of one tensor that is no plain one."""
+    plain = torch.ones(2, 2)
+    kinds: dict[str, Any] = {
+        "sparse": plain.to_sparse, "csr": plain.to_sparse_csr, "meta": lambda: plain.to("meta"),
+        "complex": lambda: plain * 1j, "quantised": lambda: torch.quantize_per_tensor(plain, 0.1, 0, torch.qint8),
+        "nested": lambda: torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]),
+    }  # fmt: skip
+    return lambda path: torch.save({"a": kinds[name]()}, path)
+
+
+def tar(path: Path) -> None:
+    path.write_bytes(bytes(257) + b"ustar" + bytes(300))
+
+
+def script(path: Path) -> None:
+    torch.jit.script(torch.nn.Linear(1, 1)).save(path)
+
+
+def other_zip(path: Path) -> None:
+    with zipfile.ZipFile(path, "w") as file:
+        file.writestr("eva_vit_g.pth", b"x")
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("name", "make", "words"),
+    [
+        ("x.pth", lambda path: path.write_bytes(b"x"), "it is text"),
+        ("x.pth", lambda path: path.write_bytes(b"\0"), "it is not a whole checkpoint"),
+        ("x.pth", lambda path: path.write_text("a text\n" * 99), "it is text"),
+        ("x.safetensors", lambda path: path.write_text("a text\n" * 99), "it is text"),
+        ("x.bin", lambda path: path.write_text('{"error": "not found"}'), "it is text"),
+        ("x.pth", other_zip, "it is an archive: unpack it"),
+        ("x.pth", tar, "it is an archive: unpack it"),
+        ("x.pth", script, "it is not a whole checkpoint: Cannot use"),
+        ("x.safetensors", dump({"a": torch.ones(1)}), "safetensors files must end in .safetensors, PyTorch's in .pth"),
+        ("x.pth", lambda path: save_file({"a": torch.ones(1)}, path), "PyTorch's in .pth"),
+        (
+            "x.safetensors",
+            lambda path: path.write_bytes((200_000).to_bytes(8, "little") + b"[" * 200_000),
+            "not a whole",
+        ),
+        ("x.pth", dump(torch.nn.Linear(1, 1)), "could run code, and is refused"),
+        ("x.pth", dump([torch.ones(1)]), "it must be an object, found"),
+        ("x.pth", dump({}), "no such file, no folder with .safetensors files or pytorch_model.bin, or empty"),
+        ("x.pth", dump({3: torch.ones(1)}), "a name must be text, found 3"),
+        ("x.pth", dump({"model": {"a": {"b": torch.ones(1)}}}), "a must be Tensor, found {'b'"),
+        ("x.pth", dump({"a\x1b[31m": torch.ones(1)}), r"the name 'a\x1b[31m' cannot be printed"),
+        ("x.safetensors", lambda path: save_file({"a\nb": torch.ones(1)}, path), r"the name 'a\nb' cannot be printed"),
+        *(("x.pth", odd(name), "a is sparse, nested, complex, quan") for name in ("sparse", "csr", "meta", "complex")),
+        *(("x.pth", odd(name), "a is sparse, nested, complex, quantised or") for name in ("quantised", "nested")),
+        ("x.safetensors", lambda path: save_file({"a": torch.ones(1) * 1j}, path), "a is sparse, nested, complex"),
+    ],
+)
+def test_a_checkpoint_that_is_none(tmp_path: Path, name: str, make: Any, words: str) -> None:
+    """One sentence; PyTorch's advice to allow code is not repeated."""
+    make(path := tmp_path / name)
+    with pytest.raises(ValueError, match=r".") as caught:
+        Tensors(path)
+    assert str(caught.value).startswith(f"{path}: ")
+    assert words in str(caught.value)
+    assert not any(part in str(caught.value) for part in ("Re-running", "weights_only` set", "\n", "\x1b"))
+
+
+def test_a_tensor_of_another_kind(tmp_path: Path) -> None:
+    """Whole numbers may be there, as buffers are, but nothing reads them as weights."""
+    save_file({"a": torch.ones(2, dtype=torch.int64), "b": torch.ones(2)}, path := tmp_path / "x.safetensors")
+    assert Tensors(path).read("b").tolist() == [1, 1]
+    with pytest.raises(ValueError, match=r"x.safetensors: a must hold floats, not torch.int64"):
+        Tensors(path).read("a")
+    with pytest.raises(ValueError, match=r"x: a is \(2,\) in int8 here and \(2,\) in the model"):
+        check_tensors("x", {"a": torch.ones(2, dtype=torch.int8)}, {"a": torch.ones(2)})
+
+
+@pytest.mark.parametrize(
+    ("index", "words"),
+    [
+        ({"weight_map": {"a": "../../x.safetensors"}}, "it names ../../x.safetensors, which is not in its folder"),
+        ({"weight_map": {"a": "/etc/passwd"}}, "it names /etc/passwd, which is not in its folder"),
+        ({"weight_map": {"a": "\x1b[31m"}}, "it names ?[31m, which is not in its folder"),
+        ({"weight_map": ["a"]}, "weight_map must be an object, found ['a']"),
+        ({"weight_map": {"a": 3}}, "it names 3, which is not in its folder"),
+        ({"weight_map": {"a": []}}, "it has another form than expected"),
+        ({}, "the field 'weight_map' is missing"),
+        ([], "it must be an object, found []"),
+        ("[" * 10**5, "it is nested too deeply"),
+    ],
+)
+def test_an_index_names_the_files_beside_it(tmp_path: Path, index: Any, words: str) -> None:
+    save_file({"a": torch.ones(1)}, tmp_path / "model.safetensors")
+    os.mkfifo(tmp_path / "pipe.safetensors")  # no file, and reading it would wait for ever
+    (path := tmp_path / "model.safetensors.index.json").write_text(
+        index if isinstance(index, str) else json.dumps(index)
+    )
+    with pytest.raises(ValueError, match=r".") as caught:
+        Tensors(tmp_path)
+    assert str(caught.value) == f"{path}: {words}" or (words.endswith("expected") and words in str(caught.value))
+    path.write_text(json.dumps({"weight_map": {"a": "model.safetensors"}}))
+    assert Tensors(tmp_path).shapes == {"a": (1,)}
 
 
 def test_run(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ import itertools
 import json
 import pickle
 import random
+import resource
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -379,6 +380,15 @@ def text_file(name: str, flag: str, text: str) -> Callable[[Path], dict]:
     return make
 
 
+def sizes_with(field: str, value: object) -> Callable[[Path], dict]:
+    sizes = inner = json.loads((GOLDEN / "sizes.json").read_text())
+    *path, last = field.split(".")
+    for name in path:
+        inner = inner[name]
+    inner[last] = value
+    return text_file("c.json", "config", json.dumps(sizes))
+
+
 def lion_with(change: Callable[[dict], object]) -> Callable[[Path], dict]:
     return lambda tmp_path: {"lion": changed(tmp_path, "LION-FlanT5-XL.pth", change)}  # type: ignore[arg-type]
 
@@ -387,7 +397,7 @@ GATE = "t5_model.encoder.block.0.layer.1.adapter.router_ratio"
 BAD = {
     "missing file": (lambda _: {"vit": "nowhere.pth"}, "nowhere.pth: no such file"),
     "missing folder": (lambda _: {"t5": "nowhere"}, "nowhere"),
-    "missing shard": (missing_shard, "no file holds decoder.block.0.layer.0.layer_norm.weight, and 25 more"),
+    "missing shard": (missing_shard, "index.json: it names model-00002-of-00002.safetensors, which is not"),
     "code in a pickle": (evil, "could run code, and is refused"),
     "old pickle": (lambda p: evil(p) and {"lion": p / "evil.pth"}, "evil.pth"),
     "another T5": (other_t5, "soft_prompt_hint (24,) -> soft_prompt  SHAPE DIFFERS: the model has (48,)"),
@@ -403,11 +413,38 @@ BAD = {
         "label_embed is all zero, or",
     ),
     "gguf": (text_file("lion.gguf", "lion", "GGUF"), "lion.gguf: a checkpoint is a .pth, .pt, .bin"),
-    "no tags": (text_file("tags.txt", "ram_tags", ""), "tags.txt has 0 lines, the model needs 24"),
+    "no tags": (text_file("tags.txt", "ram_tags", ""), "tags.txt: it is empty"),
     "few tags": (text_file("tags.txt", "ram_tags", "a\nb\n"), "tags.txt has 2 lines, the model needs 24"),
     "few thresholds": (text_file("t.txt", "ram_thresholds", "0.5\n"), "t.txt has 1 lines, the model needs 24"),
     "thresholds in words": (text_file("t.txt", "ram_thresholds", "high\n" * 24), "t.txt: could not convert"),
+    "threshold nan": (text_file("t.txt", "ram_thresholds", "nan\n" * 24), "t.txt: a threshold must be from 0 to 1"),
+    "threshold 68": (text_file("t.txt", "ram_thresholds", "68\n" * 24), "t.txt: a threshold must be from 0 to 1"),
+    "a page of tags": (text_file("tags.txt", "ram_tags", "<html>\n"), "tags.txt: it is a web page"),
+    "whole numbers": (lion_with(lambda d: d.update(query_tokens=d["query_tokens"].int())), "must hold floats"),
+    "a bare number": (lion_with(lambda d: d.update(query_tokens=torch.tensor(1.0))), "query_tokens () -> qformer"),
     "config": (text_file("c.json", "config", '{"vit": {"depht": 3}}'), "config.vit.depht is unknown"),
+    "config nested": (text_file("c.json", "config", "[" * 10**5), "c.json: it is nested too deeply"),
+    **{
+        f"config {path} {value}": (sizes_with(path, value), f"c.json: {words}")
+        for path, value, words in (
+            ("vit.width", 0, "config.vit.width must be from 1 to 1000000, not 0"),
+            ("t5.heads", -4, "config.t5.heads must be from 1 to 1000000, not -4"),
+            ("t5.vocab_size", 10**400, "config.t5.vocab_size must be from 1 to 1000000, not 1000"),
+            ("vit.depth", 10**6, "config.vit.depth must be from 1 to 200, not 1000000"),
+            ("ram.depths", [10**6], "config.ram.depths must be from 1 to 200, not 1000000"),
+            ("ram.depths", [], "config.ram.depths must be a whole number, found None"),
+            ("ram.depths", [1], "zip() argument"),
+            ("ram.patch_size", 10**6, "integer modulo by zero"),
+            ("vit.width", 24.0, "config.vit.width must be a whole number, found 24.0"),
+            ("vit.norm_eps", float("nan"), "config.vit.norm_eps must be from 0 to 1, not nan"),
+            ("vit.norm_eps", float("inf"), "config.vit.norm_eps must be from 0 to 1, not inf"),
+            ("vit.norm_eps", 10**400, "int too large to convert to float"),
+            ("qformer.dropout", 1.5, "config.qformer.dropout must be from 0 to 1, not 1.5"),
+            ("taps", [], "config.taps must be a whole number, found None"),
+            ("tasks", [], "config.tasks must be text, found None"),
+            ("stage", 99, "config.stage must be from 0 to 4, not 99"),
+        )
+    },
     "no thresholds": (lambda _: {"ram_thresholds": None}, "--ram needs --ram-tags and --ram-thresholds"),
     "no tagger": (lambda _: {"ram": None}, "--ram needs --ram-tags and --ram-thresholds"),
     "two Q-Formers": (lambda _: {"blip2": OFFICIAL / "LION-FlanT5-XL.pth"}, "give one of the two"),
@@ -426,6 +463,28 @@ def test_bad_input(name: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> 
     said = [line for line in error.splitlines() if not line.startswith("convert:")]
     assert len(said) == 1, error
     assert sorted(tmp_path.iterdir()) == before
+
+
+def test_what_a_killed_conversion_left_is_removed(tmp_path: Path) -> None:
+    (tmp_path / ".out.new").mkdir()
+    (tmp_path / ".out.new" / SHARD).write_bytes(b"half")
+    assert convert(tmp_path / "out") == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("command", ["convert", "export"])
+def test_a_full_disk(command: str, golden_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))  # no file may be larger
+    try:
+        export = ["export", str(golden_folder), "--out", str(tmp_path / "out")]
+        assert (convert(tmp_path / "out") if command == "convert" else weights.main(export)) == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    said = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("convert:")]
+    assert len(said) == 1
+    assert said[0].startswith(f"weights.py: {tmp_path / 'out'}: it cannot be written, is the disk full?")
+    assert not list(tmp_path.iterdir())
 
 
 def test_an_existing_folder_is_not_touched(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -455,6 +514,11 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
     "soft_prompt is missing": resaved(lambda t: t.pop("soft_prompt")),
     r"x is \(1,\) here and missing in the model": resaved(lambda t: t.update(x=torch.zeros(1))),
     r"soft_prompt is \(1,\) here and \(24,\) in the model": resaved(lambda t: t.update(soft_prompt=torch.zeros(1))),
+    "config.json: config.t5.width must be from 1": lambda f: (f / "config.json").write_text('{"t5": {"width": 0}}'),
+    "config.json: stage 0 of Swin has": lambda f: (f / "config.json").write_text(
+        (f / "config.json").read_text().replace('"window": 4', '"window": 3')
+    ),
+    "must hold floats, not torch.bool": resaved(lambda t: t.update(soft_prompt=t["soft_prompt"] > 0)),
     "vocab.txt has 6 lines": lambda f: (f / "vocab.txt").write_text("[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\n"),
 }
 
@@ -472,8 +536,12 @@ def test_half_precision_is_refused(golden_folder: Path, tmp_path: Path, capsys: 
     with pytest.raises(SystemExit, match="2"):
         convert(tmp_path / "out", dtype="float16")
     assert "invalid choice: 'float16'" in capsys.readouterr().err
-    with pytest.raises(ValueError, match="overflow"):
-        Lion.from_pretrained(golden_folder, dtype=torch.float16)
+    for dtype in (torch.float16, torch.int8, torch.complex64):
+        with pytest.raises(ValueError, match=f"T5 may overflow in {dtype}: give float32, bfloat16"):
+            Lion.from_pretrained(golden_folder, dtype=dtype)
+    for device in ("meta", "mars", "cuda:99", ""):
+        with pytest.raises(ValueError, match=f"the device '{device}' cannot be used, cpu always can"):
+            Lion.from_pretrained(golden_folder, device=device)
 
 
 def test_mapped_tensors_are_those_of_the_file(tmp_path: Path) -> None:

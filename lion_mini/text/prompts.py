@@ -59,8 +59,7 @@ TEMPLATES: dict[str, tuple[str, ...]] = {
     "dialogue": ("{question}",),
 }  # fmt: skip
 
-# Instructions for evaluation (B.2), one per benchmark or family; eval.py draws REC's from all of Table 9's. The paper
-# prints none for reg, pope and mmbench.
+# Instructions for evaluation (B.2); eval.py draws REC's from Table 9. The paper prints none for reg, pope and mmbench.
 EVAL_TEMPLATES: dict[str, str] = {
     "caption": "A short image description:",
     "vqa": "Question: {question} Short answer:",

@@ -1,28 +1,34 @@
 """Text to token ids and back: Unigram for FlanT5, WordPiece for the Q-Former, both read from the published files.
 
 Both first cut added tokens such as `<extra_id_0>` out of the text, then normalise the rest and split it into words.
-They differ in how a word becomes pieces:
-
-    Unigram     every piece has a log probability; the most probable cut of the word wins (Viterbi)
-    WordPiece   the longest piece that begins the word, then the longest that continues it, ...
+They differ in how a word becomes pieces.
 
 Sources: Kudo, "Subword Regularization", 2018 (T5's sentencepiece); Devlin et al., "BERT", 2019. The ids equal those of
 Hugging Face's `tokenizers`. Only characters newer than Unicode 8 may differ: Python's own tables class them.
 """
 
+import base64
 import re
+import struct
 import sys
-from collections.abc import Iterable, Mapping, Sequence
-from functools import cache, lru_cache, reduce
+from collections.abc import Iterable, Sequence
+from functools import cache, lru_cache, partial, reduce
+from itertools import pairwise
+from math import isfinite
+from operator import methodcaller
 from pathlib import Path
 from typing import Any
 from unicodedata import category, normalize
 
 from ..files import need, read_json, read_text, reading
-from .charsmap import SPACE, read_steps
 
 # The blocks of Chinese characters that BERT's authors chose.
 _HAN = "[㐀-䶿一-鿿\uf900-\ufaff\U00020000-\U0002a6df\U0002a700-\U0002b81f\U0002b920-\U0002ceaf\U0002f800-\U0002fa1f]"
+SPACES = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always", "add_prefix_space": True, "split": True}
+# Unicode's White_Space; str.isspace accepts four control characters more.
+SPACE = "\t\n\v\f\r \x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000" + "".join(map(chr, range(0x2000, 0x200B)))
+# Joiners, Thai and Lao AM, half-width voicing marks and skin tones attach to the character before, like accents.
+JOINING = "\u200c\u200d\u0e33\u0eb3\uff9e\uff9f" + "".join(map(chr, range(0x1F3FB, 0x1F400)))
 
 
 class UnigramTokenizer:
@@ -43,27 +49,31 @@ class UnigramTokenizer:
             raise ValueError(f"model must be Unigram without byte_fallback, found {model.get('type')!r:.60}")
         self.unk_id = need(model.get("unk_id"), int, "unk_id")
         with reading("model.vocab"):
-            vocab = [(piece, float(score)) for piece, score in need(model["vocab"], list)]
+            vocab = [(need(piece, str), float(score)) for piece, score in need(model["vocab"], list)]
+            if not all(isfinite(score) for _, score in vocab) or not 0 <= self.unk_id < len(vocab):
+                raise ValueError("a score is not finite, or unk_id is no piece")
         self.pieces = {piece: (id, score) for id, (piece, score) in enumerate(vocab)}
-        self.tokens = dict(enumerate(piece for piece, _ in vocab))
         self.longest, self.unk_score = max(map(len, self.pieces)), min(score for _, score in vocab) - 10
-        self.normalizers = read_steps("normalizer", data.get("normalizer"))
-        self.pre_tokenizers = read_steps("pre_tokenizer", data.get("pre_tokenizer"))
-        (self.decoder,) = read_steps("decoder", need(data.get("decoder"), dict, "decoder"))
+        with reading("normalizer"):
+            self.normalizers = read_normalizers(data.get("normalizer"))
+        for key in ("pre_tokenizer", "decoder"):
+            spec = need(data.get(key), dict, key)
+            if "type" not in spec or any(SPACES.get(name, value) != value for name, value in spec.items()):
+                raise ValueError(f"{key} {spec!r:.99} is not FlanT5's (saved again?): take the published file")
         with reading("added_tokens"):
-            added = {spec["content"]: spec for spec in need(data.get("added_tokens"), list)}
-            if words := [token for token, spec in added.items() if spec.get("single_word")]:
-                raise ValueError(f"{words[0]!r} is a single_word token, which T5 has not")
-            self.tokens |= {spec["id"]: token for token, spec in added.items()}
-            self.special = {token: spec["id"] for token, spec in added.items() if spec.get("special")}
+            added = need(data.get("added_tokens"), list)
+            for spec in added:
+                if flags := {k: v for k, v in spec.items() if k not in ("id", "content") and v != (k == "special")}:
+                    raise ValueError(f"{spec['content']!r:.60} has {flags}, which no token of T5 has")
+            self.special = {need(spec["content"], str): need(spec["id"], int) for spec in added}
             self.pad_id, self.eos_id, _ = (self.special[token] for token in ("<pad>", "</s>", "<extra_id_0>"))
-        self.split_raw = _Splitter({t: spec for t, spec in added.items() if not spec.get("normalized")})
-        self.split_normal = _Splitter({self.normalise(t): spec for t, spec in added.items() if spec.get("normalized")})
+        self.tokens = dict(enumerate(piece for piece, _ in vocab)) | {id: token for token, id in self.special.items()}
+        self.splitter = _splitter(self.special)
 
     @classmethod
     def from_file(cls, path: str | Path) -> "UnigramTokenizer":
         """Read T5's `tokenizer.json`; a ValueError says what is wrong with it."""
-        with reading(path):
+        with reading(Path(path)):
             return cls(read_json(Path(path)))
 
     def __len__(self) -> int:
@@ -72,26 +82,18 @@ class UnigramTokenizer:
     def encode(self, text: str, limit: int = sys.maxsize) -> list[int]:
         """The ids of a text and `</s>`; beyond `limit` the front is cut off."""
         ids: list[int] = []
-        for i, raw in enumerate(self.split_raw(text)):
-            for j, part in enumerate([raw] if isinstance(raw, int) else self.split_normal(self.normalise(raw))):
-                words = [] if isinstance(part, int) else self.words(part, first=i == j == 0)
-                ids += [part] if isinstance(part, int) else [id for word in words for id in self.cut(word)]
+        for part in self.splitter.split(text):
+            if part in self.special:
+                ids.append(self.special[part])
+            else:
+                normal = reduce(lambda text, step: step(text), self.normalizers, part)
+                ids += [id for word in metaspace(normal) for id in self.cut(word)]
         return [*ids[max(0, len(ids) + 1 - limit) :], self.eos_id]
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of ids, without special tokens and ids beyond the vocabulary (T5's embedding has more rows)."""
         tokens = [self.tokens[id] for id in ids if self.tokens.get(id, "<pad>") not in self.special]
-        first = "" if self.decoder.prepend != "never" else " "
-        return _tidy("".join(t.replace(self.decoder.mark, " " if i else first) for i, t in enumerate(tokens)))
-
-    def normalise(self, text: str) -> str:
-        return reduce(lambda text, step: step(text), self.normalizers, text)
-
-    def words(self, text: str, first: bool) -> list[str]:  # first: the whole text begins with this part
-        words = [text]
-        for step in self.pre_tokenizers:
-            words = [inner for i, word in enumerate(words) for inner in step(word, first and i == 0)]
-        return list(filter(None, words))
+        return _tidy("".join(token.replace("▁", " " if i else "") for i, token in enumerate(tokens)))
 
     @lru_cache(1 << 14)  # noqa: B019  few words make up most of a text
     def cut(self, word: str) -> list[int]:
@@ -111,6 +113,75 @@ class UnigramTokenizer:
         return ids[::-1]
 
 
+class Precompiled:
+    """sentencepiece's normalisation: NFKC and rules of its own, such as tabs to spaces.
+
+    The rules are a trie over UTF-8 bytes, Darts' double array, and behind it their right-hand sides, each ended by a
+    zero. A unit holds the byte that leads to it, the offset of its children (child = node ^ offset ^ byte) and a flag:
+    does a rule end here? If one does, child 0 holds the position of its right-hand side, and its own highest bit is 1.
+    """
+
+    def __init__(self, encoded: str):
+        data = base64.b64decode(encoded, validate=True)
+        size = struct.unpack_from("<I", data)[0]
+        self.units, strings = struct.unpack_from(f"<{size // 4}I", data, 4), data[4 + size :]
+        self.root, self.rules = self.units[0] >> 10, dict[int, str]()
+        for node, unit in enumerate(self.units):
+            if unit >> 8 & 1 and not unit >> 31:
+                start = self.units[node ^ unit >> 10] & 0x7FFFFFFF
+                self.rules[node] = strings[start : strings.index(b"\0", start)].decode()
+
+    def __call__(self, text: str) -> str:
+        return "".join(map(self.rewrite, clusters(text)))
+
+    def rewrite(self, cluster: str) -> str:
+        """Replace the cluster by the *shortest* rule that fits its start; without one, rewrite each character."""
+        data, node = cluster.encode("utf-8", "surrogatepass"), self.root
+        for byte in data if len(data) < 6 else b"":
+            node ^= byte
+            if node >= len(self.units) or self.units[node] & 0x800000FF != byte:
+                break
+            if node in self.rules:
+                return self.rules[node]
+            node ^= self.units[node] >> 10
+        return cluster if len(cluster) < 2 else "".join(map(self.rewrite, cluster))
+
+
+def clusters(text: str) -> list[str]:
+    """Characters with their marks. Hangul, flags and emoji stay apart: together they are too long for `rewrite`."""
+    starts = [0]
+    for i, (before, char) in enumerate(pairwise(text), 1):
+        mark = char >= "\x80" and (char in JOINING or category(char)[0] == "M")
+        attached = mark and (before in JOINING or category(before) not in ("Cc", "Cf", "Zl", "Zp"))
+        if not attached and before + char != "\r\n":
+            starts.append(i)
+    return [text[start:end] for start, end in pairwise([*starts, len(text)])]
+
+
+def read_normalizers(spec: Any) -> list[Any]:
+    """The steps that a tokenizer.json names, sequences unrolled. A regular expression of another kind may never end."""
+    match spec:
+        case None:
+            return []
+        case {"type": "Sequence", "normalizers": list(parts)}:
+            return [step for part in parts for step in read_normalizers(part)]
+        case {"type": "Precompiled", "precompiled_charsmap": str(encoded)}:
+            return [Precompiled(encoded)]
+        case {"type": "Replace", "pattern": {"Regex": " {2,}" | r"\s+" as pattern}, "content": str(new)}:
+            return [partial(re.compile(pattern.replace(r"\s", f"[{SPACE}]")).sub, new.replace("\\", r"\\"))]
+        case {"type": "Replace", "pattern": {"String": str(old)}, "content": str(new)}:
+            return [methodcaller("replace", old, new)]
+        case {"type": "Strip", "strip_left": bool(left), "strip_right": bool(right)}:
+            return [methodcaller("lstrip", SPACE)] * left + [methodcaller("rstrip", SPACE)] * right
+    raise ValueError(f"{spec!r:.99} is unknown or incomplete, or its regular expression is none of FlanT5's")
+
+
+def metaspace(text: str) -> list[str]:
+    """A space becomes a visible mark that belongs to the word behind it: "a dog" is ▁a, ▁dog."""
+    text = text.replace(" ", "▁")
+    return re.split("(?!^)(?=▁)", text if text.startswith("▁") else "▁" + text) if text else []
+
+
 class WordPieceTokenizer:
     """BERT's uncased one and LION's `[DEC]`: "Undoing" might become un ##do ##ing, and a word with a gap `[UNK]`."""
 
@@ -120,12 +191,12 @@ class WordPieceTokenizer:
         self.tokens = {id: token for token, id in self.vocab.items()}
         self.special = {name: self.vocab[name] for name in ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "[DEC]")}
         self.pad_id, self.unk_id, self.cls_id, self.sep_id, *_ = self.special.values()
-        self.split_raw = _Splitter({name: {"id": id} for name, id in self.special.items()})
+        self.splitter = _splitter(self.special)
 
     @classmethod
     def from_file(cls, path: str | Path) -> "WordPieceTokenizer":
         """Read `vocab.txt`, a token per line; a ValueError says what is wrong with it."""
-        with reading(path):
+        with reading(Path(path)):
             return cls(read_text(Path(path)).removesuffix("\n").split("\n"))  # splitlines also splits at some tokens
 
     def __len__(self) -> int:
@@ -134,9 +205,9 @@ class WordPieceTokenizer:
     def encode(self, text: str, limit: int = sys.maxsize) -> list[int]:
         """`[CLS]`, the ids of a text and `[SEP]`; beyond `limit` the front of the text is cut off."""
         ids: list[int] = []
-        for part in self.split_raw(text):
-            words = [] if isinstance(part, int) else "".join(map(_fold, part)).split()
-            ids += [part] if isinstance(part, int) else [id for word in words for id in self.cut(word)]
+        for part in self.splitter.split(text):
+            words = "".join(map(_fold, part)).split()
+            ids += [self.special[part]] if part in self.special else [id for word in words for id in self.cut(word)]
         return [self.cls_id, *ids[max(0, len(ids) + 2 - limit) :], self.sep_id]
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -168,22 +239,9 @@ def _fold(char: str) -> str:
     return f" {''.join(plain)} " if apart else "".join(plain).lower()
 
 
-class _Splitter:
-    """Cuts added tokens out of a text: "a <pad>b" becomes "a ", 0, "b"."""
-
-    def __init__(self, tokens: Mapping[str, dict[str, Any]]):  # id and flags as in tokenizer.json
-        self.tokens = tokens
-        longest_first = sorted(map(re.escape, filter(None, tokens)), key=len, reverse=True)
-        self.pattern = re.compile(f"({'|'.join(longest_first) or '(?!)'})")
-
-    def __call__(self, text: str) -> list[str | int]:
-        parts = self.pattern.split(text)  # text, token, text, ..., token, text
-        for i in range(1, len(parts), 2):
-            if self.tokens[parts[i]].get("lstrip"):
-                parts[i - 1] = parts[i - 1].rstrip(SPACE)
-            if self.tokens[parts[i]].get("rstrip"):
-                parts[i + 1] = parts[i + 1].lstrip(SPACE)
-        return [self.tokens[part]["id"] if i % 2 else part for i, part in enumerate(parts) if part]
+def _splitter(tokens: Iterable[str]) -> re.Pattern[str]:
+    """Its `split` cuts added tokens out of a text: "a <pad>b" becomes "a ", "<pad>", "b"."""
+    return re.compile(f"({'|'.join(sorted(map(re.escape, filter(None, tokens)), key=len, reverse=True))})")
 
 
 def _tidy(text: str) -> str:

@@ -2,12 +2,14 @@
 
 import argparse
 import random
+import sys
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
 from PIL import Image, ImageDraw
 
+from ..files import run
 from ..images import draw_boxes
 from .questions import records
 from .world import Split, scene
@@ -28,6 +30,11 @@ def show(seeds: Sequence[int], split: Split) -> Image.Image:
     return sheet
 
 
+def main(args: argparse.Namespace) -> None:
+    show(range(args.seed, args.seed + args.show), args.split).save(args.out)
+    print(f"{args.show} scenes are in {args.out}")
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Draw scenes of the toy world with their boxes, tags and records.")
     parser.add_argument("--show", type=int, metavar="N", default=4, help="how many scenes")
@@ -37,5 +44,4 @@ if __name__ == "__main__":
     args = parser.parse_args()
     if args.show < 1:
         parser.error(f"--show must be at least 1, not {args.show}")
-    show(range(args.seed, args.seed + args.show), args.split).save(args.out)
-    print(f"{args.show} scenes are in {args.out}")
+    sys.exit(run(main, args))

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from conftest import GOLDEN, ROOT
 
 from lion_mini.box import Box
@@ -243,3 +244,36 @@ def test_bad_templates(tmp_path: Path, text: str, message: str) -> None:
 def test_missing_templates(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"nowhere.json: No such file"):
         load_templates(tmp_path / "nowhere.json")
+
+
+# --- lengths
+
+
+def test_tags_that_do_not_fit_are_found_by_bisection(monkeypatch: pytest.MonkeyPatch) -> None:
+    """RAM's whole list of 4,585 tags takes 14 encodings, not 4,585."""
+    lion, calls = Lion.from_pretrained("tiny"), list[str]()
+    encode = lion.text.pieces.encode
+
+    def counted(text: str) -> list[int]:
+        calls.append(text)
+        return encode(text)
+
+    monkeypatch.setattr(lion.text.pieces, "encode", counted)
+    tags = [f"tag {i}" for i in range(4585)]
+    ids = lion.training_prompt("what is it?", tags)
+    assert len(calls) <= 14
+    text = lion.text.pieces.decode(ids)
+    kept = text.count("tag ")
+    assert text.endswith(f"tag {kept - 1}]. what is it?")
+    assert len(ids) <= lion.config.max_prompt_tokens < len(encode(lion.prompts(["what is it?"], [tags[: kept + 1]])[0]))
+
+
+def test_a_question_longer_than_t5_reads_is_refused() -> None:
+    lion, pixels = Lion.from_pretrained("tiny"), torch.zeros(1, 3, 48, 48)
+    for question, tags in (("word " * 40_000, ["a"]), ("what?", ["tag"] * 4585)):
+        with pytest.raises(
+            ValueError, match=r"a question and its tags have [0-9,]+ tokens, but T5 reads at most 4,096"
+        ):
+            lion.generate(pixels, [question], [tags], ["image"])
+    with pytest.raises(ValueError, match="a question and its tags have"):
+        lion(pixels, ["word " * 40_000], ["a"], [["a"] * 4585], ["image"])
