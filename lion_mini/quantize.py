@@ -45,7 +45,9 @@ def to_int8(model: nn.Module) -> None:
 def usable(device: str | torch.device) -> torch.device:
     """The device, if this machine has it and this PyTorch can use it; else a ValueError."""
     with reading(f"the device {str(device)!r} cannot be used, cpu always can"):
-        return torch.empty(0, device=device).device
+        probe = torch.zeros(1, device=device)
+        probe.item()  # not on "meta", which holds no values
+        return probe.device
 
 
 def has_bfloat16() -> bool:  # this CPU, in hardware; elsewhere float32 is faster

@@ -37,6 +37,7 @@ class State:
     bad: int = 0  # records that could not be used
     skipped: int = 0  # steps with a non-finite loss or gradient
     in_a_row: int = 0  # ... since the last finite one
+    loss: float = 0.0  # when samples.png was last drawn, on its records and without dropout
     seconds: float = 0.0
 
     def count(self, samples: int, bad: int, sentences: Sequence[str]) -> None:
@@ -51,7 +52,11 @@ class State:
 def save(
     folder: Path, trained: Mapping[str, Tensor], optimizer: Optimizer, state: State, settings: dict[str, Any], keep: int
 ) -> None:
-    """Write a checkpoint and keep the last `keep`. If the disk is full, say so and go on: the older ones stay."""
+    """Write a checkpoint and keep the last `keep`. If the disk is full, say so and go on: the older ones stay.
+
+    So do they after a step that was not finite. The newest is known to be good only once the next step is finite, so
+    one more stays beside it.
+    """
     try:
         with atomic_write(folder / f"step-{state.step:08}.pt") as new:
             weights = {name: tensor.detach() for name, tensor in trained.items()}
@@ -60,7 +65,7 @@ def save(
     except OSError as error:
         say(f"no checkpoint at step {state.step}, the ones before it stay: {reason(error)}")
         return
-    for old in sorted(folder.glob("step-*.pt"))[:-keep]:
+    for old in () if state.in_a_row else sorted(folder.glob("step-*.pt"))[: -max(keep, 2)]:
         remove(old)
 
 
@@ -122,10 +127,11 @@ def write_result(job: Job, model: LionModel, made_by: str) -> None:
         save_file({name: tensor.to("cpu", dtype).contiguous() for name, tensor in trained.items()}, new)
     for name in Vocabularies.FILES:
         if (init / name).is_file():
-            shutil.copyfile(init / name, out / name)
+            with atomic_write(out / name) as new:
+                new.write_bytes((init / name).read_bytes())
     sync(out)
     with atomic_write(out / "config.json") as new:  # last: its presence says that the stage is finished
-        made_by = history(job.init, set(job.new) >= set(PARTS), made_by)
+        made_by = history(job.init, set(job.stage.new) >= set(PARTS), made_by)
         config = replace(model.config, stage=job.number, made_by=made_by)
         new.write_text(config.to_json(), encoding="utf-8")
 

@@ -6,6 +6,7 @@ import random
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -14,11 +15,14 @@ from tqdm import tqdm
 
 from ..box import Box
 from ..data.records import Source, TrainingExample
-from ..images import draw_boxes, draw_sheet
+from ..evaluation.metrics import grounding, normalise_answer
+from ..images import draw_boxes, draw_sheet, lion_transform
 from ..model.generate import GENERATION
 from ..model.lion import LionModel
 from ..pipeline import Lion
 from .stages import Stage, part_of
+
+HELD_OUT = {"held_out_loss": "held out", "held_out_score": "score"}  # in metrics.jsonl and in the bar
 
 
 def say(text: str) -> None:
@@ -54,51 +58,92 @@ def log_step(metrics: Path, bar: tqdm, facts: Mapping[str, Any]) -> None:
         file.write(json.dumps(facts) + "\n")
     text = f"loss {facts['loss']:.3f}, lr {facts['lr']:.1e}, {facts['samples_per_second']:.0f} samples/s"
     bar.set_postfix_str(text, refresh=False)
+    if measured := [f"{name} {facts[key]:.3f}" for key, name in HELD_OUT.items() if key in facts]:
+        bar.set_description(f"stage {facts['stage']}, {', '.join(measured)}", refresh=False)  # stays until the next
     bar.update()
 
 
 def draw_loss(metrics: Path, out: Path, width: int = 800, height: int = 400) -> None:
-    """The loss of every step so far, and its running mean."""
+    """The loss of every step so far and its running mean, blue; the loss on held-out records, orange."""
     lines = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
-    points = [(line["step"], line["loss"]) for line in lines if math.isfinite(line["loss"])]
-    if not points:
+    curves = [
+        [(line["step"], line[key]) for line in lines if math.isfinite(line.get(key, math.nan))]
+        for key in ("loss", "held_out_loss")
+    ]
+    if not curves[0]:
         return
-    last, top, left, right, bottom = points[-1][0], max(loss for _, loss in points), 50, width - 20, height - 30
-    places = [(left + (right - left) * x / last, bottom - (bottom - 20) * y / (top or 1)) for x, y in points]
+    last, top = lines[-1]["step"], max(loss for curve in curves for _, loss in curve) or 1
+    left, right, bottom = 50, width - 20, height - 30
+    places, held_out = (
+        [(left + (right - left) * x / last, bottom - (bottom - 20) * y / top) for x, y in curve] for curve in curves
+    )
     smooth = places[:1]
     for x, y in places:
         smooth.append((x, smooth[-1][1] + 0.1 * (y - smooth[-1][1])))
     picture = Image.new("RGB", (width, height), "white")
     draw = ImageDraw.Draw(picture)
-    draw.line(places, fill="#b8c4e8", width=1)
-    draw.line(smooth, fill="#274690", width=3)
+    for line, colour, thickness in ((places, "#b8c4e8", 1), (smooth, "#274690", 3), (held_out, "#e8590c", 3)):
+        draw.line(line, fill=colour, width=thickness)
+    for x, y in held_out:
+        draw.ellipse((x - 3, y - 3, x + 3, y + 3), fill="#e8590c")
     draw.line([(left, 20), (left, bottom), (right, bottom)], fill="black")
     draw.text((left - 6, 20), f"{top:.2f}", fill="black", anchor="rm")
     draw.text((left - 6, bottom), "0", fill="black", anchor="rm")
-    draw.text((right, bottom + 14), f"step {last}, loss {points[-1][1]:.3f}", fill="black", anchor="rm")
+    text = ", held out ".join(f"{curve[-1][1]:.3f}" for curve in curves if curve)
+    draw.text((right, bottom + 14), f"step {last}, loss {text}", fill="black", anchor="rm")
     picture.save(out)
 
 
-@torch.inference_mode()
-def draw_samples(lion: Lion, sources: Sequence[Source], out: Path, count: int = 6) -> None:
-    """Questions, true answers and the model's. Boxes are drawn: the question's blue, the true one green, ours red."""
-    examples: list[TrainingExample] = []
-    for i in range(count):
-        source = sources[i % len(sources)]
+def first_examples(sources: Sequence[Source], count: int) -> list[TrainingExample]:
+    """The first `count` records, of each source in turn, without those that cannot be used."""
+    places = [(source, i) for i in range(count) for source in sources if i < len(source)][:count]
+    examples, faults = list[TrainingExample](), list[str]()
+    for source, i in places:
         try:
-            examples.append(source.read(i // len(sources) % len(source), random.Random(i)))
+            examples.append(source.read(i, random.Random(i)))
         except ValueError as error:
-            say(f"not drawn: {error}")
+            faults.append(str(error))
     if not examples:
-        return
+        raise ValueError(f"{len(faults)} records in a row cannot be used: {faults[-1]}")
+    if faults:
+        say(f"samples.png is without {len(faults)} of {len(places)} records: {faults[0]}")
+    return examples
+
+
+@torch.inference_mode()
+def draw_samples(
+    lion: Lion, examples: Sequence[TrainingExample], stage: Stage, size: int, out: Path
+) -> dict[str, float]:
+    """Loss and score on the examples, without dropout. The first six are drawn with the true and the model's answers.
+
+    Boxes are drawn too: the question's blue, the true one green, ours red.
+    """
     lion.model.eval()
-    images, questions, tasks = ([getattr(e, name) for e in examples] for name in ("image", "question", "task"))
-    tags = None if any(example.tags is None for example in examples) else [e.tags or [] for e in examples]
-    answers = [answer.text for answer in lion.respond(images, questions, tasks, GENERATION["locate"], tags)]
+    loss, weight, answers = 0.0, 0, list[str]()
+    for part in (examples[i : i + size] for i in range(0, len(examples), size)):
+        questions, truth, tasks = ([getattr(e, name) for e in part] for name in ("question", "answer", "task"))
+        by_ram = [e.image for e in part if e.tags is None and lion.config.tags != "none"]
+        found = iter(lion.scored_tags(by_ram) if by_ram else ())
+        tags = [[tag for tag, _ in next(found, ())] if e.tags is None else e.tags for e in part]
+        pixels = torch.stack([lion_transform(e.image, lion.config.vit.image_size) for e in part])
+        batch = lion.batch(pixels, questions, tags, tasks, truth)
+        share = batch.answer_tokens() if stage.mean == "tokens" else len(part)
+        loss, weight = loss + share * lion.model(batch, stage.mean).item(), weight + share
+        answers += map(str, lion.generate(pixels, questions, tags, tasks, GENERATION["locate"]))
     lion.model.train()
-    cells = []
+    cells, scores = list[tuple[Image.Image, str]](), list[bool]()
     for example, answer in zip(examples, answers, strict=True):
         texts = (("question", example.question, "blue"), ("true", example.answer, "green"), ("model", answer, "red"))
         boxes = [(box, label, color) for label, text, color in texts if (box := Box.parse(text))]
         cells.append((draw_boxes(example.image, boxes), "\n".join(f"{label}: {text}" for label, text, _ in texts)))
-    draw_sheet(cells).save(out)
+        scores += right(answer, example.answer)
+    draw_sheet(cells[:6]).save(out)
+    return {"held_out_loss": loss / weight} | ({"held_out_score": fmean(scores)} if scores else {})
+
+
+def right(answer: str, true: str) -> list[bool]:
+    """A box: is the IoU at least 0.5? Up to three words: are they the same for VQA? Longer answers have no score."""
+    if box := Box.parse(true):
+        return [grounding([answer], [box]).accuracy == 1]
+    words = normalise_answer(true)
+    return [normalise_answer(answer) == words] if len(words.split()) <= 3 else []

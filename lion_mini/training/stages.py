@@ -13,7 +13,7 @@ each task's gates are initially open for its own adapter only.
 import argparse
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -46,6 +46,8 @@ class Stage:
     warmup: int = 1000
     mean: Literal["tokens", "samples"] = "tokens"  # the loss averages over all tokens, or within each sample first
     model: Mapping[str, Any] = field(default_factory=dict)  # changes to the LionConfig
+    aggregator: bool = True  # False: without its blocks, so the last tap goes straight to the projector (Figure 6)
+    new: tuple[str, ...] = ()  # parts to initialise even if a folder has them
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,6 @@ class Job:
     stage: Stage
     init: list[Path]  # folders to start from
     out: Path
-    new: Sequence[str] = ()  # parts to initialise even if a folder has them
 
 
 STAGES = {  # Appendix A; the fourth as the release's config has it
@@ -78,6 +79,8 @@ TOY = {
     4: replace(STAGES[4], batch=64, steps=300, lr=2e-4, warmup=50, mean="samples"),
 }
 WEIGHT_DECAY = 0.05
+LIMITS = dict.fromkeys(("batch", "steps", "micro_batch", "save_every", "keep", "draw_every"), (1, 10**9))
+LIMITS |= {"warmup": (0, 10**9), "workers": (0, 1000), "seed": (0, 2**63 - 1)}  # of the command line's numbers
 
 
 def schedule(step: int, steps: int, peak: float, floor: float = 0.0, warmup: int = 0, start: float = 1e-8) -> float:
@@ -126,32 +129,48 @@ def groups(
 # --- what the command line of train.py changes
 
 
-def changed(stage: Stage, args: argparse.Namespace) -> Stage:
-    """The recipe with the ablations and settings of the command line."""
-    model = dict(stage.model)
-    if args.no_aggregator and model:
-        model["visual_input"] = "image"
-    if args.no_router and model:
+def changed(number: int, args: argparse.Namespace) -> Stage:
+    """The recipe of a stage with the ablations and settings of the command line."""
+    recipes = TOY if args.data == ["toy"] else STAGES
+    stage, model, given = recipes[number], dict(recipes[number].model), dict[str, Any]()
+    level = model.get("visual_input")  # None in stage 4, which no ablation changes
+    if args.no_aggregator and level in ("region", "all"):
+        given["aggregator"] = False
+    if args.no_adapters and level == "image":
+        model["adapters"] = 0
+    if args.no_router and level == "all":
         model["adapters"] = 1
-    if args.tags and model.get("tags") == "soft":
+    if args.tags and level == "all":
         model["tags"] = args.tags
-    given = {name: getattr(args, name) for name in ("batch", "steps", "lr", "warmup", "mean")}
+    if args.single_stage and level == "all":
+        given |= {"new": tuple(PARTS), "steps": sum(recipes[i].steps for i in (1, 2, 3))}
     if args.quick:
-        given |= {"batch": args.batch or 16, "steps": args.steps or 6}
-    return replace(stage, model=model, **{name: value for name, value in given.items() if value is not None})
+        given |= {"batch": 16, "steps": 6}
+    settings = {name: getattr(args, name) for name in ("batch", "steps", "lr", "warmup", "mean")}
+    given |= {name: value for name, value in settings.items() if value is not None}
+    return replace(stage, model=model, **given)
 
 
 def check_flags(args: argparse.Namespace) -> None:
     """Refuse numbers that make no run, and flags that would change nothing but be recorded in `made_by`."""
-    counts = ("batch", "steps", "micro_batch", "save_every", "keep", "draw_every", "workers", "warmup")
-    for name in (*counts, "lr", "clip"):
-        value, zero = getattr(args, name), name in ("workers", "warmup")
-        if value is not None and not (value > 0 or (zero and value == 0)):
-            raise ValueError(f"--{name.replace('_', '-')} must be {'at least' if zero else 'above'} 0, not {value}")
-    for flag in ("tags", "no_router", "no_aggregator", "from_scratch", "single_stage"):
+    if any(re.fullmatch(r"(--[\w-]+=)?", word) for word in args.command):
+        raise ValueError("an argument is empty: is a variable of the shell not set?")
+    for name, (least, most) in LIMITS.items():
+        if (value := getattr(args, name)) is not None and not least <= value <= most:
+            raise ValueError(f"--{name.replace('_', '-')} must be from {least} to {most}, not {value}")
+    for name, values in (
+        ("lr", [args.lr]),
+        ("clip", [args.clip]),
+        ("ratios", [*(args.ratios or ()), sum(args.ratios or (1,))]),
+    ):
+        if odd := [value for value in values if value is not None and not 0 < value < math.inf]:
+            raise ValueError(f"--{name} must be above 0 and finite, not {odd[0]}")
+    numbers = [args.stage] if args.stage else [1] if args.no_adapters else [1, 2, 3]
+    for flag in ("tags", "no_adapters", "no_router", "no_aggregator", "single_stage", "from_scratch"):
         without = argparse.Namespace(**vars(args) | {flag: None})
-        idle = args.stage and changed(STAGES[args.stage], args) == changed(STAGES[args.stage], without)
-        if idle and getattr(args, flag):
-            raise ValueError(f"--{flag.replace('_', '-')} changes nothing with --stage {args.stage}: leave it out")
+        idle = all(changed(i, args) == changed(i, without) for i in numbers) and (args.stage or flag != "from_scratch")
+        if getattr(args, flag) and idle:
+            where = f"--stage {args.stage}" if args.stage else "--no-adapters, which is for stage 1"
+            raise ValueError(f"--{flag.replace('_', '-')} changes nothing with {where}: leave it out")
     if args.held_out and args.data == ["toy"]:
         raise ValueError("--held-out is for files of records, and changes nothing with --data toy: leave it out")

@@ -3,7 +3,7 @@
 stage 1, 2    from the frozen parts of a converted folder; what the stage trains is new, or taken from the folder
 stage 3       from the results of stages 1 and 2: Q-Former and image adapter of one, aggregator, projector and region
               adapter of the other; router and soft prompt are new
-stage 4       from a whole LION
+stage 3, 4    from a whole LION, whose config says that stage 3 or 4 trained it
 """
 
 import re
@@ -26,16 +26,18 @@ from .stages import STAGES, Stage, part_of
 
 
 def begin(
-    stage: Stage, init: Sequence[Path], seed: int, new: Sequence[str] = (), dtype: torch.dtype = torch.float32
+    stage: Stage, init: Sequence[Path], seed: int, dtype: torch.dtype = torch.float32
 ) -> tuple[Lion, dict[str, str]]:
     """A stage's model, and for each part the folder of `init` it comes from, or "new".
 
-    Several folders are the results of one stage per task, in any order. Parts in `new` are initialised even if a folder
-    has them, and so are the adapters if their number changes without a merge. `dtype` is the frozen parts'.
+    Several folders are the results of one stage per task, in any order. Parts in `stage.new` are initialised even if a
+    folder has them, and so are the adapters if their number changes without a merge. `dtype` is the frozen parts'.
     """
-    configs = {folder: read_config(folder) for folder in init}
-    init = by_task(init, configs)
-    config = replace(configs[init[0]], **stage.model, made_by="")
+    configs = by_task(stage, init)
+    init, before = [*configs], next(iter(configs.values()))
+    config = replace(before, **stage.model, made_by="")
+    if not stage.aggregator:
+        config = replace(config, taps=config.taps[:1])
     if len(init) > 1 and config.adapters == 1:
         config = replace(config, adapter_width=len(init) * config.adapter_width)
     text = Vocabularies.from_folder(init[0], config)
@@ -51,8 +53,7 @@ def begin(
             if not torch.equal(tensors[name], sources[0][name]):
                 raise ValueError(f"{init[0]} and {folder} have different {name}: they must share the frozen parts")
     found = merge(sources, config) if len(init) > 1 else sources[0]
-    if len(init) == 1 and configs[init[0]].adapters != config.adapters:
-        new = [*new, "adapters", "router"]
+    new = {*stage.new, *(("adapters", "router") if len(init) == 1 and before.adapters != config.adapters else ())}
 
     # 2. Keep what the model has, and initialise the rest.
     tensors = {name: tensor for name, tensor in found.items() if name in expected and part_of(name) not in new}
@@ -62,12 +63,9 @@ def begin(
         where = (folder for folder, source in zip(init, sources, strict=True) if name in source)
         origin[part] = " + ".join(map(str, init)) if part == "adapters" else str(next(where))
     torch.manual_seed(seed)
-    for name, tensor in fresh(config, model):
+    for name, tensor in fresh(config, model) if stage.model else ():  # stage 4 has the folder's model, and all of it
         if name not in tensors:
             tensors[name], origin[part_of(name) or ""] = tensor, "new"
-    if not stage.model and "new" in origin.values():
-        parts = ", ".join(part for part, where in origin.items() if where == "new")
-        raise ValueError(f"{init[0]} has no {parts}: fine-tuning begins with a whole LION, which stage 3 makes")
     check_tensors(init[0], tensors, expected)
 
     # 3. Copy what trains (what was read is mapped from a file). Frozen norms and T5's embeddings stay in float32, so
@@ -79,16 +77,22 @@ def begin(
     return Lion(model, text), origin
 
 
-def by_task(init: Sequence[Path], configs: Mapping[Path, LionConfig]) -> list[Path]:
-    """Results of single-task stages in the order of the router's rows; one folder stays as it is."""
-    if len(init) == 1:
-        return list(init)
+def by_task(stage: Stage, init: Sequence[Path]) -> dict[Path, LionConfig]:
+    """The folders and their configs, in the order of the router's rows.
+
+    A ValueError if a stage of several tasks would take random parts for trained ones; a single stage makes all new.
+    """
+    configs = {folder: read_config(folder) for folder in init}
+    trained = {f: STAGES[c.stage].tasks if c.stage in STAGES and c.adapters else () for f, c in configs.items()}
+    known = sorted(task for folder in init for task in trained[folder])
+    if len(stage.tasks) > 1 and not stage.new and known != sorted(stage.tasks):
+        given = ", ".join(f"{folder} (stage {configs[folder].stage})" for folder in init)
+        raise ValueError(
+            f"{' and '.join(stage.tasks)} level cannot begin with {given}: give a whole LION, from stage 3 or weights.py "
+            "convert --lion, or to stage 3 one result with adapters per level"
+        )
     tasks = configs[init[0]].tasks
-    trained = {folder: STAGES[configs[folder].stage].tasks if configs[folder].stage else () for folder in init}
-    if sorted(trained.values()) != sorted((task,) for task in tasks):
-        found = ", ".join(f"{folder} (stage {configs[folder].stage})" for folder in init)
-        raise ValueError(f"stage 3 merges one result per task, {' and '.join(tasks)} level, but found {found}")
-    return sorted(init, key=lambda folder: tasks.index(trained[folder][0]))
+    return dict(sorted(configs.items(), key=lambda item: [tasks.index(task) for task in trained[item[0]]]))
 
 
 def fresh(config: LionConfig, model: LionModel) -> Iterator[tuple[str, Tensor]]:

@@ -13,7 +13,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import timedelta
 from multiprocessing.context import ForkServerProcess
@@ -61,6 +61,9 @@ SIZES = LionConfig(
 )  # fmt: skip
 
 
+SINGLE = replace(STAGES[3], new=tuple(PARTS))  # all parts at once, from none
+
+
 @pytest.fixture(scope="session")
 def stage0(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The frozen parts of a very small LION, with random weights, as stage 0 leaves them."""
@@ -95,11 +98,13 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def command(number: int, init: Path, data: Path, out: Path, *more: object) -> list[str]:
+def command(number: int, init: Path | Sequence[Path], data: Path, out: Path, *more: object) -> list[str]:
+    """Stage 3 begins with two results; with one folder it is a single stage, which makes everything new."""
     files = {1: ["image.json"], 2: ["region.jsonl"]}.get(number, ["image.json", "region.jsonl"])
-    words = ["--stage", number, "--init", init, "--data", *(data / name for name in files), "--images", data]
+    folders = [init] if isinstance(init, Path) else init
+    words = ["--stage", number, "--init", *folders, "--data", *(data / name for name in files), "--images", data]
     words += ["--out", out, "--steps", 8, "--batch", 4, "--lr", 0.01, "--save-every", 2, "--no-bf16", "--device", "cpu"]
-    return [str(word) for word in (*words, *more)]
+    return [str(word) for word in (*words, *["--single-stage"] * (number == 3 and len(folders) == 1), *more)]
 
 
 def trained(out: Path) -> dict[str, Tensor]:
@@ -182,7 +187,7 @@ UNREAD = "qformer.layers.1.ff."
 @pytest.mark.parametrize("number", EXPECTED)
 def test_one_step_changes_what_the_stage_trains_and_nothing_else(stage0: Path, data: Path, number: int) -> None:
     stage = replace(STAGES[number], constant={"aggregator": 0.003}) if number == 2 else STAGES[number]
-    lion, _ = begin(stage, [stage0], seed=0)
+    lion, _ = begin(replace(stage, new=tuple(PARTS)), [stage0], seed=0)
     model = lion.model
     randomise(model, seed=2)
     learning = unfreeze(model, stage)
@@ -242,7 +247,7 @@ def test_the_papers_table() -> None:
 
 
 def test_frozen_parts_stay_in_eval_mode(stage0: Path) -> None:
-    model = begin(STAGES[3], [stage0], seed=0)[0].model
+    model = begin(SINGLE, [stage0], seed=0)[0].model
     unfreeze(model, STAGES[3])
     model.eval()
     model.train()
@@ -416,9 +421,12 @@ def test_stage_3_takes_one_folder_per_task_in_any_order(two_stages: tuple[Path, 
     assert all(torch.equal(tensor, swapped[name]) for name, tensor in tensors.items())
     whole = shutil.copytree(two_stages[0], tmp_path / "whole")
     (whole / "config.json").write_text(replace(SIZES, stage=3).to_json())
-    for wrong in ([two_stages[0], whole], [two_stages[0], two_stages[0]]):
+    bare = shutil.copytree(two_stages[0], tmp_path / "bare")
+    (bare / "config.json").write_text(replace(SIZES, stage=1, adapters=0, visual_input="image", tags="none").to_json())
+    one, two = two_stages
+    for wrong in ([one, whole], [one, one], [bare, two], [one], [two]):
         with pytest.raises(
-            ValueError, match=r"merges one result per task, region and image level, but found .*stage 1"
+            ValueError, match=r"image and region level cannot begin with .*stage [123]\): give a whole LION"
         ):
             begin(STAGES[3], wrong, seed=0)
 
@@ -439,10 +447,8 @@ def test_a_third_task(
         argv = command(number, tmp_path / "1" if number == 5 else start, data, tmp_path / str(number))
         i, j = argv.index("--data"), argv.index("--images")
         assert train.main([*argv[: i + 1], str(data / name), *argv[j:]]) == 0, capsys.readouterr().err
-    argv = command(3, start, data, tmp_path / "3")
-    i, j, k = argv.index("--init"), argv.index("--data"), argv.index("--images")
-    names = [str(data / name) for name in ("image.json", "region.jsonl", "count.json")]
-    argv = [*argv[: i + 1], *(str(tmp_path / name) for name in "125"), "--data", *names, *argv[k:]]
+    argv = command(3, [tmp_path / name for name in "125"], data, tmp_path / "3")
+    argv.insert(argv.index("--images"), str(data / "count.json"))
     assert train.main(argv) == 0, capsys.readouterr().err
     lion = Lion.from_pretrained(tmp_path / "3")
     tensors = trained(tmp_path / "3")
@@ -491,7 +497,7 @@ def test_stages_of_different_frozen_parts_do_not_merge(two_stages: tuple[Path, P
         (["--tags", "plain"], {"tags": "plain"}),
         (["--tags", "none"], {"tags": "none"}),
         (["--no-router"], {"adapters": 1, "adapter_width": 8}),
-        (["--no-aggregator"], {"visual_input": "image", "adapters": 2}),
+        (["--no-aggregator"], {"visual_input": "all", "adapters": 2, "taps": (2,)}),
         (["--single-stage"], {"visual_input": "all", "adapters": 2, "tags": "soft"}),
     ],
 )
@@ -525,10 +531,7 @@ def test_who_made_it(tmp_path: Path) -> None:
 
 
 def test_fine_tuning_begins_with_everything(two_stages: tuple[Path, Path], data: Path, tmp_path: Path) -> None:
-    both = [str(folder) for folder in two_stages]
-    argv = command(3, two_stages[0], data, tmp_path / "3")
-    argv[argv.index("--init") + 1 : argv.index("--init") + 2] = both
-    assert train.main(argv) == 0
+    assert train.main(command(3, two_stages, data, tmp_path / "3")) == 0
     _, origin = begin(STAGES[4], [tmp_path / "3"], seed=0)
     assert set(origin) == {"vit", "t5", "ram", *PARTS}
     assert "new" not in origin.values()
@@ -604,7 +607,7 @@ def test_another_recipe_does_not_go_on(
     argv, out = command(1, stage0, data, tmp_path / "run"), tmp_path / "run"
     assert train.main(argv) == 0
     assert train.main([*argv, "--resume", "--steps", "9"]) == 0
-    assert capsys.readouterr().err.endswith(f"{out} is finished already\n")
+    assert f"{out} is finished already; give it to --init" in capsys.readouterr().err
     (out / "config.json").unlink()
     assert train.main([*argv, "--resume", "--micro-batch", "1"]) == 2
     assert "was trained with micro_batch 4, not 1" in capsys.readouterr().err
@@ -621,7 +624,7 @@ def test_another_beginning_does_not_go_on(
     assert train.main(command(3, stage0, data, out)) == 0
     again = command(3, shutil.copytree(stage0, moved), data, out, "--resume")
     assert train.main(again) == 0
-    assert capsys.readouterr().err.endswith(f"{out} is finished already; --stage 4 --init {out} trains it further\n")
+    assert f"{out} is finished already; give it to --init" in capsys.readouterr().err
     (out / "config.json").unlink()
     assert train.main(again) == 0  # the same under another name
 
@@ -680,7 +683,7 @@ def test_two_processes_are_one_with_twice_the_rounds(stage0: Path, data: Path, t
     assert finish(launch(command(3, stage0, data, together, *more), log, 2)) == [0, 0], log.read_text()
     assert [line["loss"] for line in logged(alone)] == pytest.approx([x["loss"] for x in logged(together)], rel=1e-5)
     assert [line["tokens"] for line in logged(alone)] == [line["tokens"] for line in logged(together)]
-    one, two, start = trained(alone), trained(together), begin(STAGES[3], [stage0], seed=0)[0].model.state_dict()
+    one, two, start = trained(alone), trained(together), begin(SINGLE, [stage0], seed=0)[0].model.state_dict()
     assert max((tensor - start[name]).abs().max() for name, tensor in one.items()) > 5e-3  # a thousand times as far
     for name, tensor in one.items():
         assert (tensor - two[name]).abs().max() < 1e-5, name
@@ -818,24 +821,40 @@ def test_a_user_is_told_what_is_missing(
         (["--stage", "1"], "--init takes one folder"),
         (["--stage", "1", "--init", "a", "b"], "--init takes one folder"),
         (["--stage", "1", "--init", str(tmp_path / "none")], "has no config.json: it is not a folder of"),
-        (["--stage", "4", "--init", str(stage0)], "soft prompt: fine-tuning begins with a whole LION"),
+        (["--stage", "4", "--init", str(stage0)], f"begin with {stage0} (stage 0): give a whole LION"),
+        (["--stage", "3", "--init", str(stage0)], f"begin with {stage0} (stage 0): give a whole LION"),
+        (["--stage", "3", "--single-stage", "--init", "a", "b"], "--init takes one folder"),
         (["--stage", "4", "--tags", "soft"], "--tags changes nothing with --stage 4: leave it out"),
+        (["--stage", "4", "--no-aggregator"], "--no-aggregator changes nothing with --stage 4"),
         (["--stage", "2", "--no-router"], "--no-router changes nothing with --stage 2"),
+        (["--stage", "2", "--no-adapters"], "--no-adapters changes nothing with --stage 2"),
+        (["--stage", "2", "--single-stage"], "--single-stage changes nothing with --stage 2"),
         (["--stage", "1", "--no-aggregator"], "--no-aggregator changes nothing with --stage 1"),
         (["--stage", "3", "--from-scratch"], "--from-scratch changes nothing with --stage 3"),
-        (["--stage", "3", "--single-stage"], "--single-stage changes nothing with --stage 3"),
+        (["--no-adapters", "--no-router"], "--no-router changes nothing with --no-adapters"),
         (["--held-out", "a.json"], "--held-out is for files of records"),
-        (["--micro-batch", "0"], "--micro-batch must be above 0, not 0"),
-        (["--save-every", "0"], "--save-every must be above 0, not 0"),
-        (["--draw-every", "0"], "--draw-every must be above 0, not 0"),
-        (["--keep", "-1"], "--keep must be above 0, not -1"),
-        (["--steps", "0"], "--steps must be above 0, not 0"),
-        (["--batch", "0"], "--batch must be above 0, not 0"),
-        (["--workers", "-1"], "--workers must be at least 0, not -1"),
+        (["--micro-batch", "0"], "--micro-batch must be from 1 to 1000000000, not 0"),
+        (["--save-every", "0"], "--save-every must be from 1 to 1000000000, not 0"),
+        (["--draw-every", "0"], "--draw-every must be from 1 to 1000000000, not 0"),
+        (["--keep", "-1"], "--keep must be from 1 to 1000000000, not -1"),
+        (["--steps", "0"], "--steps must be from 1 to 1000000000, not 0"),
+        (["--steps", str(10**20)], "--steps must be from 1 to 1000000000, not 1"),
+        (["--batch", "0"], "--batch must be from 1 to 1000000000, not 0"),
+        (["--workers", "-1"], "--workers must be from 0 to 1000, not -1"),
+        (["--workers", str(10**11)], "--workers must be from 0 to 1000, not 1"),
+        (["--seed", "-1"], "--seed must be from 0 to 9223372036854775807, not -1"),
+        (["--seed", str(10**30)], "--seed must be from 0 to 9223372036854775807, not 1"),
         (["--device", "nowhere"], "the device 'nowhere' cannot be used"),
-        (["--warmup", "-5"], "--warmup must be at least 0, not -5"),
-        (["--lr", "nan"], "--lr must be above 0, not nan"),
-        (["--clip", "-1"], "--clip must be above 0, not -1.0"),
+        (["--device", "meta"], "the device 'meta' cannot be used"),
+        (["--warmup", "-5"], "--warmup must be from 0 to 1000000000, not -5"),
+        (["--lr", "nan"], "--lr must be above 0 and finite, not nan"),
+        (["--lr", "1e400"], "--lr must be above 0 and finite, not inf"),
+        (["--clip", "-1"], "--clip must be above 0 and finite, not -1.0"),
+        (["--ratios", "1", "nan"], "--ratios must be above 0 and finite, not nan"),
+        (["--ratios", "1e400"], "--ratios must be above 0 and finite, not inf"),
+        (["--ratios", "1e308", "1e308"], "--ratios must be above 0 and finite, not inf"),
+        (["--out", ""], "an argument is empty"),
+        (["--stage", "1", "--init="], "an argument is empty"),
     ):
         code = train.main(["--out", str(tmp_path / "run"), "--steps", "1", "--batch", "1", "--device", "cpu", *argv])
         said = capsys.readouterr().err
