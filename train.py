@@ -15,10 +15,8 @@ The recipes are in lion_mini/training/stages.py, the fields of a record in lion_
 ablations: --no-aggregator, --no-adapters, --tags plain, --tags none, --no-router, --single-stage.
 
 A run's folder gets metrics.jsonl, loss.png, samples.png and checkpoints/, and at the end the weights, for
-`Lion.from_pretrained`, infer.py and `weights.py export`. Of --held-out FILES the first 64 records are measured: their
-loss, and a score of short answers (equal) and boxes (IoU of at least 0.5). Ctrl-C and SIGTERM save a checkpoint first
-(not in stage 0). Data order, crops and dropout are functions of --seed and the step: a resumed run equals an
-uninterrupted one.
+`Lion.from_pretrained`, infer.py and `weights.py export`. --held-out FILES adds the loss on their first 64 records, and
+a score: short answers are equal, boxes overlap by half. Ctrl-C and SIGTERM save a checkpoint first (not in stage 0).
 """
 
 import argparse
@@ -57,7 +55,6 @@ from lion_mini.training.start import begin
 
 MAX_SKIPPED = 10  # non-finite steps in a row that end a run
 SIGNALS: list[int] = []  # received so far; looked at between two steps
-Ranks = tuple[int, int, torch.device]  # rank, world size, device
 
 
 @dataclass
@@ -91,9 +88,8 @@ class Run:
 
     def draw(self) -> dict[str, float]:
         """Write samples.png. Returns loss and score on the held-out records, if there are any."""
-        out, size = self.job.out / "samples.png", self.settings["micro_batch"]
         with autocast(self.lion.device, self.args.bf16):
-            facts = draw_samples(self.lion, self.examples, self.job.stage, size, out)
+            facts = draw_samples(self.lion, self.examples, self.job, self.settings["micro_batch"])
         self.state.loss = facts["held_out_loss"]
         return facts if self.held_out else {}
 
@@ -177,7 +173,7 @@ def skip_step(run: Run, loss: float, norm: float, culprits: Sequence[Samples]) -
 # --- set-up
 
 
-def set_up(job: Job, args: argparse.Namespace, ranks: Ranks) -> Run:
+def set_up(job: Job, args: argparse.Namespace, ranks: tuple[int, int, torch.device]) -> Run:
     """Model, optimizer and data of a stage, at the step of its newest checkpoint."""
     (rank, world, device), stage = ranks, job.stage
     # 1. The model. Every rank builds the same one from the same folders and seed, so DDP need not broadcast it.
@@ -215,9 +211,10 @@ def set_up(job: Job, args: argparse.Namespace, ranks: Ranks) -> Run:
 
 
 def sources(stage: Stage, args: argparse.Namespace, held_out: bool = False) -> list[Source]:
-    if args.data == ["toy"]:
+    names = args.held_out if held_out and args.held_out else args.data
+    if names == ["toy"]:
         return [Toy((task,), "test" if held_out else "train") for task in stage.tasks]
-    return [Records(Path(path), args.images, stage.tasks) for path in (args.held_out if held_out else args.data)]
+    return [Records(Path(name), args.images, stage.tasks) for name in names]
 
 
 def plan(args: argparse.Namespace) -> Iterable[Job]:
@@ -229,8 +226,7 @@ def plan(args: argparse.Namespace) -> Iterable[Job]:
     stage = changed(args.stage, args)
     if len(args.init) != 1 and (not args.init or len(stage.tasks) == 1 or stage.new):
         raise ValueError(f"--init takes one folder, or for stage 3 those of stages 1 and 2, but found {len(args.init)}")
-    init = [TINY if path == Path("tiny") else path for path in args.init]
-    return [Job(args.stage, stage, init, args.out)]
+    return [Job(args.stage, stage, [TINY if path == Path("tiny") else path for path in args.init], args.out)]
 
 
 def finish(run: Run) -> None:
@@ -238,12 +234,12 @@ def finish(run: Run) -> None:
     job, state = run.job, run.state
     finite = math.isfinite(state.loss) and all(tensor.isfinite().all() for tensor in run.trained.values())
     if any(run.sum(not finite)):
-        fault = f"{job.out} gets no result, because its last loss or a weight is not finite"
-        raise ValueError(f"{fault}: lower --lr and choose another --out; earlier checkpoints are still there")
+        raise ValueError(
+            f"no result: the loss or a weight is not finite; lower --lr, with another --out than {job.out}"
+        )
     if run.rank == 0:
         facts = f"(seed {run.args.seed}, {job.stage.steps} steps, {state.seconds / 60:.1f} minutes)"
-        command = shlex.join(["train.py", *run.args.command])
-        write_result(job, run.lion.model, f"stage {job.number}: {command} {facts}")
+        write_result(job, run.lion.model, f"stage {job.number}: {shlex.join(['train.py', *run.args.command])} {facts}")
         say(f"stage {job.number} is done: {job.out}")
     if run.world > 1:
         dist.barrier()
@@ -286,9 +282,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     machine.add_argument("--save-every", type=int, default=200, help="steps between checkpoints")
     machine.add_argument("--keep", type=int, default=2, help="how many checkpoints stay, at least 2")
     machine.add_argument("--draw-every", type=int, default=100, help="steps between measurements and drawings")
-    args = parser.parse_args(argv)
-    args.command = [*argv]
-    return args
+    return parser.parse_args(argv, argparse.Namespace(command=[*argv]))
 
 
 def train_stages(args: argparse.Namespace) -> int:

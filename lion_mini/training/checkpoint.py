@@ -7,8 +7,8 @@ A checkpoint holds no data position and no random state: both are functions of t
 """
 
 import os
-import shutil
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from ..model.lion import LionModel
 from ..pipeline import read_config
 from ..text.vocabularies import Vocabularies
 from .report import say
-from .stages import PARTS, Job, part_of
+from .stages import Job, part_of
 
 MAX_BAD = 0.05  # the share of unusable records that ends a run
 
@@ -52,11 +52,8 @@ class State:
 def save(
     folder: Path, trained: Mapping[str, Tensor], optimizer: Optimizer, state: State, settings: dict[str, Any], keep: int
 ) -> None:
-    """Write a checkpoint and keep the last `keep`. If the disk is full, say so and go on: the older ones stay.
-
-    So do they after a step that was not finite. The newest is known to be good only once the next step is finite, so
-    one more stays beside it.
-    """
+    """Write a checkpoint and keep the last `keep`, but two at least: whether the newest has diverged, the next step
+    shows. If the disk is full, say so and go on. Then, and after a step that was not finite, the older ones stay."""
     try:
         with atomic_write(folder / f"step-{state.step:08}.pt") as new:
             weights = {name: tensor.detach() for name, tensor in trained.items()}
@@ -113,14 +110,12 @@ def write_result(job: Job, model: LionModel, made_by: str) -> None:
     frozen = {name for name in model.state_dict() if part_of(name) is None}
     stored = read_folder(init, "cpu", None)
     dtype = stored["t5.shared.weight"].dtype
-    whole = init / "frozen.safetensors"
     with atomic_write(out / "frozen.safetensors") as new:
-        if whole.is_file() and Tensors(whole).where.keys() == frozen:
-            try:
+        whole = init / "frozen.safetensors"
+        with suppress(OSError):  # another disk, or one without links
+            if whole.is_file() and Tensors(whole).where.keys() == frozen:
                 os.link(whole, new)
-            except OSError:  # another disk, or one without links
-                shutil.copyfile(whole, new)
-        else:
+        if not new.exists():
             save_file({name: stored[name] for name in sorted(frozen)}, new)
     trained = {name: tensor for name, tensor in model.state_dict().items() if name not in frozen}
     with atomic_write(out / "trained.safetensors") as new:
@@ -131,8 +126,7 @@ def write_result(job: Job, model: LionModel, made_by: str) -> None:
                 new.write_bytes((init / name).read_bytes())
     sync(out)
     with atomic_write(out / "config.json") as new:  # last: its presence says that the stage is finished
-        made_by = history(job.init, set(job.stage.new) >= set(PARTS), made_by)
-        config = replace(model.config, stage=job.number, made_by=made_by)
+        config = replace(model.config, stage=job.number, made_by=history(job.init, bool(job.stage.new), made_by))
         new.write_text(config.to_json(), encoding="utf-8")
 
 

@@ -20,7 +20,7 @@ from ..images import draw_boxes, draw_sheet, lion_transform
 from ..model.generate import GENERATION
 from ..model.lion import LionModel
 from ..pipeline import Lion
-from .stages import Stage, part_of
+from .stages import Job, Stage, part_of
 
 HELD_OUT = {"held_out_loss": "held out", "held_out_score": "score"}  # in metrics.jsonl and in the bar
 
@@ -34,15 +34,13 @@ def overview(model: LionModel, origin: Mapping[str, str], stage: Stage) -> str:
     sizes = dict.fromkeys(origin, 0)
     for name, parameter in model.named_parameters():
         sizes[part_of(name) or name.split(".")[0]] += parameter.numel()
-    rows = [
-        f"  {part:<12} {'trains' if part in stage.trains else 'frozen'} {size:>14,}   {origin[part]}"
-        for part, size in sizes.items()
-    ]
     trained = sum(size for part, size in sizes.items() if part in stage.trains)
     stored = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
-    memory = (stored + 12 * trained) / 2**20
-    rows.append(f"  {trained:,} of {sum(sizes.values()):,} parameters train: {memory:,.0f} MB before the first batch")
-    rows.append(f"  {stage.steps} steps of {stage.batch} samples, {' and '.join(stage.tasks)} level")
+    memory = f"{(stored + 12 * trained) / 2**20:,.0f} MB before the first batch"
+    state = lambda part: "trains" if part in stage.trains else "frozen"
+    rows = [f"  {part:<12} {state(part)} {size:>14,}   {origin[part]}" for part, size in sizes.items()]
+    rows += [f"  {trained:,} of {sum(sizes.values()):,} parameters train: {memory}"]
+    rows += [f"  {stage.steps} steps of {stage.batch} samples, {' and '.join(stage.tasks)} level"]
     return "\n".join(rows)
 
 
@@ -63,34 +61,27 @@ def log_step(metrics: Path, bar: tqdm, facts: Mapping[str, Any]) -> None:
     bar.update()
 
 
-def draw_loss(metrics: Path, out: Path, width: int = 800, height: int = 400) -> None:
+def draw_loss(metrics: Path, out: Path) -> None:
     """The loss of every step so far and its running mean, blue; the loss on held-out records, orange."""
     lines = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
-    curves = [
+    losses, held_out = (
         [(line["step"], line[key]) for line in lines if math.isfinite(line.get(key, math.nan))]
         for key in ("loss", "held_out_loss")
-    ]
-    if not curves[0]:
-        return
-    last, top = lines[-1]["step"], max(loss for curve in curves for _, loss in curve) or 1
-    left, right, bottom = 50, width - 20, height - 30
-    places, held_out = (
-        [(left + (right - left) * x / last, bottom - (bottom - 20) * y / top) for x, y in curve] for curve in curves
     )
-    smooth = places[:1]
-    for x, y in places:
-        smooth.append((x, smooth[-1][1] + 0.1 * (y - smooth[-1][1])))
-    picture = Image.new("RGB", (width, height), "white")
-    draw = ImageDraw.Draw(picture)
-    for line, colour, thickness in ((places, "#b8c4e8", 1), (smooth, "#274690", 3), (held_out, "#e8590c", 3)):
-        draw.line(line, fill=colour, width=thickness)
-    for x, y in held_out:
+    smooth = losses[:1]
+    for step, loss in losses:
+        smooth.append((step, smooth[-1][1] + 0.1 * (loss - smooth[-1][1])))
+    last, top = lines[-1]["step"], max((loss for _, loss in losses + held_out), default=0) or 1
+    place = lambda step, loss: (50 + 730 * step / last, 370 - 350 * loss / top)
+    draw = ImageDraw.Draw(picture := Image.new("RGB", (800, 400), "white"))
+    for curve, colour, width in ((losses, "#b8c4e8", 1), (smooth, "#274690", 3), (held_out, "#e8590c", 3)):
+        draw.line([place(*point) for point in curve], fill=colour, width=width)
+    for x, y in (place(*point) for point in held_out):
         draw.ellipse((x - 3, y - 3, x + 3, y + 3), fill="#e8590c")
-    draw.line([(left, 20), (left, bottom), (right, bottom)], fill="black")
-    draw.text((left - 6, 20), f"{top:.2f}", fill="black", anchor="rm")
-    draw.text((left - 6, bottom), "0", fill="black", anchor="rm")
-    text = ", held out ".join(f"{curve[-1][1]:.3f}" for curve in curves if curve)
-    draw.text((right, bottom + 14), f"step {last}, loss {text}", fill="black", anchor="rm")
+    draw.line([(50, 20), (50, 370), (780, 370)], fill="black")
+    text = ", held out ".join(f"{curve[-1][1]:.3f}" for curve in (losses, held_out) if curve)
+    for corner, label in (((44, 20), f"{top:.2f}"), ((44, 370), "0"), ((780, 384), f"step {last}, loss {text}")):
+        draw.text(corner, label, fill="black", anchor="rm")
     picture.save(out)
 
 
@@ -111,9 +102,7 @@ def first_examples(sources: Sequence[Source], count: int) -> list[TrainingExampl
 
 
 @torch.inference_mode()
-def draw_samples(
-    lion: Lion, examples: Sequence[TrainingExample], stage: Stage, size: int, out: Path
-) -> dict[str, float]:
+def draw_samples(lion: Lion, examples: Sequence[TrainingExample], job: Job, size: int) -> dict[str, float]:
     """Loss and score on the examples, without dropout. The first six are drawn with the true and the model's answers.
 
     Boxes are drawn too: the question's blue, the true one green, ours red.
@@ -127,8 +116,8 @@ def draw_samples(
         tags = [[tag for tag, _ in next(found, ())] if e.tags is None else e.tags for e in part]
         pixels = torch.stack([lion_transform(e.image, lion.config.vit.image_size) for e in part])
         batch = lion.batch(pixels, questions, tags, tasks, truth)
-        share = batch.answer_tokens() if stage.mean == "tokens" else len(part)
-        loss, weight = loss + share * lion.model(batch, stage.mean).item(), weight + share
+        share = batch.answer_tokens() if job.stage.mean == "tokens" else len(part)
+        loss, weight = loss + share * lion.model(batch, job.stage.mean).item(), weight + share
         answers += map(str, lion.generate(pixels, questions, tags, tasks, GENERATION["locate"]))
     lion.model.train()
     cells, scores = list[tuple[Image.Image, str]](), list[bool]()
@@ -137,7 +126,7 @@ def draw_samples(
         boxes = [(box, label, color) for label, text, color in texts if (box := Box.parse(text))]
         cells.append((draw_boxes(example.image, boxes), "\n".join(f"{label}: {text}" for label, text, _ in texts)))
         scores += right(answer, example.answer)
-    draw_sheet(cells[:6]).save(out)
+    draw_sheet(cells[:6]).save(job.out / "samples.png")
     return {"held_out_loss": loss / weight} | ({"held_out_score": fmean(scores)} if scores else {})
 
 

@@ -79,8 +79,9 @@ TOY = {
     4: replace(STAGES[4], batch=64, steps=300, lr=2e-4, warmup=50, mean="samples"),
 }
 WEIGHT_DECAY = 0.05
-LIMITS = dict.fromkeys(("batch", "steps", "micro_batch", "save_every", "keep", "draw_every"), (1, 10**9))
-LIMITS |= {"warmup": (0, 10**9), "workers": (0, 1000), "seed": (0, 2**63 - 1)}  # of the command line's numbers
+LIMITS: dict[str, tuple[float, float]] = {"warmup": (0, 10**9), "workers": (0, 1000), "seed": (0, 2**63 - 1)}
+LIMITS |= dict.fromkeys(("batch", "steps", "micro_batch", "save_every", "keep", "draw_every"), (1, 10**9))
+LIMITS |= dict.fromkeys(("lr", "clip", "ratios"), (1e-30, 1e30))
 
 
 def schedule(step: int, steps: int, peak: float, floor: float = 0.0, warmup: int = 0, start: float = 1e-8) -> float:
@@ -146,8 +147,7 @@ def changed(number: int, args: argparse.Namespace) -> Stage:
         given |= {"new": tuple(PARTS), "steps": sum(recipes[i].steps for i in (1, 2, 3))}
     if args.quick:
         given |= {"batch": 16, "steps": 6}
-    settings = {name: getattr(args, name) for name in ("batch", "steps", "lr", "warmup", "mean")}
-    given |= {name: value for name, value in settings.items() if value is not None}
+    given |= {name: v for name in ("batch", "steps", "lr", "warmup", "mean") if (v := getattr(args, name)) is not None}
     return replace(stage, model=model, **given)
 
 
@@ -156,21 +156,15 @@ def check_flags(args: argparse.Namespace) -> None:
     if any(re.fullmatch(r"(--[\w-]+=)?", word) for word in args.command):
         raise ValueError("an argument is empty: is a variable of the shell not set?")
     for name, (least, most) in LIMITS.items():
-        if (value := getattr(args, name)) is not None and not least <= value <= most:
-            raise ValueError(f"--{name.replace('_', '-')} must be from {least} to {most}, not {value}")
-    for name, values in (
-        ("lr", [args.lr]),
-        ("clip", [args.clip]),
-        ("ratios", [*(args.ratios or ()), sum(args.ratios or (1,))]),
-    ):
-        if odd := [value for value in values if value is not None and not 0 < value < math.inf]:
-            raise ValueError(f"--{name} must be above 0 and finite, not {odd[0]}")
+        given = getattr(args, name)
+        for value in given if isinstance(given, list) else [given]:
+            if value is not None and not least <= value <= most:
+                raise ValueError(f"--{name.replace('_', '-')} must be from {least} to {most}, not {value}")
     numbers = [args.stage] if args.stage else [1] if args.no_adapters else [1, 2, 3]
-    for flag in ("tags", "no_adapters", "no_router", "no_aggregator", "single_stage", "from_scratch"):
+    for flag in ("tags", "no_adapters", "no_router", "no_aggregator", "single_stage"):
         without = argparse.Namespace(**vars(args) | {flag: None})
-        idle = all(changed(i, args) == changed(i, without) for i in numbers) and (args.stage or flag != "from_scratch")
-        if getattr(args, flag) and idle:
+        if getattr(args, flag) and all(changed(i, args) == changed(i, without) for i in numbers):
             where = f"--stage {args.stage}" if args.stage else "--no-adapters, which is for stage 1"
             raise ValueError(f"--{flag.replace('_', '-')} changes nothing with {where}: leave it out")
-    if args.held_out and args.data == ["toy"]:
-        raise ValueError("--held-out is for files of records, and changes nothing with --data toy: leave it out")
+    if args.from_scratch and args.stage:
+        raise ValueError(f"--from-scratch changes nothing with --stage {args.stage}: leave it out")

@@ -6,7 +6,6 @@ stage 3       from the results of stages 1 and 2: Q-Former and image adapter of 
 stage 3, 4    from a whole LION, whose config says that stage 3 or 4 trained it
 """
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -35,9 +34,8 @@ def begin(
     """
     configs = by_task(stage, init)
     init, before = [*configs], next(iter(configs.values()))
-    config = replace(before, **stage.model, made_by="")
-    if not stage.aggregator:
-        config = replace(config, taps=config.taps[:1])
+    taps = before.taps if stage.aggregator else before.taps[:1]
+    config = replace(before, **stage.model, taps=taps, made_by="")
     if len(init) > 1 and config.adapters == 1:
         config = replace(config, adapter_width=len(init) * config.adapter_width)
     text = Vocabularies.from_folder(init[0], config)
@@ -78,19 +76,16 @@ def begin(
 
 
 def by_task(stage: Stage, init: Sequence[Path]) -> dict[Path, LionConfig]:
-    """The folders and their configs, in the order of the router's rows.
-
-    A ValueError if a stage of several tasks would take random parts for trained ones; a single stage makes all new.
-    """
+    """The folders in the order of the router's rows. A ValueError if what a joint stage needs was never trained."""
     configs = {folder: read_config(folder) for folder in init}
     trained = {f: STAGES[c.stage].tasks if c.stage in STAGES and c.adapters else () for f, c in configs.items()}
     known = sorted(task for folder in init for task in trained[folder])
     if len(stage.tasks) > 1 and not stage.new and known != sorted(stage.tasks):
         given = ", ".join(f"{folder} (stage {configs[folder].stage})" for folder in init)
-        raise ValueError(
-            f"{' and '.join(stage.tasks)} level cannot begin with {given}: give a whole LION, from stage 3 or weights.py "
-            "convert --lion, or to stage 3 one result with adapters per level"
+        whole = (
+            "a whole LION, from stage 3 or weights.py convert --lion, or to stage 3 one result with adapters per level"
         )
+        raise ValueError(f"{' and '.join(stage.tasks)} level cannot begin with {given}: give {whole}")
     tasks = configs[init[0]].tasks
     return dict(sorted(configs.items(), key=lambda item: [tasks.index(task) for task in trained[item[0]]]))
 
@@ -125,17 +120,11 @@ def merge(sources: Sequence[Mapping[str, Tensor]], config: LionConfig) -> dict[s
             merged[name.replace(".adapters.adapters.0.", f".adapters.adapters.{k}.")] = tensor
     if config.adapters > 1:
         return merged
-    for name in (name for name in sources[0] if part_of(name) == "adapters"):
-        parts = [source[name] for source in sources]
-        scales = [source[re.sub(r"(\.adapters\.0)\..*", r"\1.scale", name)] for source in sources]
-        scaled = [part * scale for part, scale in zip(parts, scales, strict=True)]
-        match name.rsplit(".adapters.0.", 1)[1]:
-            case "scale":
-                merged[name] = torch.ones_like(parts[0])
-            case "up.weight":
-                merged[name] = torch.cat(scaled, dim=1)
-            case "up.bias":
-                merged[name] = torch.stack(scaled).sum(0)
-            case _:
-                merged[name] = torch.cat(parts)
+    names = ("down.weight", "down.bias", "up.weight", "up.bias", "scale")
+    for stem in (name.removesuffix("scale") for name in sources[0] if name.endswith(".adapters.0.scale")):
+        down, down_bias, up, up_bias, scale = ([source[stem + name] for source in sources] for name in names)
+        merged[stem + "down.weight"], merged[stem + "down.bias"] = torch.cat(down), torch.cat(down_bias)
+        merged[stem + "up.weight"] = torch.cat([part * s for part, s in zip(up, scale, strict=True)], dim=1)
+        merged[stem + "up.bias"] = torch.stack([part * s for part, s in zip(up_bias, scale, strict=True)]).sum(0)
+        merged[stem + "scale"] = torch.ones_like(scale[0])
     return merged
