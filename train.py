@@ -234,9 +234,7 @@ def finish(run: Run) -> None:
     job, state = run.job, run.state
     finite = math.isfinite(state.loss) and all(tensor.isfinite().all() for tensor in run.trained.values())
     if any(run.sum(not finite)):
-        raise ValueError(
-            f"no result: the loss or a weight is not finite; lower --lr, with another --out than {job.out}"
-        )
+        raise ValueError(f"{job.out}: no result, a loss or weight is not finite; lower --lr, with another --out")
     if run.rank == 0:
         facts = f"(seed {run.args.seed}, {job.stage.steps} steps, {state.seconds / 60:.1f} minutes)"
         write_result(job, run.lion.model, f"stage {job.number}: {shlex.join(['train.py', *run.args.command])} {facts}")

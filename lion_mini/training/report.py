@@ -16,6 +16,7 @@ from tqdm import tqdm
 from ..box import Box
 from ..data.records import Source, TrainingExample
 from ..evaluation.metrics import grounding, normalise_answer
+from ..files import atomic_write, reading
 from ..images import draw_boxes, draw_sheet, lion_transform
 from ..model.generate import GENERATION
 from ..model.lion import LionModel
@@ -48,11 +49,12 @@ def trim(metrics: Path, step: int) -> None:
     """Delete the lines of metrics.jsonl after the step that a run resumes from."""
     lines = metrics.read_text(encoding="utf-8").splitlines(keepends=True) if metrics.exists() else []
     kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
-    metrics.write_text("".join(kept), encoding="utf-8")
+    with atomic_write(metrics) as new:
+        new.write_text("".join(kept), encoding="utf-8")
 
 
 def log_step(metrics: Path, bar: tqdm, facts: Mapping[str, Any]) -> None:
-    with open(metrics, "a", encoding="utf-8") as file:
+    with reading(metrics), open(metrics, "a", encoding="utf-8") as file:  # a full disk names the file
         file.write(json.dumps(facts) + "\n")
     text = f"loss {facts['loss']:.3f}, lr {facts['lr']:.1e}, {facts['samples_per_second']:.0f} samples/s"
     bar.set_postfix_str(text, refresh=False)
@@ -64,25 +66,24 @@ def log_step(metrics: Path, bar: tqdm, facts: Mapping[str, Any]) -> None:
 def draw_loss(metrics: Path, out: Path) -> None:
     """The loss of every step so far and its running mean, blue; the loss on held-out records, orange."""
     lines = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
-    losses, held_out = (
-        [(line["step"], line[key]) for line in lines if math.isfinite(line.get(key, math.nan))]
-        for key in ("loss", "held_out_loss")
-    )
+    curve = lambda key: [(line["step"], line[key]) for line in lines if math.isfinite(line.get(key, math.nan))]
+    losses, held_out = curve("loss"), curve("held_out_loss")
     smooth = losses[:1]
     for step, loss in losses:
         smooth.append((step, smooth[-1][1] + 0.1 * (loss - smooth[-1][1])))
     last, top = lines[-1]["step"], max((loss for _, loss in losses + held_out), default=0) or 1
     place = lambda step, loss: (50 + 730 * step / last, 370 - 350 * loss / top)
     draw = ImageDraw.Draw(picture := Image.new("RGB", (800, 400), "white"))
-    for curve, colour, width in ((losses, "#b8c4e8", 1), (smooth, "#274690", 3), (held_out, "#e8590c", 3)):
-        draw.line([place(*point) for point in curve], fill=colour, width=width)
+    for points, colour, width in ((losses, "#b8c4e8", 1), (smooth, "#274690", 3), (held_out, "#e8590c", 3)):
+        draw.line([place(*point) for point in points], fill=colour, width=width)
     for x, y in (place(*point) for point in held_out):
         draw.ellipse((x - 3, y - 3, x + 3, y + 3), fill="#e8590c")
     draw.line([(50, 20), (50, 370), (780, 370)], fill="black")
-    text = ", held out ".join(f"{curve[-1][1]:.3f}" for curve in (losses, held_out) if curve)
+    text = ", held out ".join(f"{points[-1][1]:.3f}" for points in (losses, held_out) if points)
     for corner, label in (((44, 20), f"{top:.2f}"), ((44, 370), "0"), ((780, 384), f"step {last}, loss {text}")):
         draw.text(corner, label, fill="black", anchor="rm")
-    picture.save(out)
+    with atomic_write(out) as new:
+        picture.save(new, "png")
 
 
 def first_examples(sources: Sequence[Source], count: int) -> list[TrainingExample]:
@@ -103,10 +104,8 @@ def first_examples(sources: Sequence[Source], count: int) -> list[TrainingExampl
 
 @torch.inference_mode()
 def draw_samples(lion: Lion, examples: Sequence[TrainingExample], job: Job, size: int) -> dict[str, float]:
-    """Loss and score on the examples, without dropout. The first six are drawn with the true and the model's answers.
-
-    Boxes are drawn too: the question's blue, the true one green, ours red.
-    """
+    """Loss and score on the examples, without dropout. Draws six of them with questions, true answers and the model's,
+    and the boxes in these: the question's blue, the true one green, ours red."""
     lion.model.eval()
     loss, weight, answers = 0.0, 0, list[str]()
     for part in (examples[i : i + size] for i in range(0, len(examples), size)):
@@ -120,13 +119,14 @@ def draw_samples(lion: Lion, examples: Sequence[TrainingExample], job: Job, size
         loss, weight = loss + share * lion.model(batch, job.stage.mean).item(), weight + share
         answers += map(str, lion.generate(pixels, questions, tags, tasks, GENERATION["locate"]))
     lion.model.train()
-    cells, scores = list[tuple[Image.Image, str]](), list[bool]()
-    for example, answer in zip(examples, answers, strict=True):
+    scores = [score for e, answer in zip(examples, answers, strict=True) for score in right(answer, e.answer)]
+    cells = list[tuple[Image.Image, str]]()
+    for example, answer in zip(examples[:6], answers, strict=False):
         texts = (("question", example.question, "blue"), ("true", example.answer, "green"), ("model", answer, "red"))
         boxes = [(box, label, color) for label, text, color in texts if (box := Box.parse(text))]
         cells.append((draw_boxes(example.image, boxes), "\n".join(f"{label}: {text}" for label, text, _ in texts)))
-        scores += right(answer, example.answer)
-    draw_sheet(cells[:6]).save(job.out / "samples.png")
+    with atomic_write(job.out / "samples.png") as new:
+        draw_sheet(cells).save(new, "png")
     return {"held_out_loss": loss / weight} | ({"held_out_score": fmean(scores)} if scores else {})
 
 

@@ -78,7 +78,6 @@ TOY = {
     3: replace(STAGES[3], batch=96, steps=500, lr=2e-3, warmup=50, mean="samples", constant={"aggregator": 1e-4}),
     4: replace(STAGES[4], batch=64, steps=300, lr=2e-4, warmup=50, mean="samples"),
 }
-WEIGHT_DECAY = 0.05
 LIMITS: dict[str, tuple[float, float]] = {"warmup": (0, 10**9), "workers": (0, 1000), "seed": (0, 2**63 - 1)}
 LIMITS |= dict.fromkeys(("batch", "steps", "micro_batch", "save_every", "keep", "draw_every"), (1, 10**9))
 LIMITS |= dict.fromkeys(("lr", "clip", "ratios"), (1e-30, 1e30))
@@ -110,7 +109,7 @@ def unfreeze(model: LionModel, stage: Stage) -> dict[str, nn.Parameter]:
 
 
 def groups(
-    trained: Mapping[str, nn.Parameter], constant: Mapping[str, float], decay: float = WEIGHT_DECAY
+    trained: Mapping[str, nn.Parameter], constant: Mapping[str, float], decay: float = 0.05
 ) -> list[dict[str, Any]]:
     """AdamW's parameter groups, by constant learning rate (None: scheduled) and weight decay.
 

@@ -1,6 +1,7 @@
 """The training: what moves and what does not, the release's loss, and runs that nothing can make come out otherwise."""
 
 import errno
+import io
 import json
 import math
 import multiprocessing
@@ -27,6 +28,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.optim import AdamW
+from tqdm import tqdm
 
 import train
 import weights
@@ -42,8 +44,11 @@ from lion_mini.config import (
 from lion_mini.data import mixture
 from lion_mini.data.mixture import Samples
 from lion_mini.data.records import CATEGORIES
+from lion_mini.images import lion_transform, open_image
+from lion_mini.model.generate import GENERATION
 from lion_mini.model.lion import Batch, LionModel
 from lion_mini.training.checkpoint import history
+from lion_mini.training.report import log_step, right
 from lion_mini.training.stages import PARTS, STAGES, TOY, Stage, groups, part_of, schedule, unfreeze
 from lion_mini.training.start import begin, merge
 
@@ -137,7 +142,7 @@ def child(argv: list[str], log: Path, env: Mapping[str, str], die_at: int | None
         synced: list[Path] = []
 
         def sync(path: Path) -> None:
-            synced.append(path)
+            synced.extend([path] * path.name.startswith(".step-"))
             if len(synced) == die_at:
                 os.kill(os.getpid(), signal.SIGKILL)
 
@@ -521,6 +526,46 @@ def test_the_toy_run_and_its_ablations(
     assert train.main([*argv, "--resume"]) == 0  # there is nothing left to do
 
 
+def test_without_the_aggregators_blocks(
+    stage0: Path, data: Path, two_stages: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """Figure 6: the last tap goes through norm and MLP to FlanT5. Stage 3 goes on like that."""
+    two, three = tmp_path / "2", tmp_path / "3"
+    assert train.main(command(2, stage0, data, two, "--no-aggregator")) == 0
+    assert {part_of(name) for name in trained(two)} == {"projector", "adapters"}
+    lion = Lion.from_pretrained(two)
+    model: Any = lion.model
+    pixels = torch.randn(1, 3, 16, 16)
+    visual = lion.encode_image(pixels, ["where?"])
+    assert torch.equal(visual, model.aggregator.proj(model.aggregator.norm(model.vit(pixels, (2,))[1][0])))
+    assert train.main(command(3, [two_stages[0], two], data, three)) == 0
+    assert Lion.from_pretrained(three).config.taps == (2,)
+    assert {part_of(name) for name in trained(three)} == {*PARTS} - {"aggregator"}
+
+
+def test_instructblip(
+    stage0: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Table 4 begins with stage 1 without adapters. Its tensors have their place in BLIP-2's files."""
+    monkeypatch.setattr("lion_mini.toy.stage0.TINY", stage0)
+    toy = ["--steps", "2", "--batch", "4", "--device", "cpu", "--no-adapters", "--out", str(tmp_path / "run")]
+    assert train.main(toy) == 0
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["stage1"]
+    out = tmp_path / "out"
+    assert train.main(command(1, stage0, data, out, "--no-adapters")) == 0
+    assert {part_of(name) for name in trained(out)} == {"qformer"}
+    lion = Lion.from_pretrained(out)
+    assert lion.config.adapters == 0
+    assert lion.respond([Image.new("RGB", (9, 9))], ["what?"], ["image"], GENERATION["answer"])[0].score < 0
+    assert weights.main(["inspect", str(out)]) == 0
+    assert weights.main(["export", str(out), "--out", str(tmp_path / "LION.pth")]) == 0
+    exported = torch.load(tmp_path / "LION.pth", weights_only=True)["model"]
+    assert len(exported) == len(trained(out)) + 1
+    assert all(weights.translate(name, weights.BLIP2) for name in exported)
+    assert train.main(command(1, out, data, tmp_path / "again")) == 0  # with adapters, which are new
+    assert "adapters     trains            226   new" in capsys.readouterr().err
+
+
 def test_who_made_it(tmp_path: Path) -> None:
     for name, made_by in (("one", "stage 0: a\nstage 1: b"), ("two", "stage 0: a\nstage 2: c")):
         (tmp_path / name).mkdir()
@@ -538,6 +583,59 @@ def test_fine_tuning_begins_with_everything(two_stages: tuple[Path, Path], data:
     assert train.main(command(4, tmp_path / "3", data, tmp_path / "4", "--ratios", 1, 2)) == 0
     assert Lion.from_pretrained(tmp_path / "4").config.made_by.count("\n") == 3
     assert logged(tmp_path / "4")[-1]["step"] == 8
+
+
+# --- held-out records
+
+
+def test_held_out_records_are_measured(
+    stage0: Path, data: Path, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Loss and score of the result are those of the last line; the records of another level are left out."""
+    out, files = tmp_path / "run", [data / "image.json", data / "region.jsonl"]
+    assert train.main(command(1, stage0, data, out, "--draw-every", 3, "--held-out", *files)) == 0
+    assert f"samples.png is without 24 of 48 records: {files[1]}, record 1" in capsys.readouterr().err
+    assert [line["step"] for line in logged(out) if "held_out_loss" in line] == [3, 6, 8]
+    lion, records = Lion.from_pretrained(out), json.loads(files[0].read_text())
+    pixels = torch.stack([lion_transform(open_image(data / record["image"]), 16) for record in records])
+    questions, answers = ([record[name] for record in records] for name in ("question", "answer"))
+    rest = [[""]] * 24, ["image"] * 24
+    assert logged(out)[-1]["held_out_loss"] == pytest.approx(lion(pixels, questions, answers, *rest).item(), rel=1e-5)
+    said = lion.generate(pixels, questions, *rest, GENERATION["locate"])
+    scores = [str(text) == answer.strip() for text, answer in zip(said, answers, strict=True) if len(answer) < 16]
+    assert len(scores) == 18
+    assert logged(out)[-1]["held_out_score"] == sum(scores) / 18
+    orange = (232, 89, 12)
+    assert orange in [colour for _, colour in Image.open(out / "loss.png").getcolors() or []]
+    assert orange not in [colour for _, colour in Image.open(whole / "loss.png").getcolors() or []]
+    assert "held_out_loss" not in logged(whole)[-1]  # six of its training records are drawn, but not measured
+    assert train.main(command(2, stage0, data, tmp_path / "no", "--held-out", files[0])) == 2
+    assert f"24 records in a row cannot be used: {files[0]}, record 24: it is image-level" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("answer", "true", "expected"),
+    [
+        ("Two cats.", "2 cats", [True]),
+        ("dog", "the dog", [True]),
+        ("dog", "cat", [False]),
+        ("", "yes", [False]),
+        ("a dog runs home", "a dog runs home fast", []),
+        ("[0.000,0.000,0.500,0.500]", "Answer: [0.000,0.000,1.000,0.500]", [True]),
+        ("[0.000,0.000,0.500,0.490]", "[0.000,0.000,1.000,0.500]", [False]),
+        ("no box", "[0.000,0.000,1.000,0.500]", [False]),
+    ],
+)
+def test_right_answers(answer: str, true: str, expected: list[bool]) -> None:
+    assert right(answer, true) == expected
+
+
+def test_the_bar_holds_the_last_measurement(tmp_path: Path) -> None:
+    facts = {"stage": 1, "step": 1, "loss": 0.5, "lr": 1e-5, "samples_per_second": 7.0}
+    bar = tqdm(file=io.StringIO(), total=2)
+    log_step(tmp_path / "metrics.jsonl", bar, facts | {"held_out_loss": 0.25, "held_out_score": 0.75})
+    log_step(tmp_path / "metrics.jsonl", bar, facts)
+    assert str(bar).startswith("stage 1, held out 0.250, score 0.750: 100%")
 
 
 # --- resume
@@ -780,6 +878,67 @@ def test_losses_that_are_no_numbers(
     assert train.main(command(1, stage0, data, tmp_path / "never", "--steps", 40)) == 2
     assert "10 steps in a row were not finite" in capsys.readouterr().err
     assert len(logged(tmp_path / "never")) == 9
+
+
+@pytest.mark.parametrize("flags", [["--steps", 6], ["--steps", 1], ["--steps", 60, "--warmup", 6]])
+def test_a_diverged_run_has_no_result(
+    stage0: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: list[object]
+) -> None:
+    """Loss and weights are measured after the last step. A checkpoint from before stays, whatever --keep says."""
+    out = tmp_path / "run"
+    argv = command(1, stage0, data, out, *flags, "--lr", 1e30, "--save-every", 1, "--keep", 1)
+    assert train.main(argv) == 2
+    said = capsys.readouterr().err
+    assert f"{out}: no result, a loss or weight is not finite" in said or "10 steps in a row were not finite" in said
+    assert not (out / "config.json").exists()
+    assert not (out / "trained.safetensors").exists()
+    if "--warmup" in flags:  # the first step's rate is 1e-8
+        first = torch.load(out / "checkpoints" / "step-00000001.pt", weights_only=True)
+        assert max(tensor.abs().max() for tensor in first["trained"].values()) < 10
+    elif flags == ["--steps", 6]:
+        assert train.main([*argv, "--resume"]) == 2  # the checkpoint knows
+
+
+def test_a_weight_that_no_loss_reads(
+    stage0: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    step = AdamW.step
+
+    def poisoned(self: AdamW) -> None:
+        step(self)
+        named = [pair for group in self.param_groups for pair in zip(group["names"], group["params"], strict=True)]
+        unread = next(parameter for name, parameter in named if name.startswith(UNREAD))
+        unread.data.fill_(math.inf)
+
+    monkeypatch.setattr(AdamW, "step", poisoned)
+    assert train.main(command(1, stage0, data, tmp_path / "run")) == 2
+    assert math.isfinite(logged(tmp_path / "run")[-1]["loss"])
+    assert "no result, a loss or weight is not finite" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "name", ["loss.png", "samples.png", "frozen.safetensors", "trained.safetensors", "vocab.txt", "config.json"]
+)
+def test_disk_full_at_the_end(
+    stage0: Path,
+    data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    name: str,
+) -> None:
+    def full(path: Path) -> None:
+        if path.name == f".{name}.new":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(files, "sync", full)
+    out = tmp_path / "run"
+    assert train.main(command(1, stage0, data, out)) == 2
+    assert f"{out / name}: it cannot be written, is the disk full? (No space left" in capsys.readouterr().err
+    assert not (out / "config.json").exists()
+    assert not list(out.glob(".*"))
+    monkeypatch.undo()
+    assert train.main(command(1, stage0, data, out, "--resume")) == 0
 
 
 def test_bad_records_are_named_counted_and_at_last_too_many(
