@@ -46,7 +46,7 @@ def usable(device: str | torch.device) -> torch.device:
     """The device, if this machine has it and this PyTorch can use it; else a ValueError."""
     with reading(f"the device {str(device)!r} cannot be used, cpu always can"):
         probe = torch.zeros(1, device=device)
-        probe.item()  # not on "meta", which holds no values
+        probe.tolist()  # meta holds no values
         return probe.device
 
 

@@ -54,7 +54,7 @@ def trim(metrics: Path, step: int) -> None:
 
 
 def log_step(metrics: Path, bar: tqdm, facts: Mapping[str, Any]) -> None:
-    with reading(metrics), open(metrics, "a", encoding="utf-8") as file:  # a full disk names the file
+    with reading(str(metrics)), open(metrics, "a", encoding="utf-8") as file:  # a full disk names the file
         file.write(json.dumps(facts) + "\n")
     text = f"loss {facts['loss']:.3f}, lr {facts['lr']:.1e}, {facts['samples_per_second']:.0f} samples/s"
     bar.set_postfix_str(text, refresh=False)

@@ -916,6 +916,17 @@ def test_a_weight_that_no_loss_reads(
     assert "no result, a loss or weight is not finite" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("value", [math.inf, math.nan])
+def test_an_answer_has_a_finite_score(stage0: Path, value: float) -> None:
+    lion = begin(SINGLE, [stage0], seed=0)[0]
+    lion.model.t5.lm_head.weight.data.mul_(value)
+    pixels, rest = torch.randn(1, 3, 16, 16), (["what?"], [["red"]], ["image"])
+    with pytest.raises(ValueError, match="no finite score: these weights have diverged"):
+        lion.rank(pixels, *rest, [["yes", "no"]])
+    with pytest.raises(ValueError, match="no finite score: these weights have diverged"):
+        lion.respond([Image.new("RGB", (9, 9))], rest[0], rest[2], GENERATION["answer"], rest[1])
+
+
 @pytest.mark.parametrize(
     "name", ["loss.png", "samples.png", "frozen.safetensors", "trained.safetensors", "vocab.txt", "config.json"]
 )
