@@ -593,7 +593,8 @@ def test_held_out_records_are_measured(
 ) -> None:
     """Loss and score of the result are those of the last line; the records of another level are left out."""
     out, files = tmp_path / "run", [data / "image.json", data / "region.jsonl"]
-    assert train.main(command(1, stage0, data, out, "--draw-every", 3, "--held-out", *files)) == 0
+    flags = "--draw-every", 3, "--images", stage0, data, "--held-out", *files  # pictures may lie below several folders
+    assert train.main(command(1, stage0, data, out, *flags)) == 0
     assert f"samples.png is without 24 of 48 records: {files[1]}, record 1" in capsys.readouterr().err
     assert [line["step"] for line in logged(out) if "held_out_loss" in line] == [3, 6, 8]
     lion, records = Lion.from_pretrained(out), json.loads(files[0].read_text())
@@ -976,7 +977,7 @@ def test_bad_records_are_named_counted_and_at_last_too_many(
     assert train.main([*argv, "--batch", "16"]) == 2
     assert f"1 records in a row cannot be used: {alone}, record 1" in capsys.readouterr().err
     argv[argv.index("--data") + 1] = str(file)
-    for text, words in (("", "holds no record"), ("[", "not whole JSON")):
+    for text, words in (("", f"{file}: it "), ("[", "not whole JSON")):
         file.write_text(text)
         argv[argv.index("--out") + 1] = str(tmp_path / "none")
         assert train.main(argv) == 2
