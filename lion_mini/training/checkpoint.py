@@ -66,9 +66,7 @@ def save(
         remove(old)
 
 
-def restore(
-    folder: Path, trained: Mapping[str, Tensor], optimizer: Optimizer, settings: dict[str, Any], rank: int
-) -> State:
+def restore(folder: Path, trained: Mapping[str, Tensor], optimizer: Optimizer, settings: dict, rank: int) -> State:
     """Load the newest whole checkpoint into parameters and optimizer; a fresh State if there is none.
 
     Rank 0 renames damaged checkpoints. One with other settings is refused.
@@ -77,7 +75,9 @@ def restore(
         try:
             with reading(path):
                 checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-                state, before = State(**checkpoint["state"]), checkpoint["settings"]
+                state, before = State(**checkpoint["state"]), dict(checkpoint["settings"])
+                if not 0 < state.step <= before["steps"]:
+                    raise ValueError(f"it says step {state.step} of {before['steps']}")
         except ValueError as error:
             if rank == 0:
                 say(f"{error}: this checkpoint is damaged and renamed, the one before it is used")
@@ -91,7 +91,8 @@ def restore(
         with torch.no_grad():
             for name, tensor in trained.items():
                 tensor.copy_(checkpoint["trained"][name])
-        optimizer.load_state_dict(checkpoint["optimizer"])
+        with reading(path):
+            optimizer.load_state_dict(checkpoint["optimizer"])
         if rank == 0:
             say(f"resuming from {path}")
         return state

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from ..box import Box
 from ..data.records import Source, TrainingExample
 from ..evaluation.metrics import grounding, normalise_answer
-from ..files import atomic_write, reading
+from ..files import atomic_write, read_text, reading
 from ..images import draw_boxes, draw_sheet, lion_transform
 from ..model.generate import GENERATION
 from ..model.lion import LionModel
@@ -47,8 +47,9 @@ def overview(model: LionModel, origin: Mapping[str, str], stage: Stage) -> str:
 
 def trim(metrics: Path, step: int) -> None:
     """Delete the lines of metrics.jsonl after the step that a run resumes from."""
-    lines = metrics.read_text(encoding="utf-8").splitlines(keepends=True) if metrics.exists() else []
-    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+    lines = read_text(metrics).splitlines(keepends=True) if metrics.exists() else []
+    with reading(str(metrics)):
+        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
     with atomic_write(metrics) as new:
         new.write_text("".join(kept), encoding="utf-8")
 

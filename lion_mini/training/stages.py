@@ -78,9 +78,9 @@ TOY = {
     3: replace(STAGES[3], batch=96, steps=500, lr=2e-3, warmup=50, mean="samples", constant={"aggregator": 1e-4}),
     4: replace(STAGES[4], batch=64, steps=300, lr=2e-4, warmup=50, mean="samples"),
 }
-LIMITS: dict[str, tuple[float, float]] = {"warmup": (0, 10**9), "workers": (0, 1000), "seed": (0, 2**63 - 1)}
-LIMITS |= dict.fromkeys(("batch", "steps", "micro_batch", "save_every", "keep", "draw_every"), (1, 10**9))
-LIMITS |= dict.fromkeys(("lr", "clip", "ratios"), (1e-30, 1e30))
+LIMITS: dict[str, tuple[float, float]] = {"warmup": (0, 10**9), "workers": (0, 256), "seed": (0, 2**63 - 1)}
+LIMITS |= dict.fromkeys(("steps", "save_every", "keep", "draw_every"), (1, 10**9))
+LIMITS |= dict.fromkeys(("batch", "micro_batch"), (1, 10**5)) | dict.fromkeys(("lr", "clip", "ratios"), (1e-30, 1e30))
 
 
 def schedule(step: int, steps: int, peak: float, floor: float = 0.0, warmup: int = 0, start: float = 1e-8) -> float:
@@ -108,9 +108,7 @@ def unfreeze(model: LionModel, stage: Stage) -> dict[str, nn.Parameter]:
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
-def groups(
-    trained: Mapping[str, nn.Parameter], constant: Mapping[str, float], decay: float = 0.05
-) -> list[dict[str, Any]]:
+def groups(trained: Mapping[str, nn.Parameter], constant: Mapping[str, float], decay: float = 0.05) -> list[dict]:
     """AdamW's parameter groups, by constant learning rate (None: scheduled) and weight decay.
 
     Matrices decay; biases, norms and other vectors do not. Neither do the router's gates: decay would pull them towards

@@ -82,12 +82,10 @@ def by_task(stage: Stage, init: Sequence[Path]) -> dict[Path, LionConfig]:
     known = sorted(task for folder in init for task in trained[folder])
     if len(stage.tasks) > 1 and not stage.new and known != sorted(stage.tasks):
         given = ", ".join(f"{folder} (stage {configs[folder].stage})" for folder in init)
-        whole = (
-            "a whole LION, from stage 3 or weights.py convert --lion, or to stage 3 one result with adapters per level"
-        )
+        whole = "a whole LION, of stage 3 or weights.py convert --lion, or to stage 3 a result with adapters per level"
         raise ValueError(f"{' and '.join(stage.tasks)} level cannot begin with {given}: give {whole}")
     tasks = configs[init[0]].tasks
-    return dict(sorted(configs.items(), key=lambda item: [tasks.index(task) for task in trained[item[0]]]))
+    return dict(sorted(configs.items(), key=lambda item: [task in trained[item[0]] for task in tasks], reverse=True))
 
 
 def fresh(config: LionConfig, model: LionModel) -> Iterator[tuple[str, Tensor]]:

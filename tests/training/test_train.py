@@ -700,6 +700,38 @@ def test_a_damaged_checkpoint_is_passed_over(
     assert torch.load(newest, weights_only=True)["trained"]  # written again
 
 
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"state": {"step": "x"}}, "this checkpoint is damaged and renamed"),
+        ({"state": {"step": 50}}, "it says step 50 of 8: this checkpoint is damaged and renamed"),
+        ({"state": {"step": -5}}, "it says step -5 of 8: this checkpoint is damaged and renamed"),
+        ({"state": {"mood": 1}}, "this checkpoint is damaged and renamed"),
+        ({"settings": [1]}, "this checkpoint is damaged and renamed"),
+        ({"optimizer": {}}, "step-00000008.pt: the field 'param_groups' is missing"),
+        ({"trained": {}}, "step-00000008.pt: qformer.image_norm.bias is missing here"),
+    ],
+)
+def test_a_checkpoint_of_another_form(
+    stage0: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], change: dict[str, Any], words: str
+) -> None:
+    argv, newest = command(1, stage0, data, tmp_path), tmp_path / "checkpoints" / "step-00000008.pt"
+    assert train.main(argv) == 0
+    (tmp_path / "config.json").unlink()
+    torch.save(torch.load(newest, weights_only=True) | change, newest)
+    assert train.main([*argv, "--resume"]) == (0 if "renamed" in words else 2)
+    assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text", [b"hello\n", b"[1]\n", b"\xff\n", b"{}\n"])
+def test_metrics_of_another_form(
+    stage0: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], text: bytes
+) -> None:
+    (tmp_path / "metrics.jsonl").write_bytes(text)
+    assert train.main(command(1, stage0, data, tmp_path)) == 2
+    assert f"{tmp_path / 'metrics.jsonl'}: " in capsys.readouterr().err
+
+
 def test_another_recipe_does_not_go_on(
     stage0: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -1004,15 +1036,15 @@ def test_a_user_is_told_what_is_missing(
         (["--stage", "3", "--from-scratch"], "--from-scratch changes nothing with --stage 3"),
         (["--no-adapters", "--no-router"], "--no-router changes nothing with --no-adapters"),
         (["--held-out", "no.json"], "no.json: No such file"),
-        (["--micro-batch", "0"], "--micro-batch must be from 1 to 1000000000, not 0"),
+        (["--micro-batch", "0"], "--micro-batch must be from 1 to 100000, not 0"),
         (["--save-every", "0"], "--save-every must be from 1 to 1000000000, not 0"),
         (["--draw-every", "0"], "--draw-every must be from 1 to 1000000000, not 0"),
         (["--keep", "-1"], "--keep must be from 1 to 1000000000, not -1"),
         (["--steps", "0"], "--steps must be from 1 to 1000000000, not 0"),
         (["--steps", str(10**20)], "--steps must be from 1 to 1000000000, not 1"),
-        (["--batch", "0"], "--batch must be from 1 to 1000000000, not 0"),
-        (["--workers", "-1"], "--workers must be from 0 to 1000, not -1"),
-        (["--workers", str(10**11)], "--workers must be from 0 to 1000, not 1"),
+        (["--batch", "0"], "--batch must be from 1 to 100000, not 0"),
+        (["--workers", "-1"], "--workers must be from 0 to 256, not -1"),
+        (["--workers", str(10**11)], "--workers must be from 0 to 256, not 1"),
         (["--seed", "-1"], "--seed must be from 0 to 9223372036854775807, not -1"),
         (["--seed", str(10**30)], "--seed must be from 0 to 9223372036854775807, not 1"),
         (["--device", "nowhere"], "the device 'nowhere' cannot be used"),
