@@ -270,7 +270,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parts.add_argument("--no-adapters", action="store_true", help="stage 1, and only that: FlanT5 as it is")
     parts.add_argument("--tags", choices=("soft", "plain", "none"), help="stage 3: default soft; plain: no soft prompt")
     parts.add_argument("--no-router", action="store_true", help="stage 3: both adapters added, for both levels")
-    parts.add_argument("--single-stage", action="store_true", help="everything at once, for as many steps")
+    parts.add_argument("--single-stage", action="store_true", help="stage 3 alone, all parts new, for the steps of all")
     machine = parser.add_argument_group("the machine")
     machine.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     machine.add_argument("--micro-batch", type=int, help="samples at a time and rank; the batch size stays the same")
