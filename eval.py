@@ -35,18 +35,17 @@ from tqdm import trange
 
 from lion_mini import GENERATION, Box, Lion, toy
 from lion_mini.distributed import distributed
-from lion_mini.evaluation.benchmarks import BENCHMARKS, best, read, report, score, table, vqa_scores
-from lion_mini.evaluation.readers import Example
-from lion_mini.files import atomic_write, json_lines, need, reading, run
+from lion_mini.evaluation.benchmarks import BENCHMARKS, best, load, read, report, score, table
+from lion_mini.evaluation.readers import Example, Line
+from lion_mini.files import atomic_write, reading, run
 from lion_mini.images import ImageFolder, draw_boxes, draw_sheet, lion_transform, open_image
 from lion_mini.pipeline import DTYPES, TINY, read_config
 from lion_mini.quantize import best_dtype
-from lion_mini.text.prompts import DECODING, EVAL_TEMPLATES, TASK_OF, TEMPLATES, load_templates, render
+from lion_mini.text.prompts import DECODING, EVAL_TEMPLATES, TASK_OF, load_templates, render
 from lion_mini.text.vocabularies import Vocabularies
 from lion_mini.toy.scores import toy_scores
 
 Examples = Sequence[Example]
-Line = dict[str, Any]  # of a file of predictions
 as_line = lambda line: json.dumps(line, ensure_ascii=False) + "\n"
 
 
@@ -54,10 +53,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("task", nargs="?", help="a benchmark, or table; without one, the shapes world")
     parser.add_argument("folder", nargs="?", help="of table: where the results are")
-    parser.add_argument("--weights", type=Path, help="a folder of weights.py convert or train.py")
+    folder = lambda name: TINY if name == "tiny" else Path(name) if name else None
+    parser.add_argument("--weights", type=folder, help="a folder of weights.py convert or train.py, or: tiny")
     parser.add_argument("--ann", type=Path, nargs="+", default=[], help="the official annotation file or files")
-    parser.add_argument("--images", type=Path, default=Path(), help="the pictures' folder")
-    parser.add_argument("--out", type=Path, default=Path("results"), help="folder of predictions and scores")
+    parser.add_argument("--images", type=Path, nargs="+", default=[Path()], help="folders that have the pictures")
+    parser.add_argument("--out", type=folder, default=Path("results"), help="folder of predictions and scores")
     parser.add_argument("--score", type=Path, metavar="FILE", help="only score this file of predictions")
     parser.add_argument("--official", action="store_true", help="write as the release: 5 beams, repetition penalty 1.5")
     parser.add_argument("--template", help="this instruction for all, with {question} or {expression}")
@@ -81,21 +81,29 @@ def evaluate(args: Namespace) -> None:
     for name, least in (("batch_size", 1), ("segment", 1), ("limit", 1), ("scenes", 1), ("sheet", 0)):
         if getattr(args, name) is not None and getattr(args, name) < least:
             raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, not {getattr(args, name)}")
+    if args.task not in (None, "table", *BENCHMARKS):
+        raise ValueError(f"the task {args.task!r} is unknown; there are {', '.join(BENCHMARKS)}, and table")
+    kind = BENCHMARKS[args.task].kind if args.task in BENCHMARKS else None
+    for names, useful, what in (
+        ("--ann --score --official --template --templates --limit --skip-missing", kind, "a benchmark, such as coco"),
+        ("--official --template --templates --no-tags", args.score is None, "a model to ask, but --score asks none"),
+        ("--templates", kind == "rec" and args.template is None, "a task of boxes, and no --template beside it"),
+        ("--rounds", args.rounds == "all" or args.task == "visdial", "the task visdial"),
+        ("folder", args.task == "table", "the task table"),
+    ):
+        for name in names.split():
+            if getattr(args, name.strip("-").replace("-", "_")) and not useful:
+                raise ValueError(f"{name} needs {what}")
+    if args.out is None:
+        raise ValueError("--out is empty: name the folder of predictions and scores")
     if args.task == "table":
         print(table(Path(args.folder or args.out)))
-    elif args.task is None:
-        for name in ("ann", "score", "official", "template", "templates", "limit", "skip_missing"):
-            if getattr(args, name):
-                raise ValueError(f"--{name.replace('_', '-')} needs a benchmark: name it first, as in eval.py coco")
+    elif kind is None:
         measure_toy(args)
-    elif args.task not in BENCHMARKS:
-        raise ValueError(f"the task {args.task!r} is unknown; there are {', '.join(BENCHMARKS)}, and table")
     elif not args.ann:
         raise ValueError(f"{args.task} needs its official annotation file: name it with --ann")
     elif args.weights is None and args.score is None:
         raise ValueError("no weights: name their folder with --weights, or a file of predictions with --score")
-    elif args.templates and (BENCHMARKS[args.task].kind != "rec" or args.template is not None):
-        raise ValueError("--templates draws REC instructions; it goes with no other task, nor with --template")
     else:
         measure(args)
 
@@ -103,98 +111,82 @@ def evaluate(args: Namespace) -> None:
 # --- predictions
 
 
-def templates(args: Namespace) -> Sequence[str]:
-    """The instruction to ask, or those to draw from: the command line's, the weights' own, or the paper's (B.2)."""
-    kind, own = BENCHMARKS[args.task].kind, read_config(folder_of(args)).instructions
-    if args.template is not None or args.templates:
-        paths = [path for path in args.templates or () if path != Path("paper")]
-        return [args.template] if args.template is not None else load_templates(*paths)["rec"]
-    return [own[kind]] if kind in own else TEMPLATES["rec"] if kind == "rec" else [EVAL_TEMPLATES[kind]]
+def templates(args: Namespace) -> list[str]:
+    """What to ask: the instruction of the command line or of the weights, or the paper's (B.2). Several are drawn."""
+    kind, own = BENCHMARKS[args.task].kind, read_config(args.weights).instructions
+    if args.template is not None:
+        return [args.template]
+    if kind in own and not args.templates:
+        return [own[kind]]
+    files = [path for path in args.templates or () if path != Path("paper")]
+    return [*load_templates(*files)["rec"]] if kind == "rec" else [EVAL_TEMPLATES[kind]]
 
 
-def instructions(args: Namespace, choices: Sequence[str], examples: Examples) -> list[str]:
-    """The prompt of each example, drawn by seed and id if there is a choice."""
-    prompts = [render(random.Random(f"{args.seed} {e.id}").choice(choices), **e.fields) for e in examples]
-    for example, prompt in zip(examples, prompts, strict=True):
-        name = next(iter(example.fields), "")
-        if example.fields.get(name, "") not in prompt:
-            raise ValueError(f"--template {args.template!r} leaves the {name} out: put {{{name}}} on its own line")
-    return prompts
-
-
-def folder_of(args: Namespace) -> Path:
-    return TINY if args.weights == Path("tiny") else args.weights
+def prompt_of(example: Example, choices: Sequence[str], seed: int) -> str:
+    """The prompt of an example. Its seed and id draw the instruction."""
+    instruction = random.Random(f"{seed} {example.id}").choice(choices)
+    prompt = render(instruction, **example.fields)
+    name, text = next(iter(example.fields.items()), ("prompt", prompt))
+    if not text.strip() or text not in prompt:
+        raise ValueError(f"the {name} of {example.id} is empty or lost in {instruction!r}: give it a line of its own")
+    return prompt
 
 
 def header(args: Namespace, choices: Sequence[str], ranked: bool) -> Line:
     """Every setting that changes predictions, and size and time of the files that make the model."""
-    folder = folder_of(args)
-    files = [folder / name for name in ("config.json", *Vocabularies.FILES)] + sorted(folder.glob("*.safetensors"))
-    stats = {file.name: file.stat() for file in files if file.is_file()}
+    names = ("config.json", *Vocabularies.FILES)
+    stats = {f.name: f.stat() for f in sorted(args.weights.iterdir()) if f.name in names or f.suffix == ".safetensors"}
     return {
         "task": args.task, "weights": str(args.weights),
         "decoding": "ranked" if ranked else "official" if args.official else "greedy",
         "template": choices[0] if len(choices) == 1 else f"one of {len(choices)}, seed {args.seed}",
-        "tags": not args.no_tags, "rounds": args.rounds if args.task == "visdial" else None,
+        "templates": choices, "tags": not args.no_tags, "rounds": args.rounds,
         "dtype": args.dtype, "batch_size": args.batch_size,
         **{name: f"{stat.st_size} bytes, mtime {stat.st_mtime_ns}" for name, stat in stats.items()},
     }  # fmt: skip
 
 
-def load(path: Path, ids: Sequence[str], header: Line) -> tuple[Line, dict[str, Line]]:
-    """A file's header and its predictions by id. A ValueError if a setting or an id is not as asked for."""
-    asked, made, known = set(ids), Line(), dict[str, Line]()
-    for place, line in json_lines(path):
-        with reading(place):
-            if "task" in need(line, dict):
-                made = line
-                if odd := [name for name in header if name != "weights" and made.get(name) != header[name]]:
-                    was = f"{odd[0]} {made.get(odd[0])!r}, not {header[odd[0]]!r}"
-                    raise ValueError(f"made with {was}: choose another --out, or delete the file")
-            else:
-                id = str(line["id"])
-                if id in known or id not in asked:
-                    raise ValueError(f"the id {id} is {'predicted twice' if id in known else 'not in the annotations'}")
-                known[id] = line
-    return made, known
-
-
 def answers(lion: Lion, args: Namespace, batch: Examples, prompts: list[str], images: ImageFolder) -> list[Line]:
     """A prediction per example: its text, or its candidates' log-likelihoods. A picture is tagged once per batch."""
     pictures, tags = dict[str | bytes, Image.Image](), None
-    for image in dict.fromkeys(example.image for example in batch):
-        pictures[image] = open_image(io.BytesIO(image) if isinstance(image, bytes) else images.path(image) or image)
+    for image, id in {example.image: example.id for example in batch}.items():
+        with reading(f"the picture of {id}"):
+            pictures[image] = open_image(io.BytesIO(image) if isinstance(image, bytes) else images.path(image) or image)
     if lion.config.tags != "none":
         tagged = dict(zip(pictures, lion.scored_tags([*pictures.values()]), strict=True))
         tags = [[tag for tag, _ in tagged[example.image]] for example in batch]
     kind, size = BENCHMARKS[args.task].kind, lion.config.vit.image_size
     pixels = torch.stack([lion_transform(pictures[example.image], size) for example in batch])
     asked = (pixels, prompts, tags, [TASK_OF[kind]] * len(batch))
-    if batch[0].candidates:
-        rows = lion.rank(*asked, [example.candidates for example in batch], args.segment)
-        said: list[Line] = [{"scores": [round(value, 6) for value in row]} for row in rows]
-    else:
-        settings = GENERATION["official" if args.official else DECODING[kind]]
-        said = [{"text": text} for text in lion.generate(*asked, settings)]
+    with reading(f"the batch {batch[0].id} to {batch[-1].id}"):
+        if batch[0].candidates:
+            rows = lion.rank(*asked, [example.candidates for example in batch], args.segment)
+            said: list[Line] = [{"scores": [round(value, 6) for value in row]} for row in rows]
+        else:
+            settings = GENERATION["official" if args.official else DECODING[kind]]
+            said = [{"text": text} for text in lion.generate(*asked, settings)]
     return [{"id": e.id, "prompt": p, **answer} for e, p, answer in zip(batch, prompts, said, strict=True)]
 
 
 def predict(args: Namespace, examples: Examples, ids: list[str], path: Path, images: ImageFolder) -> tuple[Line, Line]:
     """Answer the remaining examples; `ids` are the whole file's. Header and predictions by id, empty if rank > 0."""
+    examples = [*compress(examples, images.without_missing([e.image for e in examples], args.skip_missing))]
     choices = templates(args)
-    prompts = instructions(args, choices, examples)
+    prompts = [prompt_of(example, choices, args.seed) for example in examples]
     rank, world, device = distributed(args.device)
     args.dtype = str(best_dtype(device)).removeprefix("torch.") if args.dtype == "auto" else args.dtype
-    made, known = header(args, choices, ranked=bool(examples[0].candidates)), dict[str, Line]()
+    made, known = header(args, choices, ranked=any(e.candidates for e in examples)), dict[str, Line]()
 
     # 1. Rank 0 keeps what an earlier run left, and tells the others.
     if rank == 0:
         if path.exists():
-            os.truncate(path, path.read_bytes().rfind(b"\n") + 1)  # a kill may have cut off a line
+            if not (found := path.read_bytes()).startswith(b'{"task": '):
+                raise ValueError(f"{path} has no header, so it is none of this script: choose another --out")
+            os.truncate(path, found.rfind(b"\n") + 1)  # a kill may have cut off a line
             known = load(path, ids, made)[1]
         with atomic_write(path) as whole:
             kept = [known[id] for id in ids if id in known]
-            whole.write_text("".join(map(as_line, [made, *kept])), encoding="utf-8")
+            whole.write_text("".join(map(as_line, [made, *kept])), encoding="utf-8", errors="backslashreplace")
     known = gather(known, world)[0]
 
     # 2. The ranks take turns at the batches, and rank 0 writes.
@@ -208,7 +200,7 @@ def predict(args: Namespace, examples: Examples, ids: list[str], path: Path, ima
         new = {line["id"]: line for line in chain(*gather(lines, world)) if line["id"] not in known}
         known |= new
         if rank == 0:
-            with open(path, "a", encoding="utf-8") as file:
+            with reading(path), open(path, "a", encoding="utf-8", errors="backslashreplace") as file:
                 file.writelines(map(as_line, new.values()))
     if world > 1:
         dist.destroy_process_group()
@@ -224,9 +216,8 @@ def gather(value: Any, world: int) -> list[Any]:
 
 
 def open_lion(args: Namespace, device: str | torch.device) -> Lion:
-    lion = Lion.from_pretrained(args.weights or "tiny", device, DTYPES[args.dtype])
-    if args.no_tags:
-        lion.config = replace(lion.config, tags="none")
+    lion = Lion.from_pretrained(args.weights or TINY, device, DTYPES[args.dtype])
+    lion.config = replace(lion.config, tags="none" if args.no_tags else lion.config.tags)
     return lion
 
 
@@ -234,44 +225,38 @@ def open_lion(args: Namespace, device: str | torch.device) -> Lion:
 
 
 def measure(args: Namespace) -> None:
-    benchmark, images, predictions = BENCHMARKS[args.task], ImageFolder(args.images), dict[str, Line]()
-    examples, path = read(args.task, args.ann), args.score or args.out / f"{args.task}.jsonl"
-    if args.task == "visdial" and args.rounds == "last":
-        examples = [example for example in examples if example.group == "last"]
+    benchmark, images = BENCHMARKS[args.task], ImageFolder(*args.images, prefer=args.task)
+    path, lost = args.score or args.out / f"{args.task}.jsonl", "prediction" if args.score else "picture"
+    examples = [e for e in read(args.task, args.ann) if args.rounds == "all" or e.group == "last"]
     ids, asked = [example.id for example in examples], examples[: args.limit]
 
     # 1. Predict, or load predictions.
     if args.score is None:
-        lost, there = "picture", images.without_missing([example.image for example in asked], args.skip_missing)
+        made, predictions = predict(args, asked, ids, path, images)
+        if not made:  # rank 0 scores
+            return
     else:
         made, predictions = load(path, ids, {"task": args.task})
-        lost, there = "prediction", [example.id in predictions for example in asked]
-    examples = [*compress(asked, there)]
-    if not examples:
-        raise ValueError(f"{args.score or args.images} holds no {lost} for the {len(asked):,} examples of {args.task}")
-    if args.score is None:
-        made, predictions = predict(args, examples, ids, path, images)
-        if not predictions:  # rank 0 scores
-            return
+    if not (examples := [example for example in asked if example.id in predictions]):
+        where = args.score or " or ".join(map(str, args.images))
+        raise ValueError(f"{where} holds no {lost} for the {len(asked):,} examples of {args.task}")
 
     # 2. Score, and say what differs from the paper's setting.
     with reading(path):
         scores = score(args.task, examples, [predictions[example.id] for example in examples])
-    few, template = (
-        sum(len(example.references) < 10 for example in examples),
-        made.get("template", EVAL_TEMPLATES[benchmark.kind]),
-    )
+    few = sum(len(e.references) < 10 for e in examples) * bool({"VQA accuracy", "direct answer"} & scores.keys())
+    template, rec = made.get("template", usual := EVAL_TEMPLATES[benchmark.kind]), benchmark.kind == "rec"
     notes = {
-        f"{len(ids):,} examples in the file, {benchmark.count:,} in the paper's benchmark": len(ids) != benchmark.count,
+        f"{len(ids):,} examples in the file, {benchmark.count:,} in the paper's benchmark":
+            benchmark.count not in (0, len(ids)),
         f"{len(asked) - len(examples):,} examples without a {lost} left out": len(examples) < len(asked),
         f"only the first {args.limit}": args.limit is not None,
-        f"VQA accuracy counts {few:,} questions too low: they have fewer than ten annotators (with one they score 0)":
-            few and benchmark.scorer is vqa_scores,
+        f"{few:,} questions have fewer than ten annotators and count too low (one alone: 0; a direct answer: 1/3)": few,
         benchmark.differs: benchmark.differs,
         "the file does not say how its predictions were made": not made,
         "5 beams and repetition penalty 1.5, where the paper writes greedily": made.get("decoding") == "official",
-        f"the instruction {template!r}, where the paper draws one of its training list": benchmark.kind == "rec",
-        f"the instruction {template!r}": template != EVAL_TEMPLATES[benchmark.kind] and benchmark.kind != "rec",
+        f"the instruction: {template}" + "; the paper draws from its training list" * rec:
+            made and (rec or template != usual),
         "no image tags": made.get("tags") is False,
         "only the last rounds": made.get("rounds") == "last",
     }  # fmt: skip
@@ -289,8 +274,8 @@ def measure(args: Namespace) -> None:
             csv.writer(file, delimiter="\t").writerows([("index", "question", "prediction"), *letters])
         print(f"the answers are hidden in this file: {submission} is for MMBench's server")
     if benchmark.kind == "rec" and args.sheet and images.path(str(examples[0].image)):
-        sheet = args.out / f"{args.task}.png"
-        draw_worst(examples, predictions, images, args.sheet).save(sheet)
+        with atomic_write(sheet := args.out / f"{args.task}.png") as new:
+            draw_worst(examples, predictions, images, args.sheet).save(new, "PNG")
         print(f"the worst are drawn in {sheet}: the truth green, the prediction red")
 
 

@@ -5,13 +5,12 @@
     python infer.py photo.jpg --weights weights/xl --ask "what is he holding?"
     python infer.py photo.jpg --weights weights/xl --locate "the dog on the left"      a box, drawn
     python infer.py photo.jpg --weights weights/xl --describe 0.1,0.2,0.4,0.9          what is in the box
+    python infer.py photo.jpg --weights weights/xl --prompt "Any instruction." --max-new-tokens 60
     python infer.py photos/ "more/*.png" --weights weights/xl --tags                   RAM's tags alone
-    python infer.py --tags --data train.json --images coco --out tagged.jsonl --weights weights/xl
-                                        training records with RAM's tags, one per line; continues where it stopped
+    python infer.py --tags --data train.json --images coco --out tagged.jsonl --weights weights/xl     tags of records
 
-Answers are printed. `--out` (default: out) gets results.jsonl, one line per picture with tags, prompt, raw text,
-answer, box and score, and the pictures with their boxes. A picture that cannot be read is reported and left out.
-Exit code 0: all is done; 1: some pictures failed; 2: nothing could be done.
+Answers are printed. `--out` (default: out) gets results.jsonl, a line per picture, and the pictures with their boxes.
+It replaces earlier results, but no other file. Exit code 0: all is done; 1: some pictures failed; 2: nothing is done.
 """
 
 import argparse
@@ -31,13 +30,12 @@ from tqdm import tqdm, trange
 
 from lion_mini import GENERATION, Box, Lion, toy
 from lion_mini.data.convert import tag_records
-from lion_mini.data.records import Records
-from lion_mini.files import reading, run
-from lion_mini.images import draw_boxes, open_image
+from lion_mini.data.records import Records, split_tags
+from lion_mini.files import printable, reading, run
+from lion_mini.images import ENDING, draw_boxes, open_image
 from lion_mini.pipeline import DTYPES, Answer
 from lion_mini.text.prompts import DECODING, TASK_OF, render
 
-SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 KIND = {"caption": "caption", "ask": "vqa", "locate": "rec", "describe": "reg"}  # of the prompt
 Picture = tuple[Path, Image.Image, Box | None]  # the box to describe
 
@@ -45,17 +43,20 @@ Picture = tuple[Path, Image.Image, Box | None]  # the box to describe
 def check_flags(args: argparse.Namespace) -> None:
     """A ValueError if flags contradict each other, or if a value cannot be used."""
     mode, text = args.job or ("", "")
-    prompt = args.no_tags or args.use_tags or args.official
+    asks, length = args.no_tags or args.use_tags or args.official or args.max_new_tokens, args.max_new_tokens
     for wrong, sentence in (
-        (mode in ("ask", "locate") and not text, f"--{mode} is empty: say what you want to know"),
+        (mode in ("ask", "locate", "prompt") and not text.strip(), f"--{mode} is empty: say what you want to know"),
         (args.images and args.data, "give pictures to look at, or a file of records with --data, not both"),
         (args.data and mode != "tags", "--data is for --tags: it adds them to training records"),
         (args.dtype not in DTYPES, f"--dtype {args.dtype}: there are {', '.join(DTYPES)}; T5 overflows in float16"),
         (args.batch_size < 1, f"--batch-size must be at least 1, not {args.batch_size}"),
+        (length is not None and not 0 < length <= 10_000, f"--max-new-tokens must be 1 to 10,000, not {length}"),
+        ("" in (args.out, *args.images), "a file or folder without a name: say . for the folder that you are in"),
         (args.use_tags == [], "--use-tags is empty: for no tags at all say --no-tags"),
         (args.pixels and mode != "describe", "--pixels is for --describe: its four numbers are pixels then"),
         (mode and not args.images and not args.data, f"--{mode} needs a picture: name one, or a folder of them"),
-        (mode == "tags" and prompt, "--tags uses no prompt: --use-tags, --no-tags and --official do not go with it"),
+        (args.task and mode != "prompt", "--task is for --prompt: every other question has its own"),
+        (mode == "tags" and asks, "--tags asks nothing: leave out --use-tags, --no-tags, --official, --max-new-tokens"),
     ):
         if wrong:
             raise ValueError(sentence)
@@ -75,7 +76,7 @@ def find_images(patterns: list[str]) -> list[Path]:
     paths: list[Path] = []
     for path in map(Path, patterns):
         if path.is_dir():
-            matches = sorted(file for file in path.iterdir() if file.suffix.lower() in SUFFIXES)
+            matches = sorted(file for file in path.iterdir() if ENDING.search(file.name))
         else:
             matches = [path] if path.exists() else sorted(map(Path, glob.glob(str(path), recursive=True)))
         if not matches:
@@ -88,8 +89,7 @@ def open_lion(args: argparse.Namespace) -> Lion:
     lion = Lion.from_pretrained(args.weights, args.device, DTYPES[args.dtype])
     if args.use_tags and lion.config.tags == "none":
         raise ValueError(f"--use-tags: {args.weights} answers without tags in its prompt")
-    if args.no_tags:
-        lion.config = replace(lion.config, tags="none")
+    lion.config = replace(lion.config, tags="none") if args.no_tags else lion.config
     if args.dtype == "auto":
         print(f"--dtype auto: {args.weights} computes in {str(lion.dtype)[6:]} on {lion.device}", file=sys.stderr)
     return lion
@@ -101,43 +101,53 @@ def ask(lion: Lion, mode: str, text: str, pictures: Sequence[Picture], args: arg
     if mode == "tags":
         answers = [Answer(", ".join(tag for tag, _ in tags), "", tags, 0.0) for tags in lion.scored_tags(images)]
     else:
-        kind, tags = KIND[mode], args.use_tags and [args.use_tags] * len(images)
+        kind = KIND.get(mode) or ("rec" if args.task == "region" else "caption")  # a prompt is decoded like these
         settings = GENERATION["official" if args.official else DECODING[kind]]
-        prompts = [render(lion.instruction(kind), question=text, expression=text, box=box or "") for box in boxes]
-        answers = lion.respond(images, prompts, [TASK_OF[kind]] * len(images), settings, tags)
-    if mode == "locate":
+        settings = replace(settings, max_new_tokens=args.max_new_tokens or settings.max_new_tokens)
+        template = "{question}" if mode == "prompt" else lion.instruction(kind)
+        prompts = [render(template, question=text, expression=text, box=box or "") for box in boxes]
+        tags = args.use_tags and [args.use_tags] * len(images)
+        answers = lion.respond(images, prompts, [args.task or TASK_OF[kind]] * len(images), settings, tags)
+    if mode in ("locate", "prompt"):
         boxes = [Box.parse(answer.text) for answer in answers]
     return [
         {
             "image": str(path), "tags": [[tag, round(score, 4)] for tag, score in answer.tags],
-            "prompt": answer.prompt, "text": answer.text,
+            "prompt": answer.prompt, "text": answer.text, "score": round(answer.score, 4),
             "answer": answer.text if mode != "locate" else box and box.to_text(),
             "box": box and list(astuple(box)), "box_pixels": box and [round(x, 1) for x in box.to_pixels(*image.size)],
-            "score": round(answer.score, 4),
         }
         for path, image, box, answer in zip(paths, images, boxes, answers, strict=True)
     ]  # fmt: skip
 
 
 def readable(mode: str, line: dict) -> str:
-    if mode != "locate":
-        return line["answer"] or ("(no tags)" if mode == "tags" else "(an empty answer)")
     box, text = line["box_pixels"], line["text"]
-    return f"{line['answer']}, pixels {box}" if box else f"no box: the answer was {text!r}"
+    if mode == "locate" and not box:
+        return f"no box: the answer was {text!r}"
+    answer = line["answer"] or ("(no tags)" if mode == "tags" else "(an empty answer)")
+    return f"{answer}, pixels {box}" if box and mode != "describe" else answer
+
+
+def unused(path: Path) -> Path:
+    """The path, with a number if such a file exists. Results of an earlier run do not count."""
+    names = (path.with_stem(f"{path.stem}-{i}") if i else path for i in count())
+    ours = lambda file: file.suffix == ".jsonl" and b'"box_pixels": ' in file.open("rb").readline()
+    return next(name for name in names if not name.exists() or ours(name))
 
 
 def demonstrate(args: argparse.Namespace) -> int:
     """Draw a scene that no training saw, and ask everything about it."""
     seed = random.randrange(10**9) if args.seed is None else args.seed
-    scene, rng, lion, path = toy.scene(seed, "test"), random.Random(seed), open_lion(args), args.out / "scene.png"
+    scene, rng, lion = toy.scene(seed, "test"), random.Random(seed), open_lion(args)
     args.out.mkdir(parents=True, exist_ok=True)
-    scene.image.save(path)
+    scene.image.save(path := unused(args.out / "scene.png"))
     print(f"scene {seed}, drawn to {path}")
     thing = rng.choice(scene.things)
     _, question, answer = rng.choice(list(toy.questions(scene.things, rng)))
     expression = toy.expression(scene.things, thing, rng)
     box, boxes = thing.box, [(thing.box, "true", "#3cb44b")]
-    with open(args.out / "results.jsonl", "w", encoding="utf-8") as file:
+    with open(unused(args.out / "results.jsonl"), "w", encoding="utf-8") as file:
         for mode, text, truth in (
             ("tags", "", ", ".join(sorted(set().union(*(each.words for each in scene.things))))),
             ("caption", "", toy.caption(scene.things)),
@@ -150,22 +160,23 @@ def demonstrate(args: argparse.Namespace) -> int:
             print(f"{mode:9} {text:32} {readable(mode, line)}   (true: {truth})")
             if mode == "locate" and line["box"]:
                 boxes.append((Box(*line["box"]), expression, "#e6194b"))
-    draw_boxes(scene.image, boxes).save(args.out / "scene-box.png")
-    print(f"{args.out / 'scene-box.png'}: where {expression} is, and where the model sees it")
+    draw_boxes(scene.image, boxes).save(drawing := unused(path.with_stem(f"{path.stem}-box")))
+    print(f"{drawing}: where {expression} is, and where the model sees it")
     return 0
 
 
 def infer(args: argparse.Namespace) -> int:
     check_flags(args)
+    args.out = Path(args.out)
     if args.data:
-        source, opened = Records(args.data, args.root), cache(partial(open_lion, args))
+        source, opened = Records(args.data, args.roots), cache(partial(open_lion, args))
         lacking = tag_records(source, args.out, args.batch_size, lambda images: opened().tag(images))
         tqdm.write(f"{args.out}: {len(source)} records" + f", {lacking} of them untagged" * (lacking > 0))
         return int(lacking > 0)
     if not args.images:
         return demonstrate(args)
     paths, lion, (mode, text) = find_images(args.images), open_lion(args), args.job or ("caption", "")
-    file, done, drawn = args.out / "results.jsonl", 0, set[str]()
+    file, done = unused(args.out / "results.jsonl"), 0
     for start in trange(0, len(paths), args.batch_size, unit_scale=args.batch_size, disable=None):
         # 1. Open the pictures. One that cannot be used is reported and left out.
         pictures: list[Picture] = []
@@ -187,14 +198,13 @@ def infer(args: argparse.Namespace) -> int:
             with open(file, "a" if done else "w", encoding="utf-8", errors="backslashreplace") as out:
                 out.write(json.dumps(line, ensure_ascii=False) + "\n")
             done += 1
-            tqdm.write(f"{path}: {readable(mode, line)}".encode("utf-8", "backslashreplace").decode())
+            tqdm.write(printable(f"{path}: {readable(mode, line)}"))
 
-            # 3. Draw the box. Pictures of the same name get numbers.
+            # 3. Draw the box. A long name is cut to make room.
             if line["box"]:
-                names = (f"{path.stem}-{i}" if i else path.stem for i in count())
-                drawn.add(name := next(name for name in names if name not in drawn))
-                label = text if mode == "locate" else line["answer"]
-                draw_boxes(image, [(Box(*line["box"]), label)]).save(args.out / f"{name}-box.png")
+                stem = path.stem.encode(errors="ignore")[:200].decode(errors="ignore")
+                label = line["answer"] if mode == "describe" else text
+                draw_boxes(image, [(Box(*line["box"]), label)]).save(unused(args.out / f"{stem}-box.png"))
     if not done:
         raise ValueError(f"not one of the {len(paths)} pictures could be read")
     tqdm.write(f"{file}: {done} pictures" + f", {len(paths) - done} failed" * (done < len(paths)))
@@ -211,13 +221,15 @@ def main(argv: list[str] | None = None) -> int:
     mode("--ask", metavar="QUESTION", type=job("ask"), help="answer a question")
     mode("--locate", metavar="EXPRESSION", type=job("locate"), help="find what the words refer to")
     mode("--describe", metavar="X1,Y1,X2,Y2", type=job("describe"), help="say what is in the box, given in fractions")
+    mode("--prompt", metavar="TEXT", type=lambda text: ("prompt", text), help="ask in words of your own, as they are")
     mode("--tags", action="store_const", const=("tags", ""), help="only RAM's tags")
+    add("--task", help="the router's row for --prompt: image (default) or region")
+    add("--max-new-tokens", type=int, metavar="N", help="how long an answer may be (default: 10 to 40)")
     add("--data", type=Path, help="with --tags: a file of training records, JSON or JSON lines, to tag")
-    add("--images", type=Path, dest="root", default=Path(), help="the folder of --data's pictures")
+    add("--images", type=Path, nargs="+", dest="roots", default=[Path()], help="the folders of --data's pictures")
     add("--pixels", action="store_true", help="--describe gives pixels of the upright picture")
     tags = parser.add_mutually_exclusive_group()
-    words = lambda text: [word.strip() for word in text.split(",") if word.strip()]
-    tags.add_argument("--use-tags", metavar='"A, B"', type=words, help="these tags in place of RAM's")
+    tags.add_argument("--use-tags", metavar='"A, B"', type=split_tags, help="these tags in place of RAM's")
     tags.add_argument("--no-tags", action="store_true", help="ask without tags")
     add("--official", action="store_true", help="the release's settings: 5 beams, repetition penalty 1.5")
     add("--weights", type=Path, default=Path("tiny"), help="a folder of weights.py or train.py")
@@ -225,7 +237,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--dtype", default="auto", help=f"{', '.join(DTYPES)}; auto: bfloat16 where it is fast")
     add("--batch-size", type=int, default=8, help="pictures at a time")
-    add("--out", type=Path, default=Path("out"), help="folder of results.jsonl and drawn boxes, or file")
+    add("--out", default="out", help="folder of results.jsonl and drawn boxes, or file")
     return run(infer, parser.parse_args(argv))
 
 

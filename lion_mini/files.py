@@ -6,9 +6,11 @@ run(main, args)                     a script's way out: one sentence on stderr a
 """
 
 import inspect
+import io
 import json
 import os
 import pickle
+import re
 import shutil
 import sys
 import traceback
@@ -26,8 +28,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 FAULTS: dict[type | tuple[type, ...], str] = {
-    UnicodeDecodeError: "it is not UTF-8 text",
-    json.JSONDecodeError: "it is not whole JSON: {0.msg} after {0.pos} characters",
+    UnicodeDecodeError: "it is not UTF-8 text at byte {0.start}",
+    json.JSONDecodeError: "it is not whole JSON: {0.msg}, line {0.lineno}, column {0.colno}",
     RecursionError: "it is nested too deeply",
     KeyError: "the field {0} is missing",
     (TypeError, AttributeError, IndexError): "it has another form than expected: {0}",
@@ -60,6 +62,8 @@ def printable(text: object) -> str:
 
 def run(main: Callable[[Any], int | None], args: Any) -> int:
     """Call `main(args)`; returns the exit code. An error is one sentence on stderr; LION_DEBUG=1 adds the traceback."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # for a terminal that has only ASCII
     try:
         return main(args) or 0
     except KeyboardInterrupt:
@@ -68,7 +72,8 @@ def run(main: Callable[[Any], int | None], args: Any) -> int:
         if os.environ.get("LION_DEBUG"):
             traceback.print_exc()
         text = reason(error) if isinstance(error, (ValueError, OSError)) else f"{error!r}; LION_DEBUG=1 shows where"
-        print(f"{Path(inspect.getfile(main)).name}: {printable(text)}", file=sys.stderr)
+        name = main.__module__.rpartition(".")[0] or Path(inspect.getfile(main)).name
+        print(f"{name}: {printable(text)}", file=sys.stderr)
         return 2
 
 
@@ -88,13 +93,21 @@ def read_json(path: Path, kind: type | tuple[type, ...] = dict) -> Any:
         return need(json.loads(read_text(path)), kind)
 
 
+_NOT_BLANK = re.compile(r"[^\s\ufeff]")  # files that were joined may hold a byte order mark inside
+
+
 def json_lines(path: Path) -> Iterator[tuple[str, Any]]:
-    """Each JSON line with its place, "path, line 3"."""
-    with reading(path), open(path, "rb") as file:
-        for number, line in enumerate(file, 1):
-            with reading(place := f"{path}, line {number}"):
-                if text := line.decode("utf-8-sig").strip():
-                    yield place, json.loads(text)
+    """The objects of a JSON list, or of JSON lines, which may span lines, each with its place: "path, line 3"."""
+    text, decoder, start, end, line = read_text(path), json.JSONDecoder(), 0, 0, 1
+    while first := _NOT_BLANK.search(text, end):
+        line += text.count("\n", start, first.start())
+        start = first.start()
+        with reading(place := f"{path}, line {line}"):
+            value, end = decoder.raw_decode(text, start)
+        if isinstance(value, list):
+            yield from ((f"{path}, record {number}", row) for number, row in enumerate(value, 1))
+        else:
+            yield place, value
 
 
 NAMES = {dict: "an object", list: "a list", str: "text", int: "a whole number", float: "a number", bool: "a boolean"}

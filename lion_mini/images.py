@@ -7,13 +7,17 @@ original width and height therefore keeps its numbers. They differ in the filter
     ram_transform    bilinear, ImageNet's             (the release's ram/transform.py)
 """
 
+import filecmp
 import math
 import os
 import random
+import re
 import textwrap
 import unicodedata
+from collections import defaultdict
 from collections.abc import Sequence
-from functools import partial
+from functools import cached_property, partial
+from itertools import chain
 from pathlib import Path
 from typing import IO
 
@@ -28,6 +32,7 @@ from .files import reading
 
 CLIP = torch.tensor([[0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]])[..., None, None]
 IMAGENET = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])[..., None, None]  # mean and std, (2, 3, 1, 1)
+ENDING = re.compile(r"\.(jpe?g|png|webp|bmp|gif|tiff?)$", re.IGNORECASE)
 COLORS = ("#e6194b", "#3cb44b", "#4363d8", "#f58231", "#911eb4", "#008080")
 
 
@@ -72,7 +77,8 @@ def to_rgb(image: Image.Image) -> Image.Image:
         levels = np.nan_to_num(np.asarray(image).astype(np.float64), posinf=0.0, neginf=0.0)
         least, most = levels.min(), levels.max()
         # White is the least usual maximum that holds all levels; else their own range is stretched.
-        usual = {"F": (1, 255, 65535), "I": (255, 65535)}.get(image.mode, (65535,))
+        mode = "I;16" if image.format in ("PNG", "PPM") else image.mode  # "I" of these two means 16 bits
+        usual = {"F": (1, 255, 65535), "I": (255, 65535)}.get(mode, (65535,))
         fits = [white for white in usual if least >= 0 and most <= white]
         black, white = (0, fits[0]) if fits else (least, (most - least) or 1)
         image = Image.fromarray(np.rint((levels - black) * 255 / white).astype(np.uint8))
@@ -84,11 +90,14 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 def open_image(source: str | Path | IO[bytes]) -> Image.Image:
     """The first frame of a path or binary file, upright, as 8-bit RGB. A ValueError names the path and the fault."""
-    name = getattr(source, "name", "the image") if hasattr(source, "read") else source
-    with reading(name), Image.open(source) as image:
-        image.load()
-        ImageOps.exif_transpose(image, in_place=True)
-        return to_rgb(image)
+    name = source if isinstance(source, (str, Path)) else getattr(source, "name", "the image")
+    with reading(name):
+        if os.path.exists(name) and not os.path.isfile(name):  # a pipe would never answer
+            raise ValueError("it is a folder or a device, not a file")
+        with Image.open(source) as image:
+            image.load()
+            ImageOps.exif_transpose(image, in_place=True)
+            return to_rgb(image)
 
 
 def draw_boxes(image: Image.Image, boxes: Sequence[tuple[Box, str] | tuple[Box, str, str | None]]) -> Image.Image:
@@ -140,27 +149,55 @@ def _fitting(label: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, wid
 
 
 class ImageFolder:
-    """The pictures below a folder. Any end of a path will do: people keep only the inner folders of official trees."""
+    """The pictures below some folders. Any end of a path finds one, with any ending: official trees differ."""
 
-    def __init__(self, root: Path):
-        self.root, self.found = root, dict[str, Path | None]()
+    def __init__(self, *roots: Path, prefer: str = ""):
+        self.roots, self.prefer = [root.absolute() for root in roots], prefer
 
     def path(self, name: str) -> Path | None:
-        """`find` with a cache."""
-        if name not in self.found:
-            self.found[name] = self.find(name)
-        return self.found[name]
+        """The picture's path, or None if it is missing. A ValueError if different pictures fit equally well.
 
-    def find(self, name: str) -> Path | None:
-        """The picture's path, or None if it is missing."""
-        parts = Path(name).parts
-        ends = (self.root.joinpath(*parts[i:]) for i in range(len(parts)))
-        return next((path for path in ends if os.path.isfile(path)), None)  # Path.is_file raises without permission
+        The longest end decides, then the same ending, then the number of equal folders; `prefer` is one more.
+        """
+        key, suffix = reversed_parts(Path(name)), Path(name).suffix
+        paths = [root / name for root in self.roots if os.path.isfile(root / name)]
+        if not paths:
+            near = self.index.get(key[:2]) or self.index.get(key[:1], [])
+            paths = [Path(file) for file in near if len(near) < 10 and os.path.isfile(file)]  # image.png is no clue
+        end = lambda path: [a == b for a, b in zip(reversed_parts(path), key, strict=False)]
+        rank = lambda path: (end(path), path.suffix == suffix, len({self.prefer, *key[1:]} & {*path.parts}))
+        best, *others = sorted(paths, key=rank, reverse=True) or [Path()]
+        for other in others:
+            if rank(other) == rank(best) and not filecmp.cmp(best, other, shallow=False):
+                raise ValueError(f"the image {name} may be {best} or {other}: name the right folder with --images")
+        return best if paths else None
+
+    @cached_property
+    def index(self) -> dict[tuple[str, ...], list[str]]:
+        """Every file below the roots, by its name and by its name and folder. Made once, if a direct path fails."""
+        index, visited = defaultdict[tuple[str, ...], list[str]](list), set[str]()
+        for folder, inner, names in chain.from_iterable(os.walk(root, followlinks=True) for root in self.roots):
+            if (place := os.path.realpath(folder)) in visited:  # a link that leads back
+                inner[:], names[:] = [], []
+            visited.add(place)
+            for name in names:
+                stem = ENDING.sub("", name)
+                for key in ((stem,), (stem, os.path.basename(folder))):
+                    index[key].append(os.path.join(folder, name))
+        return index
+
+    def relative(self, path: Path) -> str:
+        """How a record names the picture: by its path below its root."""
+        return str(next((path.relative_to(root) for root in self.roots if path.is_relative_to(root)), path))
 
     def without_missing(self, names: Sequence[str | bytes], skip: bool) -> list[bool]:
         """A flag per picture: is it there? A ValueError if one is missing, unless `skip`."""
         there = [isinstance(name, bytes) or self.path(name) is not None for name in names]
         if not skip and not all(there):
-            fault = f"the image {names[there.index(False)]!s} is not below {self.root}"
+            fault = f"the image {names[there.index(False)]!s} is not below {' or '.join(map(str, self.roots))}"
             raise ValueError(f"{fault}: name their folder with --images, or go on without them with --skip-missing")
         return there
+
+
+def reversed_parts(path: Path) -> tuple[str, ...]:  # file without its ending, folder, folder above, ...
+    return ENDING.sub("", path.name), *path.parts[-2::-1]

@@ -34,6 +34,7 @@ from typing import Any
 import torch
 from PIL import Image, ImageFilter
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
@@ -49,7 +50,7 @@ from lion_mini.config import EOS, PAD, PRESETS, AggregatorConfig, QFormerConfig,
 from lion_mini.data.mixture import MicroBatches, Mixture, Samples, collate
 from lion_mini.data.records import Records
 from lion_mini.model.generate import generate
-from lion_mini.model.lion import LionModel
+from lion_mini.model.lion import Batch, LionModel, skeleton
 from lion_mini.model.ram import Ram
 from lion_mini.model.t5 import T5, Attention
 from lion_mini.pipeline import TINY as TINY_FOLDER
@@ -57,6 +58,7 @@ from lion_mini.text.prompts import EVAL_TEMPLATES, render
 from lion_mini.text.tokenizers import UnigramTokenizer, WordPieceTokenizer
 from lion_mini.text.vocabularies import Vocabularies
 from lion_mini.toy.questions import Toy
+from lion_mini.training.stages import STAGES, unfreeze
 from train import autocast
 
 BASE = LionConfig(
@@ -384,6 +386,30 @@ def batches(args: argparse.Namespace, dtype: str) -> list[Row]:
     return rows
 
 
+def hours(args: argparse.Namespace, dtype: str) -> list[Row]:
+    """Hours of each stage on one A100, computed: its operations at 40 % of 312e12 per second.
+
+    Assumed are 24 tokens of prompt and 24 more of tags, and answers of 12 tokens, boxes of 24.
+    """
+    rows = []
+    for name, config in {"tiny": TINY}.items() if args.quick else [(name, PRESETS[name]) for name in ("xl", "xxl")]:
+        for number, tags, answer in (1, 0, 12), (2, 0, 24), (3, 24, 12):
+            stage = STAGES[number]
+            model = skeleton(replace(config, **stage.model, ram=None))
+            unfreeze(model, stage)
+            ids = lambda *shape: torch.zeros(shape, dtype=torch.long, device="meta")
+            pixels = torch.empty(1, 3, config.vit.image_size, config.vit.image_size, device="meta")
+            words = ids(1, 24), None, ids(1, 24 + tags), None, ids(1, 24 + tags).bool(), ids(1), ids(1, answer)
+            with FlopCounterMode(display=False) as count:
+                model(Batch(pixels, ids(1), *words)).backward()
+            samples, operations = stage.batch * stage.steps, count.get_total_flops()
+            rows.append(
+                Row("hours", f"{name}, stage {number}: operations of a sample, 1e12", "", operations / 1e12, unit="x")
+            )
+            rows.append(Row("hours", f"{name}, stage {number}", "", samples * operations / (0.4 * 312e12), unit="s"))
+    return rows
+
+
 LOAD = """
 import sys
 from lion_mini import Lion
@@ -459,9 +485,9 @@ def growth(args: argparse.Namespace, dtype: str) -> list[Row]:
 
 PARTS: dict[str, Callable[[argparse.Namespace, str], list[Row]]] = {
     "tokenizers": tokenizers, "vit": vit, "t5": t5, "tag": tag, "lion": whole, "train": train, "data": data,
-    "memory": peak, "batches": batches, "convert": convert, "growth": growth,
+    "memory": peak, "batches": batches, "convert": convert, "hours": hours, "growth": growth,
 }  # fmt: skip
-ONE_DTYPE = ("tokenizers", "data", "batches", "convert")
+ONE_DTYPE = ("tokenizers", "data", "batches", "convert", "hours")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

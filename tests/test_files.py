@@ -22,8 +22,8 @@ def test_reading_names_the_innermost_place_once() -> None:
 def test_text(tmp_path: Path) -> None:
     path = tmp_path / "a"
     for data, words in (
-        (b"\xff", "it is not UTF-8 text"),
-        (b'{"a": [1, 2', "it is not whole JSON: Expecting ',' delimiter after 11 characters"),
+        (b"\xff", "it is not UTF-8 text at byte 0"),
+        (b'{"a": [1, 2', "it is not whole JSON: Expecting ',' delimiter, line 1, column 12"),
         (b"[" * 10**5, "it is nested too deeply"),
         (b"[1]", "it must be an object, found [1]"),
     ):

@@ -1,6 +1,7 @@
 """The layout: who may import whom."""
 
 import ast
+import re
 import sys
 from collections.abc import Iterator
 
@@ -71,3 +72,42 @@ def test_every_file_fits_in_the_head() -> None:
         for node in ast.walk(ast.parse(text)):
             if isinstance(node, ast.FunctionDef) and node.name != "parse":
                 assert (node.end_lineno or 0) - node.lineno < 60, f"{path}: {node.name}"
+
+
+PAPER = {  # what there is in the paper
+    "section": "1 2 2.1 2.2 3 3.1 3.1.1 3.1.2 3.1.3 3.2 4 4.1 4.2 4.3 4.4 4.5 5",
+    "Appendix": "A B B.1 B.2", "Table": "1 2 3 4 5 6 7 8 9", "Figure": "1 2 3 4 5 6 7", "eq": "1 2 3 4 5",
+}  # fmt: skip
+POINTERS = """
+    model/vit.py          section 3.1
+    model/qformer.py      section 3.1.2
+    model/aggregator.py   section 3.1.3, equations (4) and (5)
+    model/adapters.py     section 3.1.2, equations (1) to (3)
+    model/t5.py           section 3.1.2
+    model/lion.py         section 3, Figure 3
+    model/swin.py         section 3.2
+    model/ram.py          section 3.2
+    model/generate.py     section 4.1
+    text/prompts.py       section 3.2, Figure 5, Table 9
+    box.py                section 3.1.1
+    training/stages.py    section 3.1.2, Appendix A
+    data/convert.py       Table 7
+    evaluation/readers.py Table 8
+"""  # what each file names at least
+
+
+def pointers(text: str) -> set[str]:
+    """The sections, tables, ... of the paper that a text names: "eq. 4, 5" is {"eq 4", "eq 5"}."""
+    number = r"\(?[0-9](?:\.[0-9])*\)?"
+    found = re.finditer(rf"\b(section|Table|Figure|eq)(?:uation)?s?\.? ({number}(?:(?:,| and| to) {number})*)", text)
+    numbered = {f"{match[1]} {name}" for match in found for name in re.findall(r"[0-9](?:\.[0-9])*", match[2])}
+    return numbered | set(re.findall(r"\bAppendix \w(?:\.[0-9])?", text))
+
+
+def test_pointers_to_the_paper() -> None:
+    assert pointers("Tables 1, 2 and 5, eq. (3)") == {"Table 1", "Table 2", "Table 5", "eq 3"}
+    known = {f"{kind} {number}" for kind, numbers in PAPER.items() for number in numbers.split()}
+    for path in [*ROOT.glob("*.py"), *ROOT.glob("*.md"), *PACKAGE.rglob("*.py"), *PACKAGE.rglob("*.md")]:
+        assert pointers(path.read_text(encoding="utf-8")) <= known, path
+    for name, least in re.findall(r"(\S+\.py) +(.*)", POINTERS):
+        assert pointers((PACKAGE / name).read_text(encoding="utf-8")) >= pointers(least) > set(), name

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import math
+import os
 import random
 import struct
 import zlib
@@ -20,6 +21,7 @@ from torch.testing import assert_close
 from lion_mini.box import Box
 from lion_mini.images import (
     CLIP,
+    ImageFolder,
     _crop,
     augment,
     draw_boxes,
@@ -142,8 +144,11 @@ def test_sixteen_bits(tmp_path: Path) -> None:
     opened = reopened(tmp_path, Image.fromarray(levels), "deep.png")
     expected = [0, 0, 1, 1, 100, 128, 255]
     assert [opened.getpixel((x, 0)) for x in range(7)] == [(v, v, v) for v in expected]
-    dark = reopened(tmp_path, Image.fromarray(np.array([[0, 100, 200]], dtype=np.uint16)), "dark.png")
-    assert [dark.getpixel((x, 0)) for x in range(3)] == [(0, 0, 0), (0, 0, 0), (1, 1, 1)]
+    (tmp_path / "dark.pgm").write_bytes(b"P5 3 1 65535\n" + struct.pack(">3H", 0, 100, 200))
+    Image.fromarray(np.array([[0, 100, 200]], dtype=np.uint16)).save(tmp_path / "dark.png")
+    for name in ("dark.png", "dark.pgm"):  # dark pictures stay dark: their white is 65535
+        dark = open_image(tmp_path / name)
+        assert [dark.getpixel((x, 0)) for x in range(3)] == [(0, 0, 0), (0, 0, 0), (1, 1, 1)]
 
 
 @pytest.mark.parametrize(
@@ -235,9 +240,11 @@ def test_bad_files(tmp_path: Path, name: str, data: bytes | None, message: str) 
         assert "\n" not in str(caught.value)
 
 
-def test_a_folder_is_no_image(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=f"{tmp_path}: Is a directory"):
-        open_image(tmp_path)
+def test_a_folder_or_a_pipe_is_no_image(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.png")
+    for path in (tmp_path, tmp_path / "pipe.png", Path("/dev/zero")):
+        with pytest.raises(ValueError, match=f"{path}: it is a folder or a device, not a file"):
+            open_image(path)
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning:PIL")
@@ -302,3 +309,48 @@ def test_colours() -> None:
     assert {(0xE6, 0x19, 0x4B), (0x3C, 0xB4, 0x4B)} <= {color for _, color in counts}
     with pytest.raises(ValueError, match="unknown color"):
         draw_boxes(drawn, [(Box(0, 0, 1, 1), "a", "blurple")])
+
+
+# --- pictures below folders
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("a/b/1.jpg", "a/b/1.jpg"),
+        ("x/b/1.jpg", "a/b/1.jpg"),  # the longest end, whatever stands directly below the root
+        ("b/2.gif", "a/b/2.jpeg"),  # any ending
+        ("b/3.gif", "a/b/3.gif"),  # the same one if there is a choice
+        ("set/4.jpg", "set/deep/4.jpg"),  # the more equal folders
+        ("5", None),
+        ("5.tar", "a/5.tar.png"),
+        ("x/image.png", None),  # in ten folders, and none of them is x
+        ("0/image.png", "c/0/image.png"),
+        ("7.png", None),  # a pipe
+        ("", None),
+        ("..", None),
+        ("\0", None),
+        ("x" * 300, None),
+    ],
+)
+def test_any_end_and_any_ending(tmp_path: Path, name: str, expected: str | None) -> None:
+    tree = "1.jpg a/b/1.jpg a/b/2.jpeg a/b/3.gif a/b/3.jpg set/deep/4.jpg other/4.jpg a/5.tar.png"
+    for i, place in enumerate([*tree.split(), *(f"c/{number}/image.png" for number in range(10))]):
+        (tmp_path / place).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / place).write_text(str(i))
+    os.mkfifo(tmp_path / "7.png")
+    assert ImageFolder(tmp_path).path(name) == (tmp_path / expected if expected else None)
+
+
+def test_the_index_is_made_only_if_it_is_needed(tmp_path: Path) -> None:
+    for place in ("okvqa/1.jpg", "vqav2/1.jpg", "coco/1.jpg"):
+        (tmp_path / place).parent.mkdir()
+        (tmp_path / place).write_text(place.replace("coco", "okvqa"))
+    folder = ImageFolder(tmp_path / "nowhere", tmp_path, prefer="vqav2")
+    assert folder.path("okvqa/1.jpg") == tmp_path / "okvqa" / "1.jpg"
+    assert "index" not in vars(folder)
+    assert folder.path("1.jpg") == tmp_path / "vqav2" / "1.jpg"
+    with pytest.raises(ValueError, match=r"the image 1\.jpg may be .* or .*: name the right folder"):
+        ImageFolder(tmp_path).path("1.jpg")
+    (tmp_path / "vqav2" / "1.jpg").unlink()
+    assert ImageFolder(tmp_path).path("1.jpg")  # the other two are the same picture

@@ -3,17 +3,20 @@
 import json
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
-from conftest import GOLDEN
+from conftest import GOLDEN, ROOT
 from PIL import Image
 from safetensors.torch import save_file
 
 import infer
-from lion_mini import GENERATION, Box, Lion, LionConfig
+from lion_mini import GENERATION, Box, Generation, Lion, LionConfig
 from lion_mini.files import read_folder
 from lion_mini.images import lion_transform, open_image
 from lion_mini.pipeline import Answer
@@ -103,6 +106,15 @@ def test_locate_draws_the_box(run: Run, tmp_path: Path, monkeypatch: pytest.Monk
     assert drawn.convert("RGB").tobytes() != open_image(PHOTO).resize(drawn.size).tobytes()
 
 
+def test_a_box_in_the_answer_to_a_prompt_is_drawn(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = "At [0.250,0.500,0.750,1.000] or so."
+    monkeypatch.setattr(Lion, "respond", lambda *_: [Answer(text, "where?", [], -0.5)])
+    _, out, _, (line,) = run(PHOTO, "--prompt", "where?", "--task", "region")
+    assert (line["answer"], line["box"]) == (text, [0.25, 0.5, 0.75, 1.0])
+    assert f"{text}, pixels [" in out
+    assert (tmp_path / "out" / "photo-box.png").exists()
+
+
 def test_describe_in_fractions_and_pixels(run: Run, tmp_path: Path) -> None:
     width, height = open_image(PHOTO).size
     _, _, _, (line,) = run(PHOTO, "--describe", "0.25,0.5,0.75,1.0")
@@ -119,6 +131,21 @@ def test_tags_alone(run: Run) -> None:
     assert code == 0
     assert ", ".join(tag for tag, _ in line["tags"]) in out
     assert all(0 < score < 1 for _, score in line["tags"])
+
+
+def test_a_prompt_goes_to_the_model_as_it_is(run: Run, golden_folder: Path) -> None:
+    model, image, prompt = Lion.from_pretrained(golden_folder), open_image(PHOTO), " Say {question} <image>\nat once: "
+    for task, flags, length in (("image", [], 30), ("region", ["--task", "region"], 40), ("image", [], 3)):
+        more = ["--max-new-tokens", length] if length == 3 else []
+        code, _, _, (line,) = run(PHOTO, "--use-tags", "dog", "--prompt", prompt, *flags, *more)
+        settings = Generation(max_new_tokens=length)
+        assert code == 0
+        assert line["prompt"].endswith("[dog]. " + prompt)
+        assert line["answer"] == model.respond([image], [prompt], [task], settings, [["dog"]])[0].text
+    _, _, _, (line,) = run(PHOTO, "--ask", "what?", "--use-tags", "dog", "--official", "--max-new-tokens", 3)
+    settings = replace(GENERATION["official"], max_new_tokens=3)
+    asked = ["Question: what? Short answer:"]
+    assert line["text"] == model.respond([image], asked, ["image"], settings, [["dog"]])[0].text
 
 
 def test_official_settings(run: Run, golden_folder: Path) -> None:
@@ -186,15 +213,54 @@ def test_batches_answer_like_each_alone(run: Run, tmp_path: Path) -> None:
 
 
 def test_names_that_meet_and_names_that_are_no_text(run: Run, tmp_path: Path) -> None:
-    paths = [tmp_path / name for name in ("a/x-1.png", "b/x.png", "c/x.png", os.fsdecode(b"d/caf\xe9.png"))]
+    long = "e/" + "\u00e9" * 125 + ".png"
+    paths = [tmp_path / name for name in ("a/x-1.png", "b/x.png", "c/x.png", os.fsdecode(b"d/caf\xe9.png"), long)]
     for path in paths:
         path.parent.mkdir(exist_ok=True)
         open_image(PHOTO).save(path)
     code, out, _, lines = run(*paths, "--describe", "0.1,0.1,0.6,0.9")
     assert code == 0
-    assert "caf\\udce9" in out
+    assert "caf?.png: " in out
     assert [line["image"] for line in lines] == [str(path) for path in paths]
-    assert len(list((tmp_path / "out").glob("*-box.png"))) == 4
+    assert len(list((tmp_path / "out").glob("*-box*.png"))) == len(paths)
+
+
+def test_no_file_of_others_is_overwritten(run: Run, tmp_path: Path) -> None:
+    """Two runs into the folder of the pictures. Results of the first are replaced, all else stays."""
+    out = tmp_path / "out"
+    out.mkdir()
+    open_image(PHOTO).save(out / "a.png")
+    mine = {out / name: name.encode() for name in ("a-box.png", "a-box-1.png", "results-2.jsonl")}
+    for path, data in mine.items():
+        path.write_bytes(data)
+    for number in (2, 3):
+        code, _, _, (line,) = run(out / "a.png", "--describe", "0.1,0.1,0.6,0.9")
+        assert (code, line["image"]) == (0, str(out / "a.png"))
+        assert Image.open(out / f"a-box-{number}.png").size
+    (out / "results.jsonl").rename(out / "results-1.jsonl")
+    mine |= {out / "results.jsonl": b"mine"}
+    (out / "results.jsonl").write_bytes(b"mine")
+    assert infer.main(["--seed", "3", "--out", str(out), "--dtype", "float32"]) == 0
+    assert all(path.read_bytes() == data for path, data in mine.items())
+    assert len((out / "results-1.jsonl").read_text().splitlines()) == 5
+    assert {"scene.png", "scene-box.png"} <= {path.name for path in out.iterdir()}
+
+
+def test_odd_names_cost_only_themselves(run: Run, tmp_path: Path) -> None:
+    """A pipe never answers; a terminal may have no letters but ASCII."""
+    folder = tmp_path / "in"
+    folder.mkdir()
+    os.mkfifo(folder / "a.png")
+    for name in ("\u00e9\x1b.png", "\u72d7.png"):
+        open_image(PHOTO).save(folder / name)
+    command: list[Any] = [sys.executable, ROOT / "infer.py", folder, "--out", tmp_path / "out", "--tags"]
+    environment = os.environ | {"PYTHONIOENCODING": "ascii", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 1
+    assert "a.png: it is a folder or a device, not a file" in done.stderr
+    assert "\\u72d7.png: " in done.stdout
+    assert "\\xe9?.png: " in done.stdout
+    assert "2 pictures, 1 failed" in done.stdout
 
 
 def test_globs_and_several_paths(run: Run, tmp_path: Path) -> None:
@@ -216,10 +282,19 @@ WRONG: dict[str, tuple[list[object], str]] = {
     "code for a box": ([PHOTO, "--describe", "__import__('os'),0,1,1"], "expected four numbers"),
     "not a picture": ([Path(__file__)], "cannot identify image file"),
     "dtype": ([PHOTO, "--dtype", "float16"], "T5 overflows in float16"),
+    "empty prompt": ([PHOTO, "--prompt", " "], "--prompt is empty"),
+    "prompt without a picture": (["--prompt", "who?"], "--prompt needs a picture"),
+    "placeholder in a prompt": ([PHOTO, "--prompt", "<extra_id_0>"], "<extra_id_0>"),
+    "unknown task": ([PHOTO, "--prompt", "who?", "--task", "regoin"], "the task 'regoin' is unknown; there are region"),
+    "task of a question": ([PHOTO, "--ask", "who?", "--task", "region"], "--task is for --prompt"),
+    "no tokens": ([PHOTO, "--max-new-tokens", 0], "--max-new-tokens must be 1 to 10,000, not 0"),
+    "too many tokens": ([PHOTO, "--max-new-tokens", 10**30], "--max-new-tokens must be 1 to 10,000"),
+    "no name": (["", PHOTO], "a file or folder without a name"),
+    "tokens of tags": ([PHOTO, "--tags", "--max-new-tokens", 3], "--tags asks nothing"),
     "no batch": ([PHOTO, "--batch-size", 0], "--batch-size must be at least 1"),
     "no tags": ([PHOTO, "--use-tags", " , "], "--use-tags is empty"),
     "no picture": (["--ask", "who?"], "--ask needs a picture"),
-    "tags without tags": ([PHOTO, "--tags", "--no-tags"], "--no-tags and --official do not go with it"),
+    "tags without tags": ([PHOTO, "--tags", "--no-tags"], "--tags asks nothing: leave out --use-tags, --no-tags"),
     "pixels of nothing": ([PHOTO, "--pixels"], "--pixels is for --describe"),
     "no such device": ([PHOTO, "--device", "nowhere"], "the device 'nowhere' cannot be used"),
 }

@@ -26,8 +26,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import astuple
-from functools import partial
-from itertools import zip_longest
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -42,10 +41,8 @@ from ..text.prompts import TASK_OF, load_templates, pool, render
 from .records import BRACKETED, Records, TrainingExample
 
 
-def make_records(
-    name: str, kind: str, paths: Sequence[Path], templates: Mapping[str, Sequence[str]], seed: int
-) -> Iterator:
-    """The records of a data set in its order. `question` is empty if the text that its template needs is empty."""
+def make_records(name: str, kind: str, paths: Sequence[Path], templates: Mapping[str, Any], seed: int) -> Iterator:
+    """The records of a data set in its order. What the files do not have is empty: question, answer or box."""
     if name == "release":
         yield from released(paths)
         return
@@ -62,15 +59,14 @@ def make_records(
 def samples(examples: Iterable[Example], kind: str) -> Iterator[tuple[str, str, Any]]:
     """Picture; question, expression or (for captions) nothing; answer or Box. Of several answers the most frequent."""
     for example in examples:
-        image = str(example.image)
+        image, fields, answers = str(example.image), example.fields, example.references
         if kind == "caption":
-            for caption in example.references:
-                yield image if "/" in image else f"train2014/{image}", "", caption.strip()
-        elif example.box is None:
-            answer = max(example.references, key=example.references.count, default="")
-            yield image, example.fields["question"], answer
-        elif Box(*(round(edge, 3) for edge in astuple(example.box))).area:  # as records write it
-            yield image, example.fields["expression"], example.box
+            yield from ((image, "", caption.strip()) for caption in answers)
+        elif "question" in fields:
+            yield image, fields["question"], max(answers, key=answers.count, default="")
+        else:
+            box = example.box and Box(*(round(edge, 3) for edge in astuple(example.box)))  # as records write it
+            yield image, fields["expression"], box if box and box.area else ""
 
 
 def llava(paths: Sequence[Path]) -> Iterator[Example]:
@@ -78,8 +74,8 @@ def llava(paths: Sequence[Path]) -> Iterator[Example]:
     for path in paths:
         for where, row in rows(path, read_json(path, list)):
             with reading(where):
-                turns, unanswered = row["conversations"], {"from": "gpt", "value": ""}
-                for human, gpt in zip_longest(turns[::2], turns[1::2], fillvalue=unanswered):
+                turns = [*row["conversations"], {"from": "gpt", "value": ""}]  # if the last question has no answer
+                for human, gpt in zip(turns[::2], turns[1::2], strict=False):
                     if (human["from"], gpt["from"]) != ("human", "gpt"):
                         raise ValueError(f"expected human and gpt, found {human['from']} and {gpt['from']}")
                     fields = {"question": human["value"].replace("<image>", "").strip()}
@@ -97,25 +93,24 @@ def ocrvqa(paths: Sequence[Path]) -> Iterator[Example]:
 
 
 def regions(paths: Sequence[Path]) -> Iterator[Example]:
-    """Visual Genome's regions with a phrase, clamped to the picture, or Shikra's lines of them."""
+    """Visual Genome's regions, clamped to the picture, or Shikra's lines of them; no box if nothing is left of it."""
     shikra = len(paths) == 1 and paths[0].suffix == ".jsonl"
     for where, row in json_lines(paths[0]) if shikra else official_regions(paths):
         with reading(where):
-            image = row["img_path"].removeprefix("images/").removeprefix("images2/")
             phrase, box = row["expression"].strip(), any_box_of(row, where, corners=shikra)
-            if phrase and box.area:
-                yield Example(where, image, {"expression": phrase}, box=box)
+            yield Example(where, row["img_path"], {"expression": phrase}, box=box if box.area else None)
 
 
 def official_regions(paths: Sequence[Path]) -> Iterator[tuple[str, Any]]:
     """Each region with its place, its fields named as in Shikra's lines; `bbox` is x, y, width and height."""
     listed = [each for path in paths for each in rows(path, read_json(path, list))]
+    image_id = lambda row: str(row["image_id" if "image_id" in row else "id"])  # "id" is version 1.0's
     with reading(" and ".join(map(str, paths))):
-        pictures = {str(row["image_id"]): row for _, row in listed if "regions" not in row}
+        pictures = {image_id(row): row for _, row in listed if "regions" not in row}
     for where, row in listed:
         for place, region in rows(where, row, "regions") if "regions" in row else ():
             with reading(place):
-                id = str(region.get("image_id", row.get("id")))  # version 1.0 has it in the row alone
+                id = image_id(region if "image_id" in region else row)
                 if id not in pictures:
                     raise ValueError(f"image {id} is not in image_data.json, which --ann must name too")
                 image = "/".join(pictures[id]["url"].split("/")[-2:])  # only the URL tells VG_100K from VG_100K_2
@@ -126,9 +121,8 @@ def official_regions(paths: Sequence[Path]) -> Iterator[tuple[str, Any]]:
 def released(paths: Sequence[Path]) -> Iterator[dict[str, Any]]:
     for source in (Records(path, Path()) for path in paths):
         for fields in map(source.fields, range(len(source))):
-            given = {name: fields[name] for name in ("image", "question", "answer")}
-            tags = {} if fields["tags"] is None else {"tags": fields["tags"]}
-            yield given | {"category": f"{fields['task']}_level"} | tags
+            names = [name for name in ("image", "question", "answer", "tags") if fields[name] is not None]
+            yield {name: fields[name] for name in names} | {"category": f"{fields['task']}_level"}
 
 
 DATA_SETS: dict[str, tuple[Callable, dict[str, int]]] = {  # the reader; kinds of record, and their number in Table 7
@@ -150,55 +144,60 @@ def convert(args: argparse.Namespace) -> None:
     kind = args.kind or TASKS_OF_SET[args.name][0]
     if kind not in TASKS_OF_SET[args.name]:
         raise ValueError(f"{args.name} has no --as {kind}, only {', '.join(TASKS_OF_SET[args.name])}")
+    if args.out.resolve() in map(Path.resolve, args.ann):
+        raise ValueError(f"--out {args.out} is a file that --ann reads: choose another one")
     templates = pool(load_templates(*args.templates))
-    images, counts = ImageFolder(args.images), Counter[str]()
-    with atomic_write(args.out) as new:
-        with open(new, "w", encoding="utf-8", errors="backslashreplace") as file:  # escapes half a surrogate pair
-            for record in make_records(args.name, kind, args.ann, templates, args.seed):
-                if args.name != "release" and not (record["question"].strip() and record["answer"].strip()):
-                    counts["a question or without an answer"] += 1
-                elif not images.without_missing([record["image"]], args.skip_missing)[0]:
-                    counts["a picture"] += 1
-                else:
-                    counts["nothing"] += 1
-                    file.write(json.dumps(record, ensure_ascii=False) + "\n")
-        if not counts["nothing"]:
-            raise ValueError(f"{' and '.join(map(str, args.ann))}: there is no record in it")
-    print(f"{args.out}: {counts['nothing']:,} records of {args.name} as {kind}, {len(images.found):,} pictures")
-    for lack in ("a picture", "a question or without an answer"):
-        if counts[lack]:
-            print(f"{counts[lack]:,} records without {lack} left out")
+    empty = "a phrase, or a box inside the picture" if kind in ("rec", "reg") else "a question or an answer"
+    images, written, lacks = ImageFolder(*args.images, prefer=args.name), Counter[Path](), Counter[str]()
+    find = cache(images.path)
+    with atomic_write(args.out) as new, open(new, "wb") as file:
+        for record in make_records(args.name, kind, args.ann, templates, args.seed):
+            path = find(record["image"])
+            if args.name != "release" and not (record["question"].strip() and record["answer"].strip()):
+                lacks[empty] += 1
+            elif path is None:
+                lacks["a picture"] += 1
+                images.without_missing([record["image"]], args.skip_missing)
+            else:
+                written[path] += 1
+                file.write(as_line(record | {"image": images.relative(path)}) + b"\n")
+        left_out = [f"{count:,} records without {lack} left out" for lack, count in lacks.items()]
+        if not written:
+            raise ValueError("; ".join((f"{' and '.join(map(str, args.ann))}: no record can be written", *left_out)))
+    print(f"{args.out}: {written.total():,} records of {args.name} as {kind}, {len(written):,} pictures")
+    print("".join(f"{line}\n" for line in left_out), end="")
     if expected := DATA_SETS[args.name][1][kind]:
         about = "about " * (expected % 1000 == 0)  # the table rounds to thousands
-        print(f"Table 7 counts {about}{expected:,}: {counts.total() - expected:+,}")
+        print(f"Table 7 counts {about}{expected:,}: {written.total() + lacks.total() - expected:+,}")
 
 
 def inspect(args: argparse.Namespace) -> None:
-    """Print what a file of records holds and what is wrong in it, and draw three of its records."""
+    """Print what a file of records holds and what is wrong in it, and draw up to three of its records."""
     source, counts, missing = Records(args.file, args.images), Counter[str](), 0
     wrong, longest, drawn = list[str](), list[tuple[int, int, str]](), list[TrainingExample]()
     for number in range(1, len(source) + 1):
         try:
             fields = source.fields(number - 1)
-            picture = source.images.path(fields["image"])
-            if picture and len(drawn) < 3 and number > len(source) // 3 * len(drawn):
+            there = os.path.isfile(source.picture(fields))
+            if there and len(drawn) < 3 and number > len(source) // 3 * len(drawn):
                 drawn.append(source.read(number - 1, random.Random()))
         except ValueError as error:
             wrong.append(str(error))
             continue
-        missing += picture is None
+        missing += not there
         counts[f"{fields['task']}_level, {'with' if fields['tags'] is not None else 'without'} tags"] += 1
         words = len(fields["question"].split())
         longest = sorted([*longest, (words, number, printable(fields["question"]))], reverse=True)[:3]
-    print(f"{args.file}: {len(source):,} records")
-    for name, count in sorted(counts.items()):
-        print(f"  {count:,} {name}")
-    print(f"  {missing:,} whose picture is not below {args.images}")
     boxes = sum("no box of fractions" in text for text in wrong)
-    print(f"  {len(wrong):,} that cannot be used, {boxes:,} of them for a box out of range")
-    print("".join(f"    {text}\n" for text in wrong[:3]), end="")
-    for words, number, question in longest:
-        print(f"  {words} words in the question of record {number}: {question:.70}")
+    print(
+        f"{args.file}: {len(source):,} records",
+        *(f"  {count:,} {name}" for name, count in sorted(counts.items())),
+        f"  {missing:,} whose picture is not below {' or '.join(map(str, args.images))}",
+        f"  {len(wrong):,} that cannot be used, {boxes:,} of them for a box out of range",
+        *(f"    {text}" for text in wrong[:3]),
+        *(f"  {words} words in the question of record {number}: {question:.70}" for words, number, question in longest),
+        sep="\n",
+    )
     if drawn:
         draw_sheet([draw_record(example) for example in drawn]).save(args.picture)
         print(f"  {len(drawn)} of them are drawn in {args.picture}")
@@ -212,10 +211,10 @@ def draw_record(example: TrainingExample) -> tuple[Image.Image, str]:
 
 
 def tag_records(source: Records, out: Path, batch_size: int, tagger: Callable[[list], list]) -> int:
-    """Write the records to `out`, one per line in their order; those without tags get the tags of their picture.
+    """Write the records to `out`, after the first ones if they are there, and tag the pictures of those without tags.
 
-    A record that cannot be used is named on stderr and copied. The first records may be in `out` already. `tagger` maps
-    pictures to lists of tags, and is not called if none are missing. Returns how many records have no tags.
+    A record that cannot be used is named on stderr and copied. `tagger` maps pictures to lists of tags, and is called
+    only if some are missing. Returns how many records have no tags.
     """
     done, tags = resume(source, out), dict[Path, list[str]]()
     with open(out, "ab") as file:
@@ -226,7 +225,7 @@ def tag_records(source: Records, out: Path, batch_size: int, tagger: Callable[[l
                 try:
                     fields = source.fields(i)
                     if fields["tags"] is None:
-                        paths[i] = path = source.picture(fields["image"])
+                        paths[i] = path = source.picture(fields)
                         with reading(fields["name"]):
                             new |= {} if path in tags else {path: open_image(path)}
                 except ValueError as error:
@@ -234,7 +233,7 @@ def tag_records(source: Records, out: Path, batch_size: int, tagger: Callable[[l
             tags.update(zip(new, tagger(list(new.values())) if new else (), strict=True))
             for i in batch:
                 more = {"tags": tags[paths[i]]} if paths.get(i) in tags else {}
-                file.write(as_line(source.line(i), more) + b"\n")
+                file.write(copied(source.line(i), more) + b"\n")
             file.flush()
     with open(out, "rb") as file:
         return sum(not re.search(rb'"tags": [\["]', line) for line in file)  # quotes inside a text are escaped
@@ -247,7 +246,7 @@ def resume(source: Records, out: Path) -> int:
     out.parent.mkdir(parents=True, exist_ok=True)
     *lines, torn = out.read_bytes().split(b"\n") if out.exists() else [b""]
     last = lines[-1] if lines else torn
-    begun = as_line(source.line(min(max(len(lines), 1), len(source)) - 1), {})[:-1]  # tags may follow
+    begun = copied(source.line(min(max(len(lines), 1), len(source)) - 1), {})[:-1]  # tags may follow
     if len(lines) > len(source) or not last.startswith(begun[: len(last)]):
         raise ValueError(f"--out {out} does not hold the first records of --data: choose another file")
     if torn:
@@ -255,12 +254,16 @@ def resume(source: Records, out: Path) -> int:
     return len(lines)
 
 
-def as_line(line: bytes, more: dict[str, Any]) -> bytes:
+def copied(line: bytes, more: dict[str, Any]) -> bytes:
     """The record as one line of JSON, with `more` fields behind its own. A line that is no record stays as it is."""
     with suppress(ValueError, RecursionError, AttributeError):
-        record = {name: value for name, value in json.loads(line).items() if (name, value) != ("tags", None)} | more
-        return json.dumps(record, ensure_ascii=False).encode("utf-8", "backslashreplace")
+        record = {name: value for name, value in json.loads(line).items() if (name, value) != ("tags", None)}
+        return as_line(record | more)
     return line.strip()
+
+
+def as_line(record: dict[str, Any]) -> bytes:  # half a surrogate pair, which is no UTF-8, becomes an escape
+    return json.dumps(record, ensure_ascii=False).encode("utf-8", "backslashreplace")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -271,17 +274,15 @@ def main(argv: list[str] | None = None) -> int:
     make.add_argument("name", choices=TASKS_OF_SET)
     make.add_argument("--as", dest="kind", help="vqa or vqg, rec or reg")
     make.add_argument("--ann", type=Path, nargs="+", required=True)
-    make.add_argument("--images", type=Path, required=True, help="the pictures' folder")
+    make.add_argument("--images", type=Path, nargs="+", required=True, help="folders that have the pictures below them")
     make.add_argument("--out", type=Path, required=True)
-    make.add_argument(
-        "--templates", type=Path, nargs="+", default=[], help="JSON files of instructions in place of Table 9's"
-    )
+    make.add_argument("--templates", type=Path, nargs="+", default=[], help="instructions in place of Table 9's, JSON")
     make.add_argument("--seed", type=int, default=0)
     make.add_argument("--skip-missing", action="store_true", help="leave out records without a picture")
     look = commands.add_parser("inspect", help="what a file of records holds")
     look.set_defaults(command=inspect)
     look.add_argument("file", type=Path)
-    look.add_argument("--images", type=Path, default=Path(), help="the pictures' folder")
+    look.add_argument("--images", type=Path, nargs="+", default=[Path()], help="folders of the pictures")
     look.add_argument("--picture", type=Path, default=Path("inspect.png"), help="three samples, drawn")
     args = parser.parse_args(argv)
     return run(args.command, args)

@@ -9,6 +9,7 @@ resumed run needs no saved position. However many ranks share a batch, it is the
 A record that cannot be used is named and replaced by the next usable one of its source, so no micro-batch is empty.
 """
 
+import math
 import random
 import signal
 from collections.abc import Iterator, Sequence
@@ -39,7 +40,7 @@ class Mixture:
         self.sources, self.seed, self._epoch = sources, seed, -1
         sizes = [len(source) for source in sources]
         weights = sizes if ratios is None else ratios
-        if len(weights) != len(sources) or not min(weights) > 0:
+        if len(weights) != len(sources) or not all(0 < weight < math.inf for weight in weights):
             raise ValueError(f"ratios must be {len(sources)} numbers above 0, one per file, not {list(weights)}")
         self.length, self.bounds = sum(sizes), np.array([0, *np.cumsum(np.array(weights) / sum(weights))[:-1], 1])
 
@@ -103,9 +104,7 @@ class MicroBatches(Dataset):
             examples.append(example)
         untagged = [ram_transform(e.image, self.ram_size) for e in examples if self.ram_size and e.tags is None]
         words = zip(*((e.question, e.answer, e.tags, e.task, e.name) for e in examples), strict=True)
-        questions, answers, tags, tasks, names = map(list, words)
-        ram_pixels = torch.stack(untagged) if untagged else None
-        return Samples(torch.stack(pixels), ram_pixels, questions, answers, tags, tasks, names, bad)
+        return Samples(torch.stack(pixels), torch.stack(untagged) if untagged else None, *map(list, (*words, bad)))
 
 
 def micro_batches(batches: MicroBatches, numbers: Sequence[int], workers: int) -> Iterator[tuple[int, Samples]]:

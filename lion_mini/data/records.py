@@ -3,7 +3,7 @@
     {"image": "coco/1.jpg", "question": "Find the dog and give ...", "answer": "Answer: [0.440,0.060,0.650,0.367]",
      "category": "region_level", "tags": ["dog", "man"]}
 
-`question` is the whole instruction. Of a list of answers the first counts. `tags` may be one text, joined by ", ".
+`question` is the whole instruction. Of a list of answers the first counts. `tags` may be one text, "dog, man".
 Without `tags` RAM tags the picture during training. `python -m lion_mini.data` makes such files and checks them.
 
 Compatible with the release's datasets/jsonl_vqa.py, except that region-level pictures are never cropped or mirrored.
@@ -13,7 +13,7 @@ import codecs
 import json
 import random
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -29,7 +29,8 @@ from ..text.prompts import PLACEHOLDER, TASK_OF
 
 TASKS = LionConfig().tasks
 CATEGORIES = {name: task for task in TASKS for name in (task, f"{task}_level")} | TASK_OF
-CATEGORIES |= {"ref": "region", "grounding": "region"}  # the release's
+CATEGORIES |= {"ref": "region", "grounding": "region", "norm": "image"}  # the release's
+LONGEST = 8_000  # characters; T5 reads and writes 128 tokens in training
 BRACKETED = re.compile(r"\[[-+0-9.eE\s]*,[-+0-9.eE,\s]*\]")  # numbers that can only be meant as a box
 
 
@@ -53,12 +54,13 @@ class Source(Protocol):
 
 
 class Records:
-    """A file of records for these tasks, pictures below `root`. Lines are read one by one, a JSON list as a whole."""
+    """A file of records for these tasks, pictures below `roots`. Lines are read one by one, a JSON list as a whole."""
 
     augments = True
 
-    def __init__(self, path: Path, root: Path, tasks: Sequence[str] = TASKS):
-        self.path, self.images, self.tasks = path, ImageFolder(root), tasks
+    def __init__(self, path: Path, roots: Path | Sequence[Path], tasks: Sequence[str] = TASKS):
+        self.path, self.tasks = path, tasks
+        self.images = ImageFolder(*([roots] if isinstance(roots, Path) else roots))
         self.whole, self.starts = list[Any](), np.empty(0, np.int64)  # a list's records, or where each line starts
         with reading(path), open(path, "rb") as file:
             if file.peek().removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"["):
@@ -85,16 +87,17 @@ class Records:
         with reading(name := f"{self.path}, record {index + 1}"):
             return check_record(json.loads(self.line(index))) | {"name": name}
 
-    def picture(self, name: str) -> Path:
-        """The path of a picture; one that is missing should lie below `root`."""
-        return self.images.find(name) or self.images.root / name
+    def picture(self, fields: Mapping[str, str]) -> Path:
+        """The path of a record's picture; one that is missing should lie below the first root."""
+        with reading(fields["name"]):
+            return self.images.path(fields["image"]) or self.images.roots[0] / fields["image"]
 
     def read(self, index: int, rng: random.Random) -> TrainingExample:
         fields = self.fields(index)
         with reading(fields["name"]):
             if fields["task"] not in self.tasks:
                 raise ValueError(f"it is {fields['task']}-level, which this stage does not train")
-            return TrainingExample(open_image(self.picture(fields.pop("image"))), **fields)
+            return TrainingExample(**fields | {"image": open_image(self.picture(fields))})
 
 
 def check_record(record: Any) -> dict[str, Any]:
@@ -110,9 +113,11 @@ def check_record(record: Any) -> dict[str, Any]:
         need(text, str, f"its {name}")
     if not question.strip():
         raise ValueError("it has no question")
-    if PLACEHOLDER in ", ".join((question, *(tags or ()))):
+    if max(len(prompt := ", ".join((question, *(tags or ())))), len(answer)) > LONGEST:
+        raise ValueError(f"its question with the tags, or its answer, is longer than {LONGEST:,} characters")
+    if PLACEHOLDER in prompt:
         raise ValueError(f"its question and tags must not hold {PLACEHOLDER}, the soft prompt's place")
-    task = CATEGORIES.get(str(category := record.get("category", "image_level")).lower().strip())
+    task = CATEGORIES.get(str(category := record.get("category") or "image_level").lower().strip())
     if task is None:
         raise ValueError(f"its category {category!r:.40} is none of {', '.join(f'{name}_level' for name in TASKS)}")
     for text in BRACKETED.findall(f"{question} {answer}") if task == "region" else ():
@@ -122,4 +127,5 @@ def check_record(record: Any) -> dict[str, Any]:
 
 
 def split_tags(tags: str) -> list[str]:
-    return [tag for tag in tags.split(", ") if tag]
+    """Tags that are joined by commas, or as RAM joins them: "dog | man"."""
+    return [tag.strip() for tag in re.split("[,|]", tags) if tag.strip()]

@@ -13,12 +13,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ..files import need, read_json, reading
+from ..files import json_lines, need, read_json, reading
 from . import metrics, readers
-from .readers import Example
+from .readers import Example, Line
 
 Scores = dict[str, float]  # by metric, as the tables print it; the paper's metric comes first
-Numbers = Mapping[str, Mapping[str, float]]  # the paper's, by metric and model
 
 
 @dataclass(frozen=True)
@@ -29,8 +28,8 @@ class Benchmark:
     reader: Callable[[Sequence[Path]], Iterable[Example]]
     kind: str  # how it is asked: the key of its instruction in EVAL_TEMPLATES
     scorer: Callable[[Sequence[Example], Any], Scores]  # takes texts, or the log-likelihoods of all candidates
-    count: int  # of examples in the paper's benchmark
-    paper: Numbers = field(default_factory=dict)
+    count: int = 0  # of examples in the paper's benchmark
+    paper: Mapping[str, Mapping[str, float]] = field(default_factory=dict)  # its numbers, by metric and model
     differs: str = ""  # what the paper leaves open, or where its setting is known to differ
 
 
@@ -50,11 +49,10 @@ def vqa_scores(examples: Sequence[Example], texts: Sequence[str]) -> Scores:
 
 
 def direct_scores(examples: Sequence[Example], texts: Sequence[str]) -> Scores:
-    pairs = zip(texts, examples, strict=True)
-    right = [(metrics.direct_answer_accuracy(text.strip().lower(), e.references), e.group) for text, e in pairs]
-    easy = [value for value, group in right if group != "difficult"]
-    scores = {"direct answer": percent(value for value, _ in right)}
-    return scores | {"without difficult": percent(easy)} if easy else scores
+    said = [text.strip().lower() for text in texts]
+    right = [metrics.direct_answer_accuracy(text, e.references) for text, e in zip(said, examples, strict=True)]
+    easy = [value for value, example in zip(right, examples, strict=True) if example.group != "difficult"]
+    return {"direct answer": percent(right)} | ({"without difficult": percent(easy)} if easy else {})
 
 
 def gqa_scores(examples: Sequence[Example], texts: Sequence[str]) -> Scores:
@@ -110,8 +108,7 @@ def rec(name: str, count: int, *numbers: float) -> Benchmark:
 
 
 def pope(name: str, count: int, *numbers: float) -> Benchmark:
-    rates = ("accuracy", "precision", "recall", "F1")
-    paper = {rate: {"LION": number} for rate, number in zip(rates, numbers, strict=True)}
+    paper = {rate: {"LION": n} for rate, n in zip(("accuracy", "precision", "recall", "F1"), numbers, strict=True)}
     note = "the question is asked as it is; the paper does not print its prompt, nor the size of its LION"
     return Benchmark(name, readers.pope, "pope", pope_scores, count, paper, note)
 
@@ -144,7 +141,8 @@ BENCHMARKS = {entry.name: entry for entry in (
     pope("pope_adversarial", 3000, 85.37, 88.69, 81.07, 84.71),
     Benchmark("mmbench", readers.mmbench, "mmbench", mmbench_scores, 6666,
               {metric: {"LION-12B": number} for metric, number in MMBENCH.items()},
-              "option texts are ranked; the paper does not say how it chose, its numbers are the test server's"),
+              "option texts are ranked; the paper does not say how it chose, its numbers are the test server's; sorted "
+              "options (B.2) make all rotations of a question alike, so the circular score is no stricter"),
 )}  # fmt: skip
 
 
@@ -159,7 +157,32 @@ def read(name: str, paths: Sequence[Path]) -> list[Example]:
     ((id, count),) = Counter(example.id for example in examples).most_common(1)
     if count > 1:
         raise ValueError(f"{where}: the id {id} stands there twice")
+    if lacking := [e.id for e in examples if not (e.box or "".join(e.references + e.candidates))]:
+        raise ValueError(f"{where}: {lacking[0]} has no answer")
     return examples
+
+
+# What coco-caption's, VQA's and GQA's result lists call our id and text; of several in a line the last counts.
+THEIR_NAMES = {"image_id": "id", "questionId": "id", "question_id": "id",
+               "answer": "text", "prediction": "text", "caption": "text", "text": "text"}  # fmt: skip
+
+
+def load(path: Path, ids: Sequence[str], expected: Line) -> tuple[Line, dict[str, Line]]:
+    """A file's header, if it has one, and its predictions by id. A ValueError if a setting or id is not as expected."""
+    asked, made, known = set(ids), Line(), dict[str, Line]()
+    for place, line in json_lines(path):
+        with reading(place):
+            if "task" in need(line, dict):
+                made = line
+                for name, value in expected.items():
+                    if name != "weights" and (was := made.get(name)) != value:
+                        raise ValueError(f"made with {name} {was!r}, not {value!r}: choose another --out or --score")
+                continue
+            line |= {ours: line[name] for name, ours in THEIR_NAMES.items() if name in line}
+            if (id := str(line["id"])) in known or id not in asked:
+                raise ValueError(f"the id {id} is {'predicted twice' if id in known else 'not in the annotations'}")
+            known[id] = line if "scores" in line else line | {"text": str(need(line["text"], (str, float)))}
+    return made, known
 
 
 def score(name: str, examples: Sequence[Example], predictions: Sequence[Mapping[str, Any]]) -> Scores:
@@ -185,25 +208,26 @@ def report(result: Mapping[str, Any]) -> str:
 
 def table(folder: Path) -> str:
     """A folder's results as Markdown, and the paper's averages if all their benchmarks are there."""
-    files = {name: folder / f"{name}.json" for name in BENCHMARKS}
-    results = {name: read_json(path) for name, path in files.items() if path.is_file()}
-    results = {name: result for name, result in results.items() if result["scores"]}
-    if not results:
-        raise ValueError(f"{folder} holds no result: eval.py TASK writes TASK.json there")
     lines = ["| benchmark | metric | ours | LION-4B | LION-12B | examples | differs |", "|---|---|---|---|---|---|---|"]
-    for name, result in results.items():
-        scores, paper = result["scores"], BENCHMARKS[name].paper
-        for metric in [metric for metric in scores if metric in paper] or [*scores][:1]:
-            cells = {model: f"{number:.2f}" for model, number in paper.get(metric, {}).items()}
-            small = f"{cells['LION']}, size not said" if "LION" in cells else cells.get("LION-4B", "")
-            row = (name, metric, f"{scores[metric]:.2f}", small, cells.get("LION-12B", ""), f"{result['count']:,}")
-            lines.append(f"| {' | '.join(row)} | {'; '.join(result['differs'])} |")
-    ours = metrics.averages({name: next(iter(result["scores"].values())) for name, result in results.items()})
+    first = Scores()
+    for name, benchmark in BENCHMARKS.items():
+        with reading(path := folder / f"{name}.json"):
+            result = read_json(path) if path.is_file() else {"scores": {}}
+            scores, paper = result["scores"], benchmark.paper
+            for metric in [metric for metric in scores if metric in paper] or [*scores][:1]:
+                first.setdefault(name, scores[metric])
+                cells = {model: f"{number:.2f}" for model, number in paper.get(metric, {}).items()}
+                small = f"{cells['LION']}, size not said" if "LION" in cells else cells.get("LION-4B", "")
+                row = (name, metric, f"{scores[metric]:.2f}", small, cells.get("LION-12B", ""), f"{result['count']:,}")
+                lines.append(f"| {' | '.join(row)} | {'; '.join(result['differs'])} |")
+    if not first:
+        raise ValueError(f"{folder} holds no result: eval.py TASK writes TASK.json there")
+    ours = metrics.averages(first)
     four, twelve = (paper_averages(model) for model in ("LION-4B", "LION-12B"))
     lines += [f"| {key} | mean | {ours[key]:.2f} | {four[key]:.2f} | {twelve[key]:.2f} | | |" for key in ours]
     return "\n".join(lines)
 
 
 def paper_averages(model: str) -> Scores:
-    papers = {entry.name: row for entry in BENCHMARKS.values() for row in entry.paper.values() if model in row}
-    return metrics.averages({name: row[model] for name, row in papers.items()})
+    numbers = {entry.name: row[model] for entry in BENCHMARKS.values() for row in entry.paper.values() if model in row}
+    return metrics.averages(numbers)

@@ -33,24 +33,19 @@ def cider(
     N and df come from these references alone, so a subset scores differently, and one image alone scores 0.
     Vedantam et al. 2015, as in coco-caption's Cider.
     """
-    if isinstance(references, Mapping) and isinstance(hypotheses, Mapping):
-        if odd := references.keys() ^ hypotheses.keys():
-            raise ValueError(f"image {min(map(str, odd))} has references or a hypothesis but not both")
-        corpus, scores = cider([*references.values()], [hypotheses[name] for name in references])
-        return corpus, dict(zip(references, scores, strict=True))
-    if isinstance(references, Mapping) or isinstance(hypotheses, Mapping):
-        raise ValueError("references and hypotheses must both be dicts or both be lists")
-    if len(references) != len(hypotheses) or not references:
-        raise ValueError(f"{len(references)} images have references and {len(hypotheses)} have a hypothesis")
-    for i, captions in enumerate(references):
+    named = references if isinstance(references, Mapping) else dict(enumerate(references))
+    said = hypotheses if isinstance(hypotheses, Mapping) else dict(enumerate(hypotheses))
+    if not named or named.keys() != said.keys():
+        raise ValueError(f"{len(named)} images have references and {len(said)} have a hypothesis: not the same images")
+    for name, captions in named.items():
         if isinstance(captions, str) or not captions:
-            raise ValueError(f"image {i} needs a list of one or more references, not {captions!r}")
+            raise ValueError(f"image {name} needs a list of one or more references, not {captions!r}")
 
     def grams(tokens: list[str]) -> list[Grams]:  # for n = 1 to 4: how often each n-gram occurs
         return [Counter(zip(*(tokens[i:] for i in range(n)), strict=False)) for n in range(1, 5)]
 
-    words = iter(ptb_tokenize([caption for captions in references for caption in captions]))
-    counted = [[grams(next(words)) for _ in captions] for captions in references]
+    words = iter(ptb_tokenize([caption for captions in named.values() for caption in captions]))
+    counted = [[grams(next(words)) for _ in captions] for captions in named.values()]
     df = Counter(k for image in counted for k in {k for orders in image for grams in orders for k in grams})
     unseen = math.log(len(counted))
     idf = {k: unseen - math.log(images) for k, images in df.items()}
@@ -60,7 +55,7 @@ def cider(
         return [(weights, math.sqrt(sum(w * w for w in weights.values()))) for weights in weighted]
 
     scores = []
-    for tokens, image in zip(ptb_tokenize(list(hypotheses)), counted, strict=True):
+    for tokens, image in zip(ptb_tokenize([said[name] for name in named]), counted, strict=True):
         hypothesis, total = weigh(grams(tokens)), 0.0
         for reference in image:
             gap = len(tokens) - sum(reference[0].values())
@@ -70,7 +65,7 @@ def cider(
                     shared = sum(min(w, r[k]) * r[k] for k, w in c.items() if k in r)
                     total += closeness * shared / (c_norm * r_norm)
         scores.append(10 * total / (4 * len(image)))
-    return fmean(scores), scores
+    return fmean(scores), dict(zip(named, scores, strict=True)) if isinstance(references, Mapping) else scores
 
 
 _SPACES = str.maketrans("\n\t", "  ")
@@ -94,10 +89,10 @@ _CONTRACTIONS["somebody'd"] = "somebodyd"  # the evaluators' table has this one 
 
 
 def vqa_accuracy(prediction: str, answers: Sequence[str], variant: Variant = "official") -> float:
-    """VQA accuracy of one prediction: agreement with three of the other annotators is full marks.
+    """VQA accuracy of one prediction: the mean over annotators of min(1, how many others gave this answer / 3).
 
-    The mean over annotators i of min(1, how many of the others gave this answer / 3). Of ten answers 0, 1, 2, 3 or
-    more matches give 0, 0.3, 0.6, 0.9 and 1. With one annotator it is 0. The evaluators differ in what they normalise:
+    Of ten answers 0, 1, 2, 3 or more matches give 0, 0.3, 0.6, 0.9 and 1. One annotator alone gives 0. The evaluators
+    differ in what they normalise:
 
         official  GT-Vision-Lab/VQA since March 2021: both sides alike, and nothing if all annotators agree
         lavis     the code before, which InstructBLIP and hence LION report: always the prediction, and of the
@@ -105,8 +100,6 @@ def vqa_accuracy(prediction: str, answers: Sequence[str], variant: Variant = "of
     """
     if variant not in VARIANTS:
         raise ValueError(f"variant is 'official' or 'lavis', not {variant!r}")
-    if not answers:
-        raise ValueError("VQA accuracy needs the annotators' answers, found none")
     prediction = prediction.translate(_SPACES).strip()
     if variant == "official":
         answers = [answer.translate(_SPACES).strip() for answer in answers]
@@ -156,11 +149,7 @@ def gqa_match(prediction: str, answer: str, variant: Variant = "lavis") -> bool:
 
 
 def rank(scores: Sequence[float], target: int) -> int:
-    """The rank (1: the best) of candidate `target` among log-likelihoods. Of equal ones the first wins."""
-    if not 0 <= target < len(scores):
-        raise ValueError(f"target {target} is not one of {len(scores)} candidates")
-    if any(math.isnan(score) for score in scores):
-        raise ValueError(f"the scores of {len(scores)} candidates hold a NaN, which has no place")
+    """The rank (1: the best) of candidate `target` among finite log-likelihoods. Of equal ones the first wins."""
     return 1 + sum(score > scores[target] for score in scores) + sum(s == scores[target] for s in scores[:target])
 
 
@@ -184,8 +173,7 @@ class Grounding(NamedTuple):
 def grounding(answers: Sequence[str], truth: Sequence[Box], threshold: float = 0.5, strict: bool = False) -> Grounding:
     """REC accuracy: the share of expressions whose box overlaps the truth with IoU >= 0.5, as the paper says.
 
-    `strict` asks for more than the threshold, as Shikra and MiniGPT-4 do. There is one answer per expression. A missing
-    or inverted box counts as wrong. The truth should not be rounded.
+    `strict`: > 0.5, as in Shikra and MiniGPT-4. A missing or inverted box counts as wrong. Do not round the truth.
     """
     boxes = [Box.parse(answer) for answer in answers]
     overlaps = [box.iou(true) if box else 0.0 for box, true in zip(boxes, truth, strict=True)]
@@ -213,8 +201,6 @@ def pope(answers: Sequence[str], labels: Sequence[str]) -> Pope:
     """POPE of the model's texts and the file's labels, in the same order. Source: AoiDragon/POPE."""
     if odd := set(labels) - {"yes", "no"}:
         raise ValueError(f"a POPE label is 'yes' or 'no', not {min(odd)!r}")
-    if len(answers) != len(labels) or not labels:
-        raise ValueError(f"{len(answers)} answers for {len(labels)} questions")
     counts = Counter(zip(map(pope_answer, answers), labels, strict=True))
     return Pope(counts["yes", "yes"], counts["yes", "no"], counts["no", "no"], counts["no", "yes"])
 
@@ -238,20 +224,14 @@ def mmbench(rows: Iterable[tuple[int, str, bool]]) -> dict[str, float]:
     Row i + r * 1,000,000 is question i with its options rotated r times. A question is right if all its rows are.
     Overall is the mean over questions. An ability without questions is left out.
     """
-    seen, questions = set[int](), dict[int, tuple[str, bool]]()
-    for index, ability, right in rows:
-        if ability not in MMBENCH_ABILITIES:
-            raise ValueError(f"row {index}: {ability!r} is not an ability; there are {', '.join(MMBENCH_ABILITIES)}")
-        if index in seen:
-            raise ValueError(f"row {index} appears twice")
-        seen.add(index)
-        number = index % 1_000_000
-        questions[number] = ability, right and questions.get(number, (ability, True))[1]
-    if orphans := questions.keys() - seen:
+    listed = [*rows]
+    wrong = {index % 1_000_000 for index, _, right in listed if not right}
+    questions = {index: ability for index, ability, _ in listed if index < 1_000_000}
+    if orphans := {index % 1_000_000 for index, *_ in listed} - questions.keys():
         raise ValueError(f"question {min(orphans)} has rotations but not its own row")
-    hits = {"Overall": [right for _, right in questions.values()]}
+    hits = {"Overall": [number not in wrong for number in questions]}
     for name, column in MMBENCH_ABILITIES.items():
-        hits[column] = [right for ability, right in questions.values() if ability == name]
+        hits[column] = [number not in wrong for number, ability in questions.items() if ability == name]
     return {column: fmean(rights) for column, rights in hits.items() if rights}
 
 

@@ -6,12 +6,13 @@
     iconqa               the folder of choose_txt questions, or problems.json and pid_splits.json
     vsr, visdial         test.jsonl, visdial_1.0_val.json
     refcoco              refs(unc).p with instances.json, Shikra's REC_*.jsonl, or MiniGPT-4's refcoco_*.json
-    pope, mmbench        coco_pope_*.json (it holds JSON lines), mmbench_*.tsv
+    pope, mmbench        coco_pope_*.json, mmbench_*.tsv
 
-Content and suffix tell the forms of a data set apart. A fault is a ValueError that names file and record.
+Content tells the forms of a data set apart; a list may be JSON lines. A fault is a ValueError with file and record.
 """
 
 import base64
+import codecs
 import csv
 import pickle
 from collections import defaultdict
@@ -22,8 +23,10 @@ from typing import Any
 
 from ..box import Box
 from ..files import json_lines, need, read_json, reading
+from .metrics import MMBENCH_ABILITIES
 
 VSR_CANDIDATES = ("yes", "true", "no", "false")  # the first two say that the statement holds
+Line = dict[str, Any]  # of a file of predictions
 
 
 @dataclass(frozen=True)
@@ -41,10 +44,9 @@ class Example:
 
     def __post_init__(self) -> None:
         need(self.image, (str, bytes), "image")
-        for name, text in {"id": self.id, "group": self.group, **self.fields}.items():
+        answers = (("answer", text) for text in self.references + self.candidates)
+        for name, text in [("id", self.id), ("group", self.group), *self.fields.items(), *answers]:
             need(text, str, name)
-        for text in self.references + self.candidates:
-            need(text, str, "answer")
         if self.box and not self.box.area:
             raise ValueError("the box covers nothing of the image")
 
@@ -56,12 +58,12 @@ def only(paths: Sequence[Path], count: int = 1) -> Path:
 
 
 def read_files(paths: Sequence[Path], count: int = 1) -> tuple[str, Any]:
-    """Name and content of a JSON file, or of `count` files whose objects belong together."""
-    data = read_json(only(paths, count), object)
-    with reading(where := " and ".join(map(str, paths))):
-        for path in paths[1:]:
-            data = data | read_json(path)
-    return where, data
+    """Name and content of a JSON file (JSON lines are a list), or of `count` files whose objects belong together."""
+    where, first = " and ".join(map(str, paths)), only(paths, count)
+    if len(paths) > 1:
+        return where, {name: value for path in paths for name, value in read_json(path).items()}
+    values = [value for _, value in json_lines(first)]
+    return where, values[0] if len(values) == 1 else values
 
 
 def rows(path: object, data: Any, name: str = "", split: str = "") -> Iterator[tuple[str, Any]]:
@@ -69,7 +71,8 @@ def rows(path: object, data: Any, name: str = "", split: str = "") -> Iterator[t
     with reading(path):
         listed = need(data, dict)[name] if name else data
         if isinstance(listed, dict):
-            listed = [need(row, dict, id) | {"question_id": id} for id, row in listed.items()]
+            by_id = any(isinstance(row, dict) for row in listed.values())  # else it is the only row
+            listed = [need(row, dict, id) | {"question_id": id} for id, row in listed.items()] if by_id else [listed]
         need(listed, list, name or "it")
     for number, row in enumerate(listed, 1):
         with reading(place := f"{path}, {name or 'record'} {number}"):
@@ -77,37 +80,37 @@ def rows(path: object, data: Any, name: str = "", split: str = "") -> Iterator[t
                 yield place, need(row, dict)
 
 
-def texts(row: Any, name: str) -> tuple[str, ...]:
-    """The field as texts, at least one."""
-    if not (value := need(row[name], (str, list), name)):
-        raise ValueError(f"{name} is empty")
-    return (value,) if isinstance(value, str) else tuple(value)
+def texts(value: Any, name: str) -> tuple[str, ...]:
+    """A text or a list of them. A number will do."""
+    listed = value if isinstance(value, list) else [value]
+    return tuple(str(need(text, (str, float), name)) for text in listed)
 
 
 def choose(value: Any, choices: Sequence[Any], name: str) -> Any:
+    value = int(value) if isinstance(value, str) and value.isdecimal() else value
     if value not in choices:
         raise ValueError(f"{name} must be in {choices}, found {value!r:.40}")
-    return choices[choices.index(value)]  # 1, where the file has 1.0 or true
+    return choices[choices.index(value)]  # 1, where the file has 1.0, "1" or true
 
 
 def captions(paths: Sequence[Path], split: str = "test") -> Iterator[Example]:
     path, data = read_files(paths)
     if isinstance(data, dict) and "annotations" in data:  # COCO
-        said = by_image(path, data, "annotations", "caption")
+        given = by_image(path, data, "annotations", "caption")
         for where, row in rows(path, data, "images"):
             with reading(where):
-                id = int(row["id"])
-                name = row.get("file_name", f"val2014/COCO_val2014_{id:012}.jpg")  # LAVIS' ground truth has no names
-                yield Example(str(id), name, references=texts({"caption": said[str(id)]}, "caption"))
-    elif isinstance(data, dict):  # Karpathy
-        for where, row in rows(path, data, "images", split):
-            with reading(where):
-                name = (row.get("filepath", "") + "/" + row["filename"]).lstrip("/")
-                yield Example(image_id(name), name, references=tuple(s["raw"] for s in row["sentences"]))
-    else:
-        for where, row in rows(path, data):
-            with reading(where):
-                yield Example(image_id(row["image"]), row["image"], references=texts(row, "caption"))
+                id = str(row["id"])  # LAVIS' ground truth has no names
+                name = row["file_name"] if "file_name" in row else f"val2014/COCO_val2014_{int(id):012}.jpg"
+                yield Example(id, name, references=tuple(given.pop(id, ())))
+        if given:
+            raise ValueError(f"{path}: image {next(iter(given))} has captions and is not in images")
+        return
+    karpathy = isinstance(data, dict) and "images" in data  # else LAVIS' list
+    for where, row in rows(path, data, "images", split) if karpathy else rows(path, data):
+        with reading(where):
+            name = f"{row.get('filepath', '')}/{row['filename']}".lstrip("/") if karpathy else row["image"]
+            said = [sentence["raw"] for sentence in row["sentences"]] if karpathy else row["caption"]
+            yield Example(image_id(name), name, references=texts(said, "caption"))
 
 
 def textcaps(paths: Sequence[Path]) -> Iterator[Example]:
@@ -136,29 +139,26 @@ def vqa(paths: Sequence[Path]) -> Iterator[Example]:
     pair, answers = isinstance(data, dict) and ("questions" in data or "annotations" in data), {}
     for where, row in rows(path, data, "annotations") if pair else ():
         with reading(where):
-            answers[row["question_id"]] = tuple(answer["answer"] for answer in row["answers"])
+            answers[str(row["question_id"])] = [answer["answer"] for answer in row["answers"]]
     for where, row in rows(path, data, "questions" if pair else ""):
         with reading(where):
-            id = row["question_id"]
-            if not pair:  # LAVIS' list, or GQA's questions by id
-                name = row["imageId"] + ".jpg" if "imageId" in row else row["image"]
-                said = texts(row, "answer")
-            elif id in answers:
+            id = str(row["question_id"])
+            if pair:
                 subtype = data.get("data_subtype", "val2014")
-                name, said = f"{subtype}/COCO_{subtype}_{row['image_id']:012d}.jpg", answers[id]
-            else:
-                raise ValueError(f"question {id} has no annotation")
-            yield Example(str(id), name, {"question": row["question"]}, said)
+                name, said = f"{subtype}/COCO_{subtype}_{int(row['image_id']):012}.jpg", answers.get(id, [])
+            else:  # LAVIS' list, or GQA's questions by id
+                name, said = row["imageId"] + ".jpg" if "imageId" in row else row["image"], row["answer"]
+            yield Example(id, name, {"question": row["question"]}, texts(said, "answer"))
 
 
 def aokvqa(paths: Sequence[Path]) -> Iterator[Example]:
     for where, row in rows(*read_files(paths)):
         with reading(where):
             year = "train2017" if row.get("split") == "train" else "val2017"
-            name = row["image"] if "image" in row else f"{year}/{row['image_id']:012d}.jpg"
+            name = row["image"] if "image" in row else f"{year}/{int(row['image_id']):012}.jpg"
             group = "difficult" if row.get("difficult_direct_answer") else ""
-            answers = texts(row, "direct_answers")
-            yield Example(row["question_id"], name, {"question": row["question"]}, answers, group=group)
+            answers = texts(row["direct_answers"], "direct_answers")
+            yield Example(str(row["question_id"]), name, {"question": row["question"]}, answers, group=group)
 
 
 def iconqa(paths: Sequence[Path]) -> Iterator[Example]:
@@ -175,7 +175,7 @@ def iconqa(paths: Sequence[Path]) -> Iterator[Example]:
     for id in map(str, ids):
         with reading(f"{path}, {id}"):
             row, image = data[id], f"test/choose_txt/{id}/image.png"
-            choices = texts(row, "choices")
+            choices = texts(row["choices"], "choices")
             target = choose(row["answer"], range(len(choices)), "answer")
             yield Example(id, image, {"question": row["question"]}, (), choices, target)
 
@@ -192,7 +192,7 @@ def visdial(paths: Sequence[Path]) -> Iterator[Example]:
     """Each round is a question of its own, and the rounds before it are its history."""
     path, data = read_files(paths)
     with reading(path):
-        questions, answers = (need(data["data"][name], list, name) for name in ("questions", "answers"))
+        questions, answers = (dict(enumerate(need(data["data"][n], list, n))) for n in ("questions", "answers"))
     for where, row in rows(path, data["data"], "dialogs"):
         with reading(where):
             id, history = int(row["image_id"]), ""
@@ -216,27 +216,24 @@ def refcoco(paths: Sequence[Path], split: str) -> Iterator[Example]:
             raise ValueError(f"expected refs(...).p and its instances.json, found {', '.join(map(str, paths))}")
         yield from refer(refs, instances[0], split)
         return
-    shikra = only(paths).suffix == ".jsonl"
-    for number, (where, row) in enumerate(json_lines(refs) if shikra else rows(*read_files(paths))):
+    for number, (where, row) in enumerate(json_lines(only(paths))):
         with reading(where):
-            # MiniGPT-4 appends the object's number to COCO_train2014_ and 12 digits.
+            shikra = "img_path" in row  # MiniGPT-4 appends the object's number to COCO_train2014_ and 12 digits
             name = row["img_path"] if shikra else row["img_id"][:27] + ".jpg"
-            fields = {"expression": (row["expression"] if shikra else texts(row, "sents")[0]).strip()}
+            fields = {"expression": row["expression" if shikra else "sents"].strip()}
             yield Example(f"{Path(name).stem}-{number}", name, fields, box=any_box_of(row, where, corners=shikra))
 
 
 def refer(path: Path, instances: Path, split: str) -> Iterator[Example]:
     data = read_json(instances)
     with reading(instances):
-        images, objects = ({row["id"]: row for _, row in rows(instances, data, n)} for n in ("images", "annotations"))
+        by_id = lambda name: {str(row["id"]): row for _, row in rows(instances, data, name)}
+        images, objects = by_id("images"), by_id("annotations")
     with reading(path), open(path, "rb") as file:
-        try:
-            refs = PlainUnpickler(file, encoding="latin1").load()  # written by Python 2
-        except (pickle.UnpicklingError, EOFError) as error:
-            raise ValueError(f"it is not a whole pickle: {error}") from error
+        refs = PlainUnpickler(file, encoding="utf-8", errors="latin1").load()
     for where, ref in rows(path, refs, split=split):
         with reading(where):
-            image, annotation = images.get(ref["image_id"]), objects.get(ref["ann_id"])
+            image, annotation = images.get(str(ref["image_id"])), objects.get(str(ref["ann_id"]))
             if image is None or annotation is None:
                 raise ValueError(f"image {ref['image_id']} or annotation {ref['ann_id']} is not in {instances}")
             box = any_box_of(annotation, where, corners=False, size=image)
@@ -245,8 +242,11 @@ def refer(path: Path, instances: Path, split: str) -> Iterator[Example]:
                 yield Example(str(sentence["sent_id"]), name, {"expression": sentence["sent"].strip()}, box=box)
 
 
+codecs.register_error("latin1", lambda e: (e.object[e.start : e.end].decode("latin-1"), e.end))  # type: ignore
+
+
 class PlainUnpickler(pickle.Unpickler):
-    """refer's files hold dicts, lists, texts and numbers. Nothing is imported, so no code runs."""
+    """refer's files hold plain data, in texts UTF-8 or else Latin-1. Nothing is imported, so no code runs."""
 
     def find_class(self, module: str, name: str) -> Any:
         raise ValueError(f"it asks for {module}.{name}, and only plain data is read")
@@ -263,7 +263,7 @@ def any_box_of(row: Any, where: str, corners: bool, size: Any = None) -> Box:
 def pope(paths: Sequence[Path]) -> Iterator[Example]:
     for where, row in json_lines(only(paths)):
         with reading(where):
-            label = choose(row["label"], ("yes", "no"), "label")
+            label = choose(need(row["label"], str, "label").strip().lower(), ("yes", "no"), "label")
             yield Example(str(row["question_id"]), row["image"], {"question": row["text"]}, (label,))
 
 
@@ -272,16 +272,17 @@ def mmbench(paths: Sequence[Path]) -> Iterator[Example]:
     path = only(paths)
     csv.field_size_limit(2**31 - 1)  # a picture is one field
     with reading(path), open(path, encoding="utf-8-sig", newline="") as file:
-        table = list(csv.DictReader(file, delimiter="\t"))
-    pictures = {row.get("index"): row.get("image") or "" for row in table}
+        table = list(csv.DictReader(file, delimiter="\t", strict=True))
+    pictures = {row.get("index"): row.get("image") for row in table}
     for where, row in rows(path, table):
         with reading(where):
-            home = row["image"] if need(row["image"], str, "image") in pictures else row["index"]
-            picture = base64.b64decode(pictures[home], validate=True)
+            picture = base64.b64decode(pictures.get(row["image"], row["image"]), validate=True)
             given = {name: text for name, text in row.items() if text not in (None, "", "nan")}
-            options = {letter: given[letter] for letter in "ABCD" if letter in given}
-            letters, candidates = tuple(options), tuple(options.values())
+            # Options are shown in alphabetical order (B.2) and lettered anew. `references` are the file's letters.
+            letters = tuple(sorted(given.keys() & set("ABCDEFGH"), key=lambda name: (given[name].casefold(), name)))
+            candidates = tuple(given[letter] for letter in letters)
             target = letters.index(choose(given["answer"], letters, "answer")) if "answer" in given else None
-            lines = "\n".join(map(". ".join, options.items()))
+            lines = "\n".join(map("{}. {}".format, "ABCDEFGH", candidates))
             fields = {"question": row["question"], "hint": given.get("hint", ""), "options": lines}
-            yield Example(row["index"], picture, fields, letters, candidates, target, group=row["l2-category"])
+            group = choose(row["l2-category"], [*MMBENCH_ABILITIES], "l2-category")
+            yield Example(str(int(row["index"])), picture, fields, letters, candidates, target, group=group)

@@ -46,11 +46,16 @@ def numbered(folder: Path, name: str, count: int, **more: Any) -> Records:
         ({"image": "a", "answer": ["first", "second"]}, {"answer": "first"}),
         ({"image": "a", "answer": []}, {"answer": ""}),
         ({"image": "a", "tags": "dog, traffic light"}, {"tags": ["dog", "traffic light"]}),
+        ({"image": "a", "tags": "dog | traffic light"}, {"tags": ["dog", "traffic light"]}),  # as RAM joins them
+        ({"image": "a", "tags": "dog,cat,"}, {"tags": ["dog", "cat"]}),
         ({"image": "a", "tags": ["dog"]}, {"tags": ["dog"]}),
         ({"image": "a", "tags": []}, {"tags": []}),
         ({"image": "a", "category": " Region_Level "}, {"task": "region"}),
         ({"image": "a", "category": "grounding"}, {"task": "region"}),
         ({"image": "a", "category": "region"}, {"task": "region"}),
+        ({"image": "a", "category": "ref"}, {"task": "region"}),
+        ({"image": "a", "category": "norm"}, {"task": "image"}),
+        ({"image": "a", "category": None}, {"task": "image"}),
         ({"image": "a", "category": "image_level", "answer": "[0.9,0.1,0.2]"}, {"task": "image"}),
         (REGION | {"question": "what is in [0.000, 0.1, 1.0, .5]?"}, {"task": "region"}),
     ],
@@ -69,6 +74,12 @@ BAD = [
     ({"image": "0.png", "answer": "a"}, "it has no question"),
     ({"image": "0.png", "question": "  "}, "it has no question"),
     ({"image": "0.png", "question": "what is <extra_id_0>?"}, "must not hold <extra_id_0>"),
+    (
+        {"image": "0.png", "question": "word " * 40_000},
+        "is longer than 8,000 characters",
+    ),
+    ({"image": "0.png", "question": "what?", "tags": [f"tag {i}" for i in range(4585)]}, "is longer than 8,000"),
+    ({"image": "0.png", "question": "what?", "answer": "x" * 800_000}, "is longer than 8,000"),
     ({"image": "0.png", "question": "what?", "answer": {"a": 1}}, "its answer must be text"),
     ({"image": "0.png", "question": "what?", "tags": [1]}, "its tag must be text, found 1"),
     ({"image": "0.png", "question": "what?", "tags": ["a", "<extra_id_0>"]}, "tags must not hold <extra_id_0>"),
@@ -105,15 +116,33 @@ def test_only_bad_records_end_the_run(folder: Path) -> None:
 
 def test_a_line_that_is_no_json_costs_only_itself(folder: Path) -> None:
     good = json.dumps({"image": "0.png", "question": "what?"})
-    (folder / "a.jsonl").write_text(f"\n{good}\n\n{{oops\r\n{good}")
+    deep = '{"image": ' + "[" * 100_000
+    (folder / "a.jsonl").write_text(f"\n{good}\n\n{{oops\r\n{good}\n{deep}")
     source = Records(folder / "a.jsonl", folder, BOTH)
-    assert len(source) == 3
+    assert len(source) == 4
     assert source.read(2, random.Random()).question == "what?"
-    with pytest.raises(ValueError, match="record 2: it is not whole JSON"):
-        source.read(1, random.Random())
+    for index, words in ((1, "record 2: it is not whole JSON"), (3, "record 4: it is nested too deeply")):
+        with pytest.raises(ValueError, match=words):
+            source.read(index, random.Random())
 
 
-@pytest.mark.parametrize(("text", "words"), [("", "no record"), ("[]", "no record"), ("[1,", "not whole JSON")])
+def test_several_roots(folder: Path, tmp_path: Path) -> None:
+    """A name that two roots have is refused, unless their pictures are the same."""
+    for name, number in (("more/new.gif", 1), ("more/3.png", 3), ("more/4.png", 5)):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes((folder / f"{number}.png").read_bytes())
+    records = [{"image": image, "question": "what?"} for image in ("0.png", "new.jpg", "3.png", "4.png", "more/4.png")]
+    source = Records(write(tmp_path / "a.json", records), [folder, folder / "more"])
+    assert all(source.read(i, random.Random()).question for i in (0, 1, 2, 4))
+    with pytest.raises(ValueError, match=r"a\.json, record 4: the image 4\.png may be .*: name the right folder"):
+        source.read(3, random.Random())
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [("", "no record"), ("[]", "no record"), ("[1,", "not whole JSON"), ("[" * 100_000, "nested too deeply")],
+    ids=["empty", "no record", "torn", "deep"],
+)
 def test_a_file_without_records_stops_at_once(tmp_path: Path, text: str, words: str) -> None:
     (tmp_path / "a.json").write_text(text)
     with pytest.raises(ValueError, match=words):
@@ -168,7 +197,7 @@ def test_ratios(folder: Path) -> None:
     for size, indices in zip((3, 30), drawn, strict=True):  # each goes through its records evenly, epoch after epoch
         counts = [indices.count(i) for i in range(size)]
         assert max(counts) - min(counts) <= 1
-    for ratios in ([1], [1, 0]):
+    for ratios in ([1], [1, 0], [1, float("nan")], [1, float("inf")]):
         with pytest.raises(ValueError, match="ratios must be 2 numbers above 0"):
             Mixture(mixture.sources, ratios, seed=0)
 

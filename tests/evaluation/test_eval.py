@@ -117,7 +117,7 @@ def test_boxes_and_their_contact_sheet(run: Run, tmp_path: Path) -> None:
     assert code == 0
     assert "paper: LION-4B 89.73, LION-12B 89.80, zero-shot LION-4B 57.89, zero-shot LION-12B 58.54" in out
     assert "no box                    100.00" in out  # these weights are random
-    assert "differs: the instruction 'In the image <image>, can" in out
+    assert "differs: the instruction: In the image <image>, can" in out
     assert Image.open(tmp_path / "results" / "refcoco_val.png").size == (680, 420)
     _, told, _ = lines(tmp_path / "results" / "refcoco_val.jsonl")
     assert told["prompt"] == "In the image <image>, can you locate lady ' s head and let me know its coordinates?"
@@ -142,9 +142,7 @@ def test_instructions_for_boxes(run: Run, tmp_path: Path, golden_folder: Path) -
     assert "made with template 'Find {expression}!', not 'In the image <image>" in error
     code, _, error = run("refcoco_val", "--ann", *paths, "--template", "Find it!")
     assert (code, error.count("\n")) == (2, 1)
-    assert error.startswith(
-        "eval.py: --template 'Find it!' leaves the expression out: put {expression} on its own line"
-    )
+    assert error.startswith("eval.py: the expression of 3 is empty or lost in 'Find it!': give it a line of its own")
     (tmp_path / "results" / "refcoco_val.jsonl").unlink()
     shikra = write(tmp_path, "t.json", {"rec": ["<image> A <expr>?", "B <expr>?"]})
     assert run("refcoco_val", "--ann", *paths, "--templates", shikra)[0] == 0
@@ -159,9 +157,9 @@ def test_instructions_for_boxes(run: Run, tmp_path: Path, golden_folder: Path) -
     for out, folder, flags in ("a", own, []), ("b", golden_folder, ["--templates", "paper"]):
         given = ["--weights", folder, "--images", tmp_path / "images", "--out", tmp_path / out, *flags]
         assert script.main(list(map(str, ["refcoco_val", "--ann", *paths, *given]))) == 0
-        for line, expression in zip(
-            lines(tmp_path / out / "refcoco_val.jsonl")[1:], ("lady ' s head", "her"), strict=True
-        ):
+        made, *told = lines(tmp_path / out / "refcoco_val.jsonl")
+        assert made["templates"] == list(TEMPLATES["rec"])
+        for line, expression in zip(told, ("lady ' s head", "her"), strict=True):
             assert line["prompt"] in [render(text, expression=expression) for text in TEMPLATES["rec"]]
 
 
@@ -184,15 +182,18 @@ def test_mmbench(run: Run, tmp_path: Path) -> None:
     assert code == 0
     assert "Overall" in out
     assert "paper: LION-12B 78.90" in out
-    told = lines(tmp_path / "results" / "mmbench.jsonl")[2]
-    assert told["prompt"].startswith("Hint: a hint\nQuestion: Which?\nOptions:\nA. blue\nB. red\n")
-    scores = [{"id": "241", "scores": [-2, -1]}, {"id": "1000241", "scores": [-2, -1]}]
+    assert "sorted options (B.2) make all rotations of a question alike" in out
+    first, second = lines(tmp_path / "results" / "mmbench.jsonl")[1:]
+    assert "\nOptions:\nA. blue\nB. red\n" in first["prompt"]
+    assert second["prompt"].startswith("Hint: a hint\nQuestion: Which?\nOptions:\nA. blue\nB. red\n")
+    scores = [{"id": "241", "scores": [-1, -2]}, {"id": "1000241", "scores": [-2, -1]}]
     mine = write(tmp_path, "m.jsonl", scores, lines=True)
     _, out, _ = run("mmbench", "--ann", mmbench_file(tmp_path), "--score", mine, weights=False)
     assert "Overall                     0.00" in out  # the rotation is wrong, so the question is
     _, out, _ = run("mmbench", "--ann", mmbench_file(tmp_path, answer=""), "--score", mine, weights=False)
     assert "mmbench-submission.tsv is for MMBench's server" in out
-    assert (tmp_path / "results" / "mmbench-submission.tsv").read_text().endswith("1000241\tWhich?\tB\n")
+    told = (tmp_path / "results" / "mmbench-submission.tsv").read_text()
+    assert told.endswith('241\t"Which ""one""?\nLook"\tB\n1000241\tWhich?\tB\n')  # blue and red, by the file's letters
 
 
 def test_vsr_iconqa_gqa_aokvqa_from_predictions(tmp_path: Path) -> None:
@@ -231,8 +232,7 @@ def test_a_new_benchmark_is_one_entry_and_one_reader(run: Run, tmp_path: Path, m
     mine = write(tmp_path, "m.jsonl", [{"id": id, "text": "yes"} for id in ("1", "9", "10")], lines=True)
     _, out, _ = run("my_vqa", "--ann", path, "--score", mine, weights=False)
     assert f"VQA accuracy {200 / 3:19.2f}\n" in out
-    assert "VQA accuracy counts 2 questions too low: they have fewer than ten annotators" in out
-    assert "with one they score 0" in out
+    assert "differs: 2 questions have fewer than ten annotators and count too low (one alone: 0; " in out
     assert f"| my_vqa | VQA accuracy | {200 / 3:.2f} |  |  | 3 |" in run("table", tmp_path / "results")[1]
     assert "the task 'my_gqa' is unknown" in run("my_gqa", "--ann", path)[2]
 
@@ -270,6 +270,8 @@ def test_table(run: Run, tmp_path: Path) -> None:
     code, _, error = run("table", tmp_path)
     assert code == 2
     assert "holds no result" in error
+    write(results, "gqa.json", {"task": "gqa", "count": "2", "scores": [1]})
+    assert "gqa.json: it has another form than expected: " in run("table", results)[2]
 
 
 # --- ranking
@@ -434,6 +436,44 @@ def test_a_file_of_predictions_may_lack_its_last_line_end(run: Run, tmp_path: Pa
     )
 
 
+@pytest.mark.parametrize(
+    ("task", "results"),
+    [
+        ("coco", [{"image_id": 1, "caption": "a dog"}, {"image_id": "2", "caption": "a cat", "id": 7}]),
+        ("coco", [{"id": 1, "text": "a dog"}, {"id": 2, "text": "a cat"}]),
+        ("okvqa", [{"question_id": 2971475, "answer": "ride"}]),
+        ("okvqa", [{"image_id": 297147, "question_id": "2971475", "text": "ride", "answer": "no", "answer_id": "a"}]),
+        ("gqa", [{"questionId": "7", "prediction": "3"}]),
+        ("gqa", [{"question_id": 7, "answer": 3}]),
+    ],
+)
+def test_result_lists_of_other_evaluators(run: Run, tmp_path: Path, task: str, results: list[dict]) -> None:
+    """As one list, as lines and indented, and never taken for predictions of these weights."""
+    captions = [
+        {"image": f"val2014/COCO_val2014_{i:012}.jpg", "caption": text} for i, text in ((1, "a dog"), (2, "a cat"))
+    ]
+    files = {
+        "coco": [write(tmp_path, "c.json", captions)],
+        "okvqa": okvqa_files(tmp_path),
+        "gqa": [write(tmp_path, "g.json", [{"question_id": 7, "question": "Q", "answer": 3, "image": "1.jpg"}])],
+    }
+    told = []
+    for text in (json.dumps(results), "\n".join(map(json.dumps, results)), json.dumps(results, indent=1)):
+        path = tmp_path / "mine.json"
+        path.write_text(text)
+        code, out, _ = run(task, "--ann", *files[task], "--score", path, weights=False)
+        assert code == 0
+        told.append(out)
+    assert told[0] == told[1] == told[2]
+    assert f"{task}, {len(results)} examples" in told[0]
+    assert " 100.00" in told[0] or task == "coco"
+    draw(tmp_path, "COCO_val2014_000000297147.jpg", *(row["image"] for row in captions), "1.jpg")
+    ours = tmp_path / "results" / f"{task}.jsonl"
+    ours.write_text(json.dumps(results))
+    assert "has no header, so it is none of this script" in run(task, "--ann", *files[task])[2]
+    assert ours.read_text() == json.dumps(results)
+
+
 # --- what is refused
 
 
@@ -448,12 +488,21 @@ def test_bad_input_is_one_sentence(run: Run, tmp_path: Path) -> None:
     dialogs = visdial_file(tmp_path, dialogs=1)
     draw(tmp_path, "VisualDialog_val2018_000000185565.jpg")
     silent = write(tmp_path, "silent.jsonl", [{"id": "0"}], lines=True)
+    silence = write(tmp_path, "silence.json", [{"image": "1.jpg", "caption": []}])
+    row = {"question_id": 0, "image": "0.png", "text": "Is it?", "label": "no"}
+    blank, sentinel, broken = (
+        write(tmp_path, f"{i}.json", row | changed)
+        for i, changed in enumerate(({"text": " "}, {"text": "<extra_id_0>"}, {"image": "broken.png"}))
+    )
+    (tmp_path / "images" / "broken.png").write_bytes(b"GIF")
+    deep = tmp_path / "deep.json"
+    deep.write_text('{"a": ' * 10**5)
     for args, words in (
         (["pope_rnadom", "--ann", path], "the task 'pope_rnadom' is unknown; there are flickr30k"),
         (["refcocog_testA", "--ann", path], "the task 'refcocog_testA' is unknown"),
         (["pope_random"], "pope_random needs its official annotation file: name it with --ann"),
         (["pope_random", "--ann", empty], "there is no example of pope_random in it"),
-        (["coco", "--ann", empty], "empty.json: it is not whole JSON"),
+        (["coco", "--ann", empty], "empty.json: there is no example of coco in it"),
         (["pope_random", "--ann", path, "--batch-size", 0], "--batch-size must be at least 1, not 0"),
         (["pope_random", "--ann", path, "--limit", -1], "--limit must be at least 1, not -1"),
         (["pope_random", "--ann", path, "--score", strange], "line 2: the id 99 is not in the annotations"),
@@ -463,12 +512,25 @@ def test_bad_input_is_one_sentence(run: Run, tmp_path: Path) -> None:
         (["pope_random", "--ann", path, "--sheet", -1], "--sheet must be at least 0, not -1"),
         (
             ["pope_random", "--ann", path, "--score", silent],
-            "silent.jsonl: the prediction of 0: the field 'text' is missing",
+            "silent.jsonl, line 1: the field 'text' is missing",
         ),
         (["pope_random", "--ann", path, "--score", tmp_path / "no"], "no: No such file"),
-        (["pope_random", "--ann", path, "--templates", path], "--templates draws REC instructions"),
+        (["pope_random", "--ann", path, "--templates", path], "--templates needs a task of boxes, and no --template"),
+        (["pope_random", "folder", "--ann", path], "folder needs the task table"),
+        (["pope_random", "--ann", path, "--rounds", "last"], "--rounds needs the task visdial"),
+        (["pope_random", "--ann", path, "--score", last, "--official"], "--official needs a model to ask"),
+        (["pope_random", "--ann", path, "--score", deep], "deep.json, line 1: it is nested too deeply"),
+        (["pope_random", "--ann", blank], "the question of 0 is empty or lost in '{question}'"),
+        (["pope_random", "--ann", sentinel], "the batch 0 to 0: question 0 or its tags hold <extra_id_0>"),
+        (["pope_random", "--ann", broken], "the picture of 0: "),
+        (["coco", "--ann", deep], "deep.json, line 1: it is nested too deeply"),
+        (["coco", "--ann", silence], "silence.json: 1 has no answer"),
+        (["table", "--official"], "--official needs a benchmark, such as coco"),
         (["pope_random", "--ann", path, "--device", "nowhere"], "the device 'nowhere' cannot be used"),
-        (["visdial", "--ann", dialogs, "--template", "{history} {question}"], "put {question} on its own line"),
+        (
+            ["visdial", "--ann", dialogs, "--template", "{history} {question}"],
+            "the question of 185565-1 is empty or lost in '{history}",
+        ),
         (["--official"], "--official needs a benchmark"),
     ):
         code, _, error = run(*args)
@@ -476,8 +538,10 @@ def test_bad_input_is_one_sentence(run: Run, tmp_path: Path) -> None:
         assert words in error
         assert error.startswith("eval.py: ")
         assert error.count("\n") == 1
+    assert script.main(["pope_random", "--ann", str(path), "--weights", "tiny", "--out", ""]) == 2
     code, _, error = run("pope_random", "--ann", path, weights=False)
-    assert (code, error.count("\n")) == (2, 1)
+    assert (code, error.count("\n")) == (2, 2)
+    assert "eval.py: --out is empty" in error
     assert "no weights: name their folder with --weights" in error
 
 

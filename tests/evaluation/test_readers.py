@@ -172,6 +172,9 @@ def test_visdial_has_every_round(tmp_path: Path) -> None:
     last = [example for example in found if example.group == "last"]
     assert [e.id for e in last] == ["185565-10", "185566-10"]
     assert last[0] == found[9]
+    path.write_text(path.read_text().replace('"question": 3,', '"question": -1,'))
+    with pytest.raises(ValueError, match=r"visdial_1\.0_val\.json, dialogs 1: the field -1 is missing"):
+        read("visdial", [path])
 
 
 # --- boxes
@@ -203,10 +206,11 @@ def test_refer(tmp_path: Path) -> None:
 
 
 def test_a_pickle_of_python_2(tmp_path: Path) -> None:
-    """Byte strings beyond ASCII, which Python 2 wrote as the opcode U or T."""
+    """Byte strings beyond ASCII, which Python 2 wrote as the opcode U or T: UTF-8, or else Latin-1."""
     path, instances = refer_files(tmp_path)
-    path.write_bytes(path.read_bytes().replace(b"X\x04\x00\x00\x00her ", b"U\x05caf\xe9!"))
-    assert read("refcoco_val", [path, instances])[1].fields["expression"] == "café!"
+    data = path.read_bytes().replace(b"X\x04\x00\x00\x00her ", b"U\x05caf\xe9!")
+    path.write_bytes(data.replace(b"X\x0d\x00\x00\x00lady ' s head", "U\x09の café".encode()))
+    assert [e.fields["expression"] for e in read("refcoco_val", [path, instances])] == ["の café", "café!"]
 
 
 def test_a_pickle_that_would_run_code(tmp_path: Path) -> None:
@@ -220,8 +224,8 @@ def test_a_pickle_that_would_run_code(tmp_path: Path) -> None:
         (pickle.dumps([Evil()]), r"it asks for pathlib\S*, and only plain data is read"),
         (b"cos\nsystem\n(S'true'\ntR.", r"it asks for os\.system, and only"),
         (b"c__builtin__\neval\n(S'1'\ntR.", r"it asks for __builtin__\.eval"),
-        (pickle.dumps([{"a": 1}])[:-4], "is not a whole pickle"),
-        (b"", "is not a whole pickle"),
+        (pickle.dumps([{"a": 1}])[:-4], r"refs\.p: it is damaged"),
+        (b"", r"refs\.p: Ran out of input"),
     ):
         path.write_bytes(data)
         with pytest.raises(ValueError, match=words):
@@ -273,12 +277,79 @@ def mmbench_file(folder: Path, answer: str = "B") -> Path:
 
 def test_mmbench(tmp_path: Path) -> None:
     first, second = read("mmbench", [mmbench_file(tmp_path)])
-    assert (first.candidates, first.references, first.target) == (("red", "blue"), ("A", "B"), 1)
-    assert first.fields == {"question": 'Which "one"?\nLook', "hint": "", "options": "A. red\nB. blue"}
+    assert (first.candidates, first.references, first.target) == (("blue", "red"), ("B", "A"), 0)  # by alphabet
+    assert first.fields == {"question": 'Which "one"?\nLook', "hint": "", "options": "A. blue\nB. red"}
     assert first.image == second.image  # a row may name the one that has its picture
-    assert (second.fields["hint"], second.target) == ("a hint", 0)
+    assert (second.fields["hint"], second.references, second.target) == ("a hint", ("A", "B"), 0)
     assert Image.open(io.BytesIO(first.image if isinstance(first.image, bytes) else b"")).size == (8, 8)
-    assert read("mmbench", [mmbench_file(tmp_path, answer="")])[0].target is None  # test: hidden
+    path = mmbench_file(tmp_path, answer="")
+    assert read("mmbench", [path])[0].target is None  # test: hidden
+    text = path.read_text()
+    path.write_text(text.replace("red\tblue\tnan\t", "Zoo\tapple\t9\tapple"))
+    (found, _) = read("mmbench", [path])
+    assert (found.candidates, found.references) == (("9", "apple", "apple", "Zoo"), ("C", "B", "D", "A"))
+    assert found.fields["options"] == "A. 9\nB. apple\nC. apple\nD. Zoo"
+    path.write_text(text + '9\t"no end')
+    with pytest.raises(ValueError, match=r"mmbench_dev\.tsv: unexpected end of data"):
+        read("mmbench", [path])
+    path.write_text(text.replace("coarse_", "fine_"))
+    with pytest.raises(ValueError, match=r"mmbench_dev\.tsv, record 1: l2-category must be in \['logic_reasoning'"):
+        read("mmbench", [path])
+
+
+@pytest.mark.parametrize(
+    ("task", "rows"),
+    [
+        ("pope_random", [{"question_id": i, "image": "1.jpg", "text": "Q", "label": "yes"} for i in (1, 2)]),
+        ("vsr", [{"image": "1.jpg", "caption": "a", "label": i} for i in (1, 0)]),
+        ("refcoco_val", [{"img_path": "1.jpg", "expression": "a", "bbox": [1, 1, 2, 2], "height": 4, "width": 4}] * 2),
+        ("refcoco_val", [{"img_id": "x", "sents": "a", "bbox": [1, 1, 2, 2], "height": 4, "width": 4}]),
+        ("coco", [{"image": "1.jpg", "caption": ["a"]}, {"image": "2.jpg", "caption": "b"}]),
+        ("gqa", [{"question_id": 1, "question": "Q", "answer": "no", "image": "1.jpg"}]),
+        ("aokvqa", [{"image_id": 1, "question_id": i, "question": "Q", "direct_answers": ["a"]} for i in "ab"]),
+    ],
+)
+def test_records_in_any_json(tmp_path: Path, task: str, rows: list[dict]) -> None:
+    """A list, lines, objects that span lines, and files that were joined."""
+    path, one_by_one = tmp_path / "x.json", list(map(json.dumps, rows))
+    expected = read(task, [write(tmp_path, "list.json", rows)])
+    assert len(expected) == len(rows)
+    indented = "\n".join(json.dumps(row, indent=1) for row in rows)
+    for text in ("\n".join(one_by_one), indented, "".join(one_by_one), "\r\n\ufeff\n".join(one_by_one) + "\n\n"):
+        path.write_bytes(("\ufeff" + text).encode())
+        assert read(task, [path]) == expected
+    path.write_text(indented + "\n{\n")
+    with pytest.raises(ValueError, match=rf"x\.json, line {indented.count(chr(10)) + 2}: it is not whole JSON"):
+        read(task, [path])
+
+
+def test_numbers_for_texts_and_texts_for_numbers(tmp_path: Path) -> None:
+    questions, annotations = okvqa_files(tmp_path)
+    expected, text = read("okvqa", [questions, annotations]), questions.read_text()
+    questions.write_text(text.replace(": 297147,", ': "297147",').replace(": 2971475}", ': "2971475"}'))
+    assert questions.read_text() != text
+    assert read("okvqa", [questions, annotations]) == expected
+    paths = refer_files(tmp_path)
+    boxes, text = read("refcoco_val", [*paths]), paths[1].read_text()
+    paths[1].write_text(text.replace('"id": 581857', '"id": "581857"').replace('"id": 7', '"id": "7"'))
+    assert read("refcoco_val", [*paths]) == boxes
+    icon = {"question": "How many?", "choices": ["3", "2"], "answer": 1}
+    whole: list[tuple[str, dict, dict]] = [
+        ("coco", {"images": [{"id": 1}], "annotations": [{"image_id": 1, "caption": "a"}]}, {"images": [{"id": "1"}]}),
+        ("aokvqa", {"image_id": 1, "question_id": "7", "question": "Q", "direct_answers": ["3"]},
+         {"image_id": "1", "question_id": 7, "direct_answers": 3}),
+        ("gqa", {"7": {"imageId": "n1", "question": "Q", "answer": "3"}},
+         {"7": {"imageId": "n1", "question": "Q", "answer": 3}}),
+        ("iconqa", {"choose_txt_test": ["1"], "1": icon},
+         {"choose_txt_test": [1], "1": icon | {"choices": [3, 2], "answer": "1"}}),
+        ("vsr", {"image": "1.jpg", "caption": "a", "label": 1}, {"label": "1"}),
+        ("vsr", {"image": "1.jpg", "caption": "a", "label": 0}, {"label": False}),
+        ("pope_random", {"question_id": 1, "image": "1.jpg", "text": "Q", "label": "yes"},
+         {"question_id": "1", "label": "Yes\n"}),
+    ]  # fmt: skip
+    for task, official, careless in whole:
+        expected = read(task, [write(tmp_path, "official.json", official)])
+        assert read(task, [write(tmp_path, "careless.json", official | careless)]) == expected
 
 
 # --- what is wrong with a file
@@ -293,8 +364,10 @@ def test_broken_files_are_one_sentence(tmp_path: Path) -> None:
         (json.dumps([row, row]), "the id 1 stands there twice"),
         (json.dumps([row, 7]), "record 2: it must be an object, found 7"),
         (json.dumps([row])[:-5], "is not whole JSON"),
+        (json.dumps([row | {"answer": []}]), "1 has no answer"),
+        ("[" * 10**5, "line 1: it is nested too deeply"),
         ("[]", "there is no example of gqa in it"),
-        ("", "is not whole JSON"),
+        ("", "there is no example of gqa in it"),
         ("7", "it must be a list, found 7"),
     ):
         path.write_text(text, encoding="utf-8")
@@ -414,7 +487,7 @@ def test_llava_turns_stand_alone(tmp_path: Path, capsys: pytest.CaptureFixture) 
     }  # fmt: skip
     assert (second["question"], second["answer"]) == ("What colour?", "Red.")
     out = capsys.readouterr().out
-    assert "2 records without a question or without an answer left out" in out
+    assert "2 records without a question or an answer left out" in out
     assert "Table 7 counts about 361,000: -360,996" in out
 
 
@@ -434,7 +507,7 @@ def test_vqa_and_vqg(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     paths = write(tmp_path, "q.json", questions), write(tmp_path, "a.json", annotations)
     for kind, expected in (("vqa", asked), ("vqg", turned)):
         assert converted(tmp_path, "okvqa", *paths, as_=kind) == [expected]
-        assert "1 records without a question or without an answer left out" in capsys.readouterr().out
+        assert "1 records without a question or an answer left out" in capsys.readouterr().out
 
 
 def test_ocrvqa_trains_on_split_1(tmp_path: Path) -> None:
@@ -452,7 +525,7 @@ def test_captions_for_training(tmp_path: Path) -> None:
     path = write(tmp_path, "captions_train2014.json", {"images": images, "annotations": annotations})
     found = converted(tmp_path, "coco", path)
     assert [record["answer"] for record in found] == ["A dog 0.", "A dog 1."]  # as they are, not lower-cased
-    assert found[0]["image"] == "train2014/COCO_train2014_000000000009.jpg"
+    assert found[0]["image"] == "COCO_train2014_000000000009.jpg"
     rows = [{"image_id": "aa", "caption_str": "A sign."}]
     (said,) = converted(tmp_path, "textcaps", write(tmp_path, "t.json", {"data": rows}))
     assert (said["image"], said["answer"]) == ("train_images/aa.jpg", "A sign.")
@@ -474,9 +547,11 @@ def vg_files(folder: Path) -> tuple[Path, Path]:
     return write(folder, "region_descriptions.json", regions), write(folder, "image_data.json", pictures)
 
 
-def test_visual_genome(tmp_path: Path) -> None:
+def test_visual_genome(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     paths = vg_files(tmp_path)
-    (rec,) = converted(tmp_path, "vg", *paths)  # the region beside the picture is gone
+    (rec,) = converted(tmp_path, "vg", *paths)
+    lost = "records without a phrase, or a box inside the picture left out"
+    assert f"1 {lost}" in capsys.readouterr().out  # the region beside the picture
     assert rec["image"] == "VG_100K_2/61512.jpg"
     assert rec["answer"] == "Answer: [0.000,0.200,0.500,1.000]"
     assert "the clock" in rec["question"]
@@ -487,7 +562,15 @@ def test_visual_genome(tmp_path: Path) -> None:
     line = {"img_path": "images2/VG_100K_2/61512.jpg", "expression": "the clock", "bbox": [0, 120, 400, 600]}
     boxes = [0, 120, 400, 600], [1, 1, 1, 20], [0, 2, 0.3, 40], [9, 9, 3, 3]  # nothing, nothing once written, inverted
     lines = [line | {"width": 800, "height": 600, "bbox": box} for box in boxes]
-    assert converted(tmp_path, "vg", write(tmp_path, "GC_genome196_train.jsonl", lines, lines=True)) == [rec]
+    path = write(tmp_path, "GC_genome196_train.jsonl", lines, lines=True)
+    assert converted(tmp_path, "vg", path, pictures=False) == [rec]
+    out = capsys.readouterr().out
+    assert f"3 {lost}" in out
+    assert "Table 7 counts about 3,600,000: -3,599,996" in out
+    for row in (files := [json.loads(path.read_text()) for path in paths])[0][0]["regions"] + files[1]:  # version 1.0
+        row["id"] = row.pop("image_id") if "url" in row else row.pop("region_id") + row.pop("image_id")
+    version_1 = [write(tmp_path, f"version-1/{i}.json", data) for i, data in enumerate(files)]
+    assert converted(tmp_path, "vg", *version_1, pictures=False) == [rec]
     for part, key, value in ((1, "width", 0), (0, "x", float("nan"))):
         files = [json.loads(path.read_text()) for path in paths]
         (files[part][0] if part else files[0][0]["regions"][1])[key] = value
@@ -513,6 +596,55 @@ def test_the_releases_own_files(tmp_path: Path) -> None:
         {"image": "a.jpg", "question": "Q", "answer": "A", "category": "region_level", "tags": ["x", "y"]},
         {"image": "b.jpg", "question": "Q", "answer": "", "category": "image_level"},
     ]
+
+
+TREE = {  # the official README's folders below one root, and what the annotation files name
+    "ocrvqa": ("OCR-VQA/images/8.jpg", "8"),
+    "coco": ("coco/images/train2014/COCO_train2014_000000000009.jpg", 9),
+    "llava": ("coco_2017/train2017/000000000008.jpg", "000000000008.jpg"),
+    "aokvqa": ("coco_2017/train2017/000000000009.jpg", 9),
+    "okvqa": ("okvqa/images/train/train2014/COCO_train2014_000000000009.jpg", 9),
+    "textcaps": ("textcaps/images/train_images/aa.jpg", "aa"),
+    "vqav2": ("vqav2/images/train2014/COCO_train2014_000000000009.jpg", 9),
+    "vg": ("visual_genome/VG_100K_2/8.jpg", 8),
+}
+
+
+def official(folder: Path, name: str, image: Any) -> list[Path]:
+    """Annotation files of the data set about one picture."""
+    question = {"question_id": 1, "image_id": image, "question": "What?"}
+    turns = [{"from": "human", "value": "<image>\nQ"}, {"from": "gpt", "value": "A"}]
+    book = {"imageURL": "http://x/8.gif", "questions": ["q"], "answers": ["a"], "split": 1}
+    box = {"x": 1, "y": 1, "width": 9, "height": 9}
+    files: dict[str, list[Any]] = {
+        "ocrvqa": [{image: book}],
+        "coco": [{"images": [{"id": 9, "file_name": "COCO_train2014_000000000009.jpg"}],
+                  "annotations": [{"image_id": 9, "caption": "A"}]}],
+        "llava": [[{"image": image, "conversations": turns}]],
+        "aokvqa": [[question | {"split": "train", "direct_answers": ["a"], "question_id": "1"}]],
+        "textcaps": [{"data": [{"image_id": image, "caption_str": "A"}]}],
+        "vg": [[{"id": 8, "regions": [box | {"image_id": 8, "phrase": "a dog"}]}],
+               [{"image_id": 8, "width": 64, "height": 48, "url": "http://x/VG_100K_2/8.jpg"}]],
+    }  # fmt: skip
+    files["vqav2"] = files["okvqa"] = [
+        {"data_subtype": "train2014", "questions": [question]},
+        {"annotations": [{"question_id": 1, "answers": [{"answer": "a"}]}]},
+    ]
+    return [write(folder, f"{name}-{i}.json", data) for i, data in enumerate(files[name])]
+
+
+def test_all_sets_are_trained_together(tmp_path: Path) -> None:
+    """Below one root each set finds its own pictures, although every one is different; so does training after that."""
+    root = tmp_path / "images"
+    for level, (place, _) in enumerate([*TREE.values(), ("visual_genome/VG_100K/2.jpg", 0)]):
+        (root / place).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (64, 48), (level, 0, 0)).save(root / place, "PNG")
+    (root / "coco" / "loop").symlink_to(root)
+    for level, (name, (place, image)) in enumerate(TREE.items()):
+        (record,) = converted(tmp_path, name, *official(tmp_path, name, image), skip=False, pictures=False)
+        assert record["image"] == place, name
+        read = Records(tmp_path / "out.jsonl", [tmp_path / "nothing", root]).read(0, random.Random())
+        assert read.image.getpixel((0, 0)) == (level, 0, 0)
 
 
 def test_records_can_be_trained_from(tmp_path: Path) -> None:
@@ -556,7 +688,13 @@ def test_missing_pictures(tmp_path: Path, capsys: pytest.CaptureFixture) -> None
     assert "the image val2014/COCO_val2014_000000297147.jpg is not below" in error
     assert "--skip-missing" in error
     assert not (tmp_path / "out.jsonl").exists()
-    assert not (tmp_path / "out.jsonl.new").exists()
+    assert not (tmp_path / ".out.jsonl.new").exists()
+    assert convert.main(["convert", "okvqa", *flags, "--skip-missing"]) == 2
+    assert "no record can be written; 1 records without a picture left out" in capsys.readouterr().err
+    assert convert.main(["convert", "okvqa", *flags[:-1], str(paths[0])]) == 2
+    assert (
+        capsys.readouterr().err == f"lion_mini.data: --out {paths[0]} is a file that --ann reads: choose another one\n"
+    )
 
 
 def test_inspect(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
