@@ -12,11 +12,11 @@
     torchrun --nproc-per-node 8 train.py --stage 2 ...    # 8 GPUs; the global batch size stays the same
 
 The recipes are in lion_mini/training/stages.py, the fields of a record in lion_mini/data/records.py. The paper's
-ablations: --no-aggregator, --tags plain, --tags none, --no-router, --single-stage.
+ablations: --no-aggregator, --no-adapters, --tags plain, --tags none, --no-router, --single-stage.
 
 A run's folder gets metrics.jsonl, loss.png, samples.png and checkpoints/, and at the end the weights, for
-`Lion.from_pretrained`, infer.py and `weights.py export`. Ctrl-C and SIGTERM save a checkpoint first (not in stage 0).
-Data order, crops and dropout are functions of --seed and the step: a resumed run equals an uninterrupted one.
+`Lion.from_pretrained`, infer.py and `weights.py export`. --held-out FILES adds the loss on their first 64 records, and
+a score: short answers are equal, boxes overlap by half. Ctrl-C and SIGTERM save a checkpoint first (not in stage 0).
 """
 
 import argparse
@@ -28,7 +28,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -43,19 +43,18 @@ from tqdm import tqdm
 
 from lion_mini import files
 from lion_mini.data.mixture import MicroBatches, Mixture, Samples, collate, micro_batches
-from lion_mini.data.records import Records, Source
+from lion_mini.data.records import Records, Source, TrainingExample
 from lion_mini.distributed import distributed
 from lion_mini.pipeline import TINY, Lion
 from lion_mini.toy.questions import Toy
 from lion_mini.toy.stage0 import toy_jobs
 from lion_mini.training.checkpoint import State, restore, save, weight_files, write_result
-from lion_mini.training.report import draw_loss, draw_samples, log_step, overview, say, trim
-from lion_mini.training.stages import STAGES, TOY, Job, Stage, changed, check_flags, groups, schedule, unfreeze
+from lion_mini.training.report import draw_loss, draw_samples, first_examples, log_step, overview, say, trim
+from lion_mini.training.stages import STAGES, Job, Stage, changed, check_flags, groups, schedule, unfreeze
 from lion_mini.training.start import begin
 
 MAX_SKIPPED = 10  # non-finite steps in a row that end a run
 SIGNALS: list[int] = []  # received so far; looked at between two steps
-Ranks = tuple[int, int, torch.device]  # rank, world size, device
 
 
 @dataclass
@@ -67,13 +66,15 @@ class Run:
     rank: int
     world: int
     lion: Lion
-    model: nn.Module  # lion.model, in DistributedDataParallel if there are several ranks
+    model: Any  # lion.model, in DistributedDataParallel if there are several ranks
     trained: dict[str, nn.Parameter]
     optimizer: AdamW
     settings: dict[str, Any]
     state: State
     accumulate: int  # micro-batches per rank and step
     stream: Iterator[tuple[int, Samples]]
+    held_out: bool  # or the examples are of the training data
+    examples: list[TrainingExample]  # for samples.png
 
     def sum(self, *values: float | torch.Tensor) -> list[float]:
         """The sums of numbers over all ranks."""
@@ -85,10 +86,12 @@ class Run:
     def save(self) -> None:
         save(self.job.out / "checkpoints", self.trained, self.optimizer, self.state, self.settings, self.args.keep)
 
-    def draw(self) -> None:
-        draw_loss(self.job.out / "metrics.jsonl", self.job.out / "loss.png")
+    def draw(self) -> dict[str, float]:
+        """Write samples.png. Returns loss and score on the held-out records, if there are any."""
         with autocast(self.lion.device, self.args.bf16):
-            draw_samples(self.lion, sources(self.job.stage, self.args, held_out=True), self.job.out / "samples.png")
+            facts = draw_samples(self.lion, self.examples, self.job, self.settings["micro_batch"])
+        self.state.loss = facts["held_out_loss"]
+        return facts if self.held_out else {}
 
 
 def train(run: Run) -> bool:
@@ -109,7 +112,7 @@ def train(run: Run) -> bool:
         faults = [sentence for _, samples in drawn for sentence in samples.bad]
         total, bad, stop = run.sum(sum(tokens), len(faults), len(SIGNALS))
         if stop:
-            return stop_early(run)
+            return False
         state.count(stage.batch, int(bad), faults)
 
         # 3. Gradients. Each rank accumulates its micro-batches; DDP averages over the ranks on the last one only.
@@ -118,7 +121,7 @@ def train(run: Run) -> bool:
             # Seed dropout by global micro-batch index, so that results do not depend on the number of ranks.
             torch.manual_seed(random.Random(f"{args.seed} {index}").getrandbits(63))
             share = run.world * count / total if stage.mean == "tokens" else 1 / run.accumulate
-            with no_sync(run.model, batch is not batches[-1]):
+            with nullcontext() if batch is batches[-1] or run.world == 1 else run.model.no_sync():
                 with autocast(run.lion.device, args.bf16):
                     loss = run.model(batch, stage.mean) * share
                 loss.backward()
@@ -136,30 +139,20 @@ def train(run: Run) -> bool:
             skip_step(run, mean_loss, norm, culprits)
         optimizer.zero_grad(set_to_none=True)
 
-        # 5. Rank 0 logs, saves and draws.
+        # 5. Rank 0 measures, logs, draws and saves.
         if run.rank == 0:
+            due = lambda every: state.step % every == 0 or state.step == stage.steps
             speed = round(stage.batch * (state.step - first) / (state.seconds - spent), 2)
             facts = {"stage": job.number, "step": state.step, "loss": mean_loss, "lr": rate, "norm": norm}
             facts |= {"tokens": int(total), "samples_per_second": speed, "bad": state.bad, "skipped": state.skipped}
+            facts |= run.draw() if due(args.draw_every) else {}
             log_step(job.out / "metrics.jsonl", bar, facts)
-            if state.step % args.save_every == 0 or state.step == stage.steps:
+            if due(args.draw_every):
+                draw_loss(job.out / "metrics.jsonl", job.out / "loss.png")
+            if due(args.save_every):
                 run.save()
-            if state.step % args.draw_every == 0 or state.step == stage.steps:
-                run.draw()
     bar.close()
     return True
-
-
-def stop_early(run: Run) -> bool:
-    if run.rank == 0:
-        run.save()
-        say(f"stopped after {run.state.step} steps; --resume continues from {run.job.out / 'checkpoints'}")
-    return False
-
-
-def no_sync(model: nn.Module, yes: bool) -> AbstractContextManager[None]:
-    """Without DDP's all-reduce, if there is DDP."""
-    return model.no_sync() if yes and isinstance(model, DistributedDataParallel) else nullcontext()
 
 
 def autocast(device: torch.device, enabled: bool) -> torch.autocast:
@@ -168,14 +161,10 @@ def autocast(device: torch.device, enabled: bool) -> torch.autocast:
 
 
 def skip_step(run: Run, loss: float, norm: float, culprits: Sequence[Samples]) -> None:
-    """Name the samples of every rank whose loss is not finite. Ten such steps in a row stop the run."""
+    """Name this rank's samples whose loss is not finite. Ten such steps in a row stop the run."""
     state, names = run.state, [name for samples in culprits for name in samples.names]
     state.skipped, state.in_a_row = state.skipped + 1, state.in_a_row + 1
-    everywhere: list[Any] = [names] * run.world
-    if run.world > 1:
-        dist.all_gather_object(everywhere, names)
-    if run.rank == 0:
-        names = [name for one in everywhere for name in one]
+    if names or run.rank == 0:
         say(f"step {state.step - 1} is skipped, its loss is {loss} and its gradient {norm}: {', '.join(names)}")
     if state.in_a_row == MAX_SKIPPED:
         raise ValueError(f"{MAX_SKIPPED} steps in a row were not finite: lower --lr, or look at these records")
@@ -184,12 +173,12 @@ def skip_step(run: Run, loss: float, norm: float, culprits: Sequence[Samples]) -
 # --- set-up
 
 
-def set_up(job: Job, args: argparse.Namespace, ranks: Ranks) -> Run:
+def set_up(job: Job, args: argparse.Namespace, ranks: tuple[int, int, torch.device]) -> Run:
     """Model, optimizer and data of a stage, at the step of its newest checkpoint."""
     (rank, world, device), stage = ranks, job.stage
     # 1. The model. Every rank builds the same one from the same folders and seed, so DDP need not broadcast it.
     half = args.bf16 and device.type != "cpu"
-    lion, origin = begin(stage, job.init, args.seed, job.new, torch.bfloat16 if half else torch.float32)
+    lion, origin = begin(stage, job.init, args.seed, torch.bfloat16 if half else torch.float32)
     lion.model.to(device).recompute(args.recompute)
     trained = unfreeze(lion.model, stage)
     optimizer = AdamW(groups(trained, stage.constant), lr=0.0, betas=(0.9, 0.999), fused=True)
@@ -216,14 +205,16 @@ def set_up(job: Job, args: argparse.Namespace, ranks: Ranks) -> Run:
         trim(job.out / "metrics.jsonl", state.step)
     per_step = stage.batch // size
     stream = micro_batches(batches, range(state.step * per_step + rank, stage.steps * per_step, world), args.workers)
-    return Run(job, args, rank, world, lion, model, trained, optimizer, settings, state, per_step // world, stream)
+    share, held_out = per_step // world, bool(args.held_out) or args.data == ["toy"]
+    shown = first_examples(sources(stage, args, held_out), 64 if held_out else 6)
+    return Run(job, args, rank, world, lion, model, trained, optimizer, settings, state, share, stream, held_out, shown)
 
 
 def sources(stage: Stage, args: argparse.Namespace, held_out: bool = False) -> list[Source]:
-    if args.data == ["toy"]:
+    names = args.held_out if held_out and args.held_out else args.data
+    if names == ["toy"]:
         return [Toy((task,), "test" if held_out else "train") for task in stage.tasks]
-    paths = args.held_out if held_out and args.held_out else args.data
-    return [Records(Path(path), args.images, stage.tasks) for path in paths]
+    return [Records(Path(name), args.images, stage.tasks) for name in names]
 
 
 def plan(args: argparse.Namespace) -> Iterable[Job]:
@@ -232,11 +223,24 @@ def plan(args: argparse.Namespace) -> Iterable[Job]:
         if args.data != ["toy"] or args.init:
             raise ValueError("--data and --init are for one stage: say which with --stage")
         return toy_jobs(args)
-    stage = changed((TOY if args.data == ["toy"] else STAGES)[args.stage], args)
-    if len(args.init) != 1 and (not args.init or len(stage.tasks) == 1):
+    stage = changed(args.stage, args)
+    if len(args.init) != 1 and (not args.init or len(stage.tasks) == 1 or stage.new):
         raise ValueError(f"--init takes one folder, or for stage 3 those of stages 1 and 2, but found {len(args.init)}")
-    init = [TINY if path == Path("tiny") else path for path in args.init]
-    return [Job(args.stage, stage, init, args.out)]
+    return [Job(args.stage, stage, [TINY if path == Path("tiny") else path for path in args.init], args.out)]
+
+
+def finish(run: Run) -> None:
+    """Rank 0 writes the result, unless the run has diverged: it measured the final weights last."""
+    job, state = run.job, run.state
+    finite = math.isfinite(state.loss) and all(tensor.isfinite().all() for tensor in run.trained.values())
+    if any(run.sum(not finite)):
+        raise ValueError(f"{job.out}: no result, a loss or weight is not finite; lower --lr, with another --out")
+    if run.rank == 0:
+        facts = f"(seed {run.args.seed}, {job.stage.steps} steps, {state.seconds / 60:.1f} minutes)"
+        write_result(job, run.lion.model, f"stage {job.number}: {shlex.join(['train.py', *run.args.command])} {facts}")
+        say(f"stage {job.number} is done: {job.out}")
+    if run.world > 1:
+        dist.barrier()
 
 
 # --- the command line
@@ -249,8 +253,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     what.add_argument("--init", type=Path, nargs="+", default=[], help="folder to start from, or: tiny; stage 3: two")
     what.add_argument("--data", nargs="+", default=["toy"], help="files of records, or: toy")
     what.add_argument("--ratios", type=float, nargs="+", help="the share of each file; default: every record once")
-    what.add_argument("--images", type=Path, default=Path(), help="the folder of the records' pictures")
-    what.add_argument("--held-out", nargs="+", help="files of records for samples.png")
+    what.add_argument("--images", type=Path, nargs="+", default=[Path()], help="folders of the records' pictures")
+    what.add_argument("--held-out", nargs="+", help="files of records to measure and draw, not to train")
     what.add_argument("--out", type=Path, default=Path("runs/toy"), help="folder of the run")
     what.add_argument("--resume", action="store_true", help="continue from the last checkpoint in --out")
     what.add_argument("--from-scratch", action="store_true", help="the toy's stage 0 first")
@@ -262,10 +266,11 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     how.add_argument("--clip", type=float, default=1.0, help="the largest norm of the gradients")
     how.add_argument("--seed", type=int, default=0)
     parts = parser.add_argument_group("ablations (they change nothing in stage 4)")
-    parts.add_argument("--no-aggregator", action="store_true", help="stages 2, 3: image-level visual tokens only")
+    parts.add_argument("--no-aggregator", action="store_true", help="stages 2, 3: last tap, norm and MLP only")
+    parts.add_argument("--no-adapters", action="store_true", help="stage 1, and only that: FlanT5 as it is")
     parts.add_argument("--tags", choices=("soft", "plain", "none"), help="stage 3: default soft; plain: no soft prompt")
     parts.add_argument("--no-router", action="store_true", help="stage 3: both adapters added, for both levels")
-    parts.add_argument("--single-stage", action="store_true", help="everything at once, for as many steps")
+    parts.add_argument("--single-stage", action="store_true", help="stage 3 alone, all parts new, for the steps of all")
     machine = parser.add_argument_group("the machine")
     machine.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     machine.add_argument("--micro-batch", type=int, help="samples at a time and rank; the batch size stays the same")
@@ -273,11 +278,9 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     machine.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=True, help="bfloat16 autocast")
     machine.add_argument("--recompute", action="store_true", help="gradient checkpointing: slower, in less memory")
     machine.add_argument("--save-every", type=int, default=200, help="steps between checkpoints")
-    machine.add_argument("--keep", type=int, default=2, help="how many checkpoints stay")
-    machine.add_argument("--draw-every", type=int, default=100, help="steps between loss.png and samples.png")
-    args = parser.parse_args(argv)
-    args.command = [*argv]
-    return args
+    machine.add_argument("--keep", type=int, default=2, help="how many checkpoints stay, at least 2")
+    machine.add_argument("--draw-every", type=int, default=100, help="steps between measurements and drawings")
+    return parser.parse_args(argv, argparse.Namespace(command=[*argv]))
 
 
 def train_stages(args: argparse.Namespace) -> int:
@@ -291,18 +294,15 @@ def train_stages(args: argparse.Namespace) -> int:
             raise ValueError(f"{job.out} holds a run already: --resume continues it, or choose another --out")
         if (job.out / "config.json").exists():
             if ranks[0] == 0:
-                more = f"; --stage 4 --init {job.out} trains it further" if job.number > 2 else ""
-                say(f"{job.out} is finished already{more}")
+                say(f"{job.out} is finished already; give it to --init to train it further")
             continue
         run = set_up(job, args, ranks)
         if not train(run):
+            if run.rank == 0:
+                run.save()
+                say(f"stopped after {run.state.step} steps; --resume continues from {job.out / 'checkpoints'}")
             return 128 + (SIGNALS or [signal.SIGTERM])[0]
-        if run.rank == 0:
-            facts = f"(seed {args.seed}, {job.stage.steps} steps, {run.state.seconds / 60:.1f} minutes)"
-            write_result(job, run.lion.model, f"stage {job.number}: {shlex.join(['train.py', *args.command])} {facts}")
-            say(f"stage {job.number} is done: {job.out}")
-        if run.world > 1:
-            dist.barrier()
+        finish(run)
     return 0
 
 

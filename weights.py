@@ -173,8 +173,9 @@ def convert(args: argparse.Namespace) -> None:
     # 1. The inputs, and the names and shapes of the model.
     files = inputs(args)
     config = choose_config(args.config, Tensors(args.t5).shapes)
-    asked = config.instructions or (RELEASE if args.lion else {})
-    config = replace(config, ram=config.ram if args.ram else None, instructions=asked)
+    instructions = config.instructions or (RELEASE if args.lion else {})
+    stage = (config.stage or 3) if args.lion else 0  # 3: a whole LION
+    config = replace(config, ram=config.ram if args.ram else None, instructions=instructions, stage=stage)
     texts = [args.bert / "vocab.txt", args.t5 / "tokenizer.json", args.ram_tags, args.ram_thresholds]
     Vocabularies.from_files(texts, config)  # raises if one does not fit
     model = skeleton(config)

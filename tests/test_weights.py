@@ -178,7 +178,9 @@ def test_convert_and_export_give_back_the_official_file(golden_folder: Path, tmp
 def test_converted_folder_holds_everything(golden_folder: Path) -> None:
     index = json.loads((golden_folder / "model.safetensors.index.json").read_text())
     tensors = load_file(golden_folder / "model-00001-of-00001.safetensors")
-    assert set(index["weight_map"]) == set(tensors) == set(on_meta(Lion.from_pretrained(golden_folder).config))
+    config = Lion.from_pretrained(golden_folder).config
+    assert config.stage == 3  # a whole LION
+    assert set(index["weight_map"]) == set(tensors) == set(on_meta(config))
     for name in ("config.json", "vocab.txt", "tokenizer.json", "ram_tag_list.txt", "ram_tag_list_threshold.txt"):
         assert (golden_folder / name).is_file()
     eva = torch.load(OFFICIAL / "eva_vit_g.pth", weights_only=True)
@@ -256,6 +258,7 @@ def test_stage_1_starts_from_bert(tmp_path: Path, older: bool, capsys: pytest.Ca
     assert (tmp_path / "again" / SHARD).read_bytes() == (tmp_path / "out" / SHARD).read_bytes()
     model = Lion.from_pretrained(tmp_path / "out").model
     assert model.ram is None
+    assert model.config.stage == 0  # nothing in it is trained
     found = model.state_dict()
     words = bert["bert.embeddings.word_embeddings.weight"]
     assert torch.equal(found["qformer.words.weight"][: len(words)], words)

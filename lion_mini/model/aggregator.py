@@ -32,7 +32,8 @@ class Block(nn.Module):
 
 
 class Aggregator(nn.Module):
-    """Region-level visual tokens, one per token of the ViT. The taps are its block outputs, last first."""
+    """Region-level visual tokens, one per token of the ViT. The taps are its block outputs, last first; a single tap
+    has no blocks, only norm and MLP (the ablation of Figure 6)."""
 
     recompute = False  # gradient checkpointing
 

@@ -228,6 +228,8 @@ def log_likelihoods(
         labels = rearrange(labels, "b k t -> (b k) t").to(states.device)
         logits = rearrange(t5.predict(labels, cache).float(), "r t v -> r v t")
         sums = -F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="none").sum(-1)
+        if not sums.isfinite().all():
+            raise ValueError("the answers have no finite score: these weights have diverged, or hold no numbers")
         for scores, row, sample in zip(found, rearrange(sums, "(b k) -> b k", k=most).tolist(), part, strict=True):
             scores += row[: len(sample)]
     return found

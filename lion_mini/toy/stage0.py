@@ -33,7 +33,7 @@ from ..pipeline import TINY, pad
 from ..text.prompts import tag_sentence
 from ..text.tokenizers import UnigramTokenizer
 from ..training.report import say
-from ..training.stages import PARTS, TOY, Job, changed, groups, schedule
+from ..training.stages import PARTS, Job, changed, groups, schedule
 from .labels import FIELDS, REFERENT, field_loss, patch_labels, tag_loss, word_labels, word_loss
 from .questions import INSTRUCTIONS, Instructions, Record, records, tags
 from .vocab import write_vocabularies
@@ -53,7 +53,6 @@ BARE = {
 
 def toy_jobs(args: argparse.Namespace) -> Iterator[Job]:
     """What train.py does without --stage: stage 0 if asked for (on rank 0), then stages 1 to 3 or their ablations."""
-    recipes = {number: changed(stage, args) for number, stage in TOY.items()}
     start, (one, two, three) = TINY, (args.out / f"stage{number}" for number in (1, 2, 3))
     if args.from_scratch or args.quick:
         start = args.out / "stage0"
@@ -62,15 +61,14 @@ def toy_jobs(args: argparse.Namespace) -> Iterator[Job]:
                 train_stage0(new, args.quick, args.seed)
         if dist.is_initialized():
             dist.barrier()
-    parts = list(PARTS)  # only the frozen parts of the package's folder are used
     if args.single_stage:
-        steps = args.steps or sum(recipes[number].steps for number in (1, 2, 3))
-        yield Job(3, replace(recipes[3], steps=steps), [start], three, parts)
+        yield Job(3, changed(3, args), [start], three)
         return
-    yield Job(1, recipes[1], [start], one, parts)
-    # Without the aggregator stage 2 trains its adapters behind stage 1's Q-Former.
-    yield Job(2, recipes[2], [one], two, parts[1:]) if args.no_aggregator else Job(2, recipes[2], [start], two, parts)
-    yield Job(3, recipes[3], [one, two], three)
+    for number, out in ((1, one), (2, two)):  # only the frozen parts of the package's folder are used
+        yield Job(number, replace(changed(number, args), new=tuple(PARTS)), [start], out)
+        if args.no_adapters:  # stage 1 alone is the comparison with InstructBLIP
+            return
+    yield Job(3, changed(3, args), [one, two], three)
 
 
 @torch.random.fork_rng(devices=[])

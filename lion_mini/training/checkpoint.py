@@ -7,8 +7,8 @@ A checkpoint holds no data position and no random state: both are functions of t
 """
 
 import os
-import shutil
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from ..model.lion import LionModel
 from ..pipeline import read_config
 from ..text.vocabularies import Vocabularies
 from .report import say
-from .stages import PARTS, Job, part_of
+from .stages import Job, part_of
 
 MAX_BAD = 0.05  # the share of unusable records that ends a run
 
@@ -37,6 +37,7 @@ class State:
     bad: int = 0  # records that could not be used
     skipped: int = 0  # steps with a non-finite loss or gradient
     in_a_row: int = 0  # ... since the last finite one
+    loss: float = 0.0  # when samples.png was last drawn, on its records and without dropout
     seconds: float = 0.0
 
     def count(self, samples: int, bad: int, sentences: Sequence[str]) -> None:
@@ -51,7 +52,8 @@ class State:
 def save(
     folder: Path, trained: Mapping[str, Tensor], optimizer: Optimizer, state: State, settings: dict[str, Any], keep: int
 ) -> None:
-    """Write a checkpoint and keep the last `keep`. If the disk is full, say so and go on: the older ones stay."""
+    """Write a checkpoint and keep the last `keep`, but two at least: whether the newest has diverged, the next step
+    shows. If the disk is full, say so and go on. Then, and after a step that was not finite, the older ones stay."""
     try:
         with atomic_write(folder / f"step-{state.step:08}.pt") as new:
             weights = {name: tensor.detach() for name, tensor in trained.items()}
@@ -60,13 +62,11 @@ def save(
     except OSError as error:
         say(f"no checkpoint at step {state.step}, the ones before it stay: {reason(error)}")
         return
-    for old in sorted(folder.glob("step-*.pt"))[:-keep]:
+    for old in () if state.in_a_row else sorted(folder.glob("step-*.pt"))[: -max(keep, 2)]:
         remove(old)
 
 
-def restore(
-    folder: Path, trained: Mapping[str, Tensor], optimizer: Optimizer, settings: dict[str, Any], rank: int
-) -> State:
+def restore(folder: Path, trained: Mapping[str, Tensor], optimizer: Optimizer, settings: dict, rank: int) -> State:
     """Load the newest whole checkpoint into parameters and optimizer; a fresh State if there is none.
 
     Rank 0 renames damaged checkpoints. One with other settings is refused.
@@ -75,7 +75,9 @@ def restore(
         try:
             with reading(path):
                 checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-                state, before = State(**checkpoint["state"]), checkpoint["settings"]
+                state, before = State(**checkpoint["state"]), dict(checkpoint["settings"])
+                if not 0 < state.step <= before["steps"]:
+                    raise ValueError(f"it says step {state.step} of {before['steps']}")
         except ValueError as error:
             if rank == 0:
                 say(f"{error}: this checkpoint is damaged and renamed, the one before it is used")
@@ -89,7 +91,8 @@ def restore(
         with torch.no_grad():
             for name, tensor in trained.items():
                 tensor.copy_(checkpoint["trained"][name])
-        optimizer.load_state_dict(checkpoint["optimizer"])
+        with reading(path):
+            optimizer.load_state_dict(checkpoint["optimizer"])
         if rank == 0:
             say(f"resuming from {path}")
         return state
@@ -108,25 +111,23 @@ def write_result(job: Job, model: LionModel, made_by: str) -> None:
     frozen = {name for name in model.state_dict() if part_of(name) is None}
     stored = read_folder(init, "cpu", None)
     dtype = stored["t5.shared.weight"].dtype
-    whole = init / "frozen.safetensors"
     with atomic_write(out / "frozen.safetensors") as new:
-        if whole.is_file() and Tensors(whole).where.keys() == frozen:
-            try:
+        whole = init / "frozen.safetensors"
+        with suppress(OSError):  # another disk, or one without links
+            if whole.is_file() and Tensors(whole).where.keys() == frozen:
                 os.link(whole, new)
-            except OSError:  # another disk, or one without links
-                shutil.copyfile(whole, new)
-        else:
+        if not new.exists():
             save_file({name: stored[name] for name in sorted(frozen)}, new)
     trained = {name: tensor for name, tensor in model.state_dict().items() if name not in frozen}
     with atomic_write(out / "trained.safetensors") as new:
         save_file({name: tensor.to("cpu", dtype).contiguous() for name, tensor in trained.items()}, new)
     for name in Vocabularies.FILES:
         if (init / name).is_file():
-            shutil.copyfile(init / name, out / name)
+            with atomic_write(out / name) as new:
+                new.write_bytes((init / name).read_bytes())
     sync(out)
     with atomic_write(out / "config.json") as new:  # last: its presence says that the stage is finished
-        made_by = history(job.init, set(job.new) >= set(PARTS), made_by)
-        config = replace(model.config, stage=job.number, made_by=made_by)
+        config = replace(model.config, stage=job.number, made_by=history(job.init, bool(job.stage.new), made_by))
         new.write_text(config.to_json(), encoding="utf-8")
 
 

@@ -13,7 +13,7 @@ each task's gates are initially open for its own adapter only.
 import argparse
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -46,6 +46,8 @@ class Stage:
     warmup: int = 1000
     mean: Literal["tokens", "samples"] = "tokens"  # the loss averages over all tokens, or within each sample first
     model: Mapping[str, Any] = field(default_factory=dict)  # changes to the LionConfig
+    aggregator: bool = True  # False: without its blocks, so the last tap goes straight to the projector (Figure 6)
+    new: tuple[str, ...] = ()  # parts to initialise even if a folder has them
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,6 @@ class Job:
     stage: Stage
     init: list[Path]  # folders to start from
     out: Path
-    new: Sequence[str] = ()  # parts to initialise even if a folder has them
 
 
 STAGES = {  # Appendix A; the fourth as the release's config has it
@@ -77,7 +78,9 @@ TOY = {
     3: replace(STAGES[3], batch=96, steps=500, lr=2e-3, warmup=50, mean="samples", constant={"aggregator": 1e-4}),
     4: replace(STAGES[4], batch=64, steps=300, lr=2e-4, warmup=50, mean="samples"),
 }
-WEIGHT_DECAY = 0.05
+LIMITS: dict[str, tuple[float, float]] = {"warmup": (0, 10**9), "workers": (0, 256), "seed": (0, 2**63 - 1)}
+LIMITS |= dict.fromkeys(("steps", "save_every", "keep", "draw_every"), (1, 10**9))
+LIMITS |= dict.fromkeys(("batch", "micro_batch"), (1, 10**5)) | dict.fromkeys(("lr", "clip", "ratios"), (1e-30, 1e30))
 
 
 def schedule(step: int, steps: int, peak: float, floor: float = 0.0, warmup: int = 0, start: float = 1e-8) -> float:
@@ -105,9 +108,7 @@ def unfreeze(model: LionModel, stage: Stage) -> dict[str, nn.Parameter]:
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
-def groups(
-    trained: Mapping[str, nn.Parameter], constant: Mapping[str, float], decay: float = WEIGHT_DECAY
-) -> list[dict[str, Any]]:
+def groups(trained: Mapping[str, nn.Parameter], constant: Mapping[str, float], decay: float = 0.05) -> list[dict]:
     """AdamW's parameter groups, by constant learning rate (None: scheduled) and weight decay.
 
     Matrices decay; biases, norms and other vectors do not. Neither do the router's gates: decay would pull them towards
@@ -126,32 +127,41 @@ def groups(
 # --- what the command line of train.py changes
 
 
-def changed(stage: Stage, args: argparse.Namespace) -> Stage:
-    """The recipe with the ablations and settings of the command line."""
-    model = dict(stage.model)
-    if args.no_aggregator and model:
-        model["visual_input"] = "image"
-    if args.no_router and model:
+def changed(number: int, args: argparse.Namespace) -> Stage:
+    """The recipe of a stage with the ablations and settings of the command line."""
+    recipes = TOY if args.data == ["toy"] else STAGES
+    stage, model, given = recipes[number], dict(recipes[number].model), dict[str, Any]()
+    level = model.get("visual_input")  # None in stage 4, which no ablation changes
+    if args.no_aggregator and level in ("region", "all"):
+        given["aggregator"] = False
+    if args.no_adapters and level == "image":
+        model["adapters"] = 0
+    if args.no_router and level == "all":
         model["adapters"] = 1
-    if args.tags and model.get("tags") == "soft":
+    if args.tags and level == "all":
         model["tags"] = args.tags
-    given = {name: getattr(args, name) for name in ("batch", "steps", "lr", "warmup", "mean")}
+    if args.single_stage and level == "all":
+        given |= {"new": tuple(PARTS), "steps": sum(recipes[i].steps for i in (1, 2, 3))}
     if args.quick:
-        given |= {"batch": args.batch or 16, "steps": args.steps or 6}
-    return replace(stage, model=model, **{name: value for name, value in given.items() if value is not None})
+        given |= {"batch": 16, "steps": 6}
+    given |= {name: v for name in ("batch", "steps", "lr", "warmup", "mean") if (v := getattr(args, name)) is not None}
+    return replace(stage, model=model, **given)
 
 
 def check_flags(args: argparse.Namespace) -> None:
     """Refuse numbers that make no run, and flags that would change nothing but be recorded in `made_by`."""
-    counts = ("batch", "steps", "micro_batch", "save_every", "keep", "draw_every", "workers", "warmup")
-    for name in (*counts, "lr", "clip"):
-        value, zero = getattr(args, name), name in ("workers", "warmup")
-        if value is not None and not (value > 0 or (zero and value == 0)):
-            raise ValueError(f"--{name.replace('_', '-')} must be {'at least' if zero else 'above'} 0, not {value}")
-    for flag in ("tags", "no_router", "no_aggregator", "from_scratch", "single_stage"):
+    if any(re.fullmatch(r"(--[\w-]+=)?", word) for word in args.command):
+        raise ValueError("an argument is empty: is a variable of the shell not set?")
+    for name, (least, most) in LIMITS.items():
+        given = getattr(args, name)
+        for value in given if isinstance(given, list) else [given]:
+            if value is not None and not least <= value <= most:
+                raise ValueError(f"--{name.replace('_', '-')} must be from {least} to {most}, not {value}")
+    numbers = [args.stage] if args.stage else [1] if args.no_adapters else [1, 2, 3]
+    for flag in ("tags", "no_adapters", "no_router", "no_aggregator", "single_stage"):
         without = argparse.Namespace(**vars(args) | {flag: None})
-        idle = args.stage and changed(STAGES[args.stage], args) == changed(STAGES[args.stage], without)
-        if idle and getattr(args, flag):
-            raise ValueError(f"--{flag.replace('_', '-')} changes nothing with --stage {args.stage}: leave it out")
-    if args.held_out and args.data == ["toy"]:
-        raise ValueError("--held-out is for files of records, and changes nothing with --data toy: leave it out")
+        if getattr(args, flag) and all(changed(i, args) == changed(i, without) for i in numbers):
+            where = f"--stage {args.stage}" if args.stage else "--no-adapters, which is for stage 1"
+            raise ValueError(f"--{flag.replace('_', '-')} changes nothing with {where}: leave it out")
+    if args.from_scratch and args.stage:
+        raise ValueError(f"--from-scratch changes nothing with --stage {args.stage}: leave it out")

@@ -3,10 +3,9 @@
 stage 1, 2    from the frozen parts of a converted folder; what the stage trains is new, or taken from the folder
 stage 3       from the results of stages 1 and 2: Q-Former and image adapter of one, aggregator, projector and region
               adapter of the other; router and soft prompt are new
-stage 4       from a whole LION
+stage 3, 4    from a whole LION, whose config says that stage 3 or 4 trained it
 """
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -26,16 +25,17 @@ from .stages import STAGES, Stage, part_of
 
 
 def begin(
-    stage: Stage, init: Sequence[Path], seed: int, new: Sequence[str] = (), dtype: torch.dtype = torch.float32
+    stage: Stage, init: Sequence[Path], seed: int, dtype: torch.dtype = torch.float32
 ) -> tuple[Lion, dict[str, str]]:
     """A stage's model, and for each part the folder of `init` it comes from, or "new".
 
-    Several folders are the results of one stage per task, in any order. Parts in `new` are initialised even if a folder
-    has them, and so are the adapters if their number changes without a merge. `dtype` is the frozen parts'.
+    Several folders are the results of one stage per task, in any order. Parts in `stage.new` are initialised even if a
+    folder has them, and so are the adapters if their number changes without a merge. `dtype` is the frozen parts'.
     """
-    configs = {folder: read_config(folder) for folder in init}
-    init = by_task(init, configs)
-    config = replace(configs[init[0]], **stage.model, made_by="")
+    configs = by_task(stage, init)
+    init, before = [*configs], next(iter(configs.values()))
+    taps = before.taps if stage.aggregator else before.taps[:1]
+    config = replace(before, **stage.model, taps=taps, made_by="")
     if len(init) > 1 and config.adapters == 1:
         config = replace(config, adapter_width=len(init) * config.adapter_width)
     text = Vocabularies.from_folder(init[0], config)
@@ -51,8 +51,7 @@ def begin(
             if not torch.equal(tensors[name], sources[0][name]):
                 raise ValueError(f"{init[0]} and {folder} have different {name}: they must share the frozen parts")
     found = merge(sources, config) if len(init) > 1 else sources[0]
-    if len(init) == 1 and configs[init[0]].adapters != config.adapters:
-        new = [*new, "adapters", "router"]
+    new = {*stage.new, *(("adapters", "router") if len(init) == 1 and before.adapters != config.adapters else ())}
 
     # 2. Keep what the model has, and initialise the rest.
     tensors = {name: tensor for name, tensor in found.items() if name in expected and part_of(name) not in new}
@@ -62,12 +61,9 @@ def begin(
         where = (folder for folder, source in zip(init, sources, strict=True) if name in source)
         origin[part] = " + ".join(map(str, init)) if part == "adapters" else str(next(where))
     torch.manual_seed(seed)
-    for name, tensor in fresh(config, model):
+    for name, tensor in fresh(config, model) if stage.model else ():  # stage 4 has the folder's model, and all of it
         if name not in tensors:
             tensors[name], origin[part_of(name) or ""] = tensor, "new"
-    if not stage.model and "new" in origin.values():
-        parts = ", ".join(part for part, where in origin.items() if where == "new")
-        raise ValueError(f"{init[0]} has no {parts}: fine-tuning begins with a whole LION, which stage 3 makes")
     check_tensors(init[0], tensors, expected)
 
     # 3. Copy what trains (what was read is mapped from a file). Frozen norms and T5's embeddings stay in float32, so
@@ -79,16 +75,17 @@ def begin(
     return Lion(model, text), origin
 
 
-def by_task(init: Sequence[Path], configs: Mapping[Path, LionConfig]) -> list[Path]:
-    """Results of single-task stages in the order of the router's rows; one folder stays as it is."""
-    if len(init) == 1:
-        return list(init)
+def by_task(stage: Stage, init: Sequence[Path]) -> dict[Path, LionConfig]:
+    """The folders in the order of the router's rows. A ValueError if what a joint stage needs was never trained."""
+    configs = {folder: read_config(folder) for folder in init}
+    trained = {f: STAGES[c.stage].tasks if c.stage in STAGES and c.adapters else () for f, c in configs.items()}
+    known = sorted(task for folder in init for task in trained[folder])
+    if len(stage.tasks) > 1 and not stage.new and known != sorted(stage.tasks):
+        given = ", ".join(f"{folder} (stage {configs[folder].stage})" for folder in init)
+        whole = "a whole LION, of stage 3 or weights.py convert --lion, or to stage 3 a result with adapters per level"
+        raise ValueError(f"{' and '.join(stage.tasks)} level cannot begin with {given}: give {whole}")
     tasks = configs[init[0]].tasks
-    trained = {folder: STAGES[configs[folder].stage].tasks if configs[folder].stage else () for folder in init}
-    if sorted(trained.values()) != sorted((task,) for task in tasks):
-        found = ", ".join(f"{folder} (stage {configs[folder].stage})" for folder in init)
-        raise ValueError(f"stage 3 merges one result per task, {' and '.join(tasks)} level, but found {found}")
-    return sorted(init, key=lambda folder: tasks.index(trained[folder][0]))
+    return dict(sorted(configs.items(), key=lambda item: [task in trained[item[0]] for task in tasks], reverse=True))
 
 
 def fresh(config: LionConfig, model: LionModel) -> Iterator[tuple[str, Tensor]]:
@@ -121,17 +118,11 @@ def merge(sources: Sequence[Mapping[str, Tensor]], config: LionConfig) -> dict[s
             merged[name.replace(".adapters.adapters.0.", f".adapters.adapters.{k}.")] = tensor
     if config.adapters > 1:
         return merged
-    for name in (name for name in sources[0] if part_of(name) == "adapters"):
-        parts = [source[name] for source in sources]
-        scales = [source[re.sub(r"(\.adapters\.0)\..*", r"\1.scale", name)] for source in sources]
-        scaled = [part * scale for part, scale in zip(parts, scales, strict=True)]
-        match name.rsplit(".adapters.0.", 1)[1]:
-            case "scale":
-                merged[name] = torch.ones_like(parts[0])
-            case "up.weight":
-                merged[name] = torch.cat(scaled, dim=1)
-            case "up.bias":
-                merged[name] = torch.stack(scaled).sum(0)
-            case _:
-                merged[name] = torch.cat(parts)
+    names = ("down.weight", "down.bias", "up.weight", "up.bias", "scale")
+    for stem in (name.removesuffix("scale") for name in sources[0] if name.endswith(".adapters.0.scale")):
+        down, down_bias, up, up_bias, scale = ([source[stem + name] for source in sources] for name in names)
+        merged[stem + "down.weight"], merged[stem + "down.bias"] = torch.cat(down), torch.cat(down_bias)
+        merged[stem + "up.weight"] = torch.cat([part * s for part, s in zip(up, scale, strict=True)], dim=1)
+        merged[stem + "up.bias"] = torch.stack([part * s for part, s in zip(up_bias, scale, strict=True)]).sum(0)
+        merged[stem + "scale"] = torch.ones_like(scale[0])
     return merged

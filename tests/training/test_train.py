@@ -1,6 +1,7 @@
 """The training: what moves and what does not, the release's loss, and runs that nothing can make come out otherwise."""
 
 import errno
+import io
 import json
 import math
 import multiprocessing
@@ -13,7 +14,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import timedelta
 from multiprocessing.context import ForkServerProcess
@@ -27,6 +28,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.optim import AdamW
+from tqdm import tqdm
 
 import train
 import weights
@@ -42,8 +44,11 @@ from lion_mini.config import (
 from lion_mini.data import mixture
 from lion_mini.data.mixture import Samples
 from lion_mini.data.records import CATEGORIES
+from lion_mini.images import lion_transform, open_image
+from lion_mini.model.generate import GENERATION
 from lion_mini.model.lion import Batch, LionModel
 from lion_mini.training.checkpoint import history
+from lion_mini.training.report import log_step, right
 from lion_mini.training.stages import PARTS, STAGES, TOY, Stage, groups, part_of, schedule, unfreeze
 from lion_mini.training.start import begin, merge
 
@@ -59,6 +64,9 @@ SIZES = LionConfig(
         head=TagHeadConfig(width=8, depth=1, heads=2, mlp_width=12),
     ),
 )  # fmt: skip
+
+
+SINGLE = replace(STAGES[3], new=tuple(PARTS))  # all parts at once, from none
 
 
 @pytest.fixture(scope="session")
@@ -95,11 +103,13 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def command(number: int, init: Path, data: Path, out: Path, *more: object) -> list[str]:
+def command(number: int, init: Path | Sequence[Path], data: Path, out: Path, *more: object) -> list[str]:
+    """Stage 3 begins with two results; with one folder it is a single stage, which makes everything new."""
     files = {1: ["image.json"], 2: ["region.jsonl"]}.get(number, ["image.json", "region.jsonl"])
-    words = ["--stage", number, "--init", init, "--data", *(data / name for name in files), "--images", data]
+    folders = [init] if isinstance(init, Path) else init
+    words = ["--stage", number, "--init", *folders, "--data", *(data / name for name in files), "--images", data]
     words += ["--out", out, "--steps", 8, "--batch", 4, "--lr", 0.01, "--save-every", 2, "--no-bf16", "--device", "cpu"]
-    return [str(word) for word in (*words, *more)]
+    return [str(word) for word in (*words, *["--single-stage"] * (number == 3 and len(folders) == 1), *more)]
 
 
 def trained(out: Path) -> dict[str, Tensor]:
@@ -132,7 +142,7 @@ def child(argv: list[str], log: Path, env: Mapping[str, str], die_at: int | None
         synced: list[Path] = []
 
         def sync(path: Path) -> None:
-            synced.append(path)
+            synced.extend([path] * path.name.startswith(".step-"))
             if len(synced) == die_at:
                 os.kill(os.getpid(), signal.SIGKILL)
 
@@ -182,7 +192,7 @@ UNREAD = "qformer.layers.1.ff."
 @pytest.mark.parametrize("number", EXPECTED)
 def test_one_step_changes_what_the_stage_trains_and_nothing_else(stage0: Path, data: Path, number: int) -> None:
     stage = replace(STAGES[number], constant={"aggregator": 0.003}) if number == 2 else STAGES[number]
-    lion, _ = begin(stage, [stage0], seed=0)
+    lion, _ = begin(replace(stage, new=tuple(PARTS)), [stage0], seed=0)
     model = lion.model
     randomise(model, seed=2)
     learning = unfreeze(model, stage)
@@ -242,7 +252,7 @@ def test_the_papers_table() -> None:
 
 
 def test_frozen_parts_stay_in_eval_mode(stage0: Path) -> None:
-    model = begin(STAGES[3], [stage0], seed=0)[0].model
+    model = begin(SINGLE, [stage0], seed=0)[0].model
     unfreeze(model, STAGES[3])
     model.eval()
     model.train()
@@ -416,9 +426,12 @@ def test_stage_3_takes_one_folder_per_task_in_any_order(two_stages: tuple[Path, 
     assert all(torch.equal(tensor, swapped[name]) for name, tensor in tensors.items())
     whole = shutil.copytree(two_stages[0], tmp_path / "whole")
     (whole / "config.json").write_text(replace(SIZES, stage=3).to_json())
-    for wrong in ([two_stages[0], whole], [two_stages[0], two_stages[0]]):
+    bare = shutil.copytree(two_stages[0], tmp_path / "bare")
+    (bare / "config.json").write_text(replace(SIZES, stage=1, adapters=0, visual_input="image", tags="none").to_json())
+    one, two = two_stages
+    for wrong in ([one, whole], [one, one], [bare, two], [one], [two]):
         with pytest.raises(
-            ValueError, match=r"merges one result per task, region and image level, but found .*stage 1"
+            ValueError, match=r"image and region level cannot begin with .*stage [123]\): give a whole LION"
         ):
             begin(STAGES[3], wrong, seed=0)
 
@@ -439,10 +452,8 @@ def test_a_third_task(
         argv = command(number, tmp_path / "1" if number == 5 else start, data, tmp_path / str(number))
         i, j = argv.index("--data"), argv.index("--images")
         assert train.main([*argv[: i + 1], str(data / name), *argv[j:]]) == 0, capsys.readouterr().err
-    argv = command(3, start, data, tmp_path / "3")
-    i, j, k = argv.index("--init"), argv.index("--data"), argv.index("--images")
-    names = [str(data / name) for name in ("image.json", "region.jsonl", "count.json")]
-    argv = [*argv[: i + 1], *(str(tmp_path / name) for name in "125"), "--data", *names, *argv[k:]]
+    argv = command(3, [tmp_path / name for name in "125"], data, tmp_path / "3")
+    argv.insert(argv.index("--images"), str(data / "count.json"))
     assert train.main(argv) == 0, capsys.readouterr().err
     lion = Lion.from_pretrained(tmp_path / "3")
     tensors = trained(tmp_path / "3")
@@ -491,7 +502,7 @@ def test_stages_of_different_frozen_parts_do_not_merge(two_stages: tuple[Path, P
         (["--tags", "plain"], {"tags": "plain"}),
         (["--tags", "none"], {"tags": "none"}),
         (["--no-router"], {"adapters": 1, "adapter_width": 8}),
-        (["--no-aggregator"], {"visual_input": "image", "adapters": 2}),
+        (["--no-aggregator"], {"visual_input": "all", "adapters": 2, "taps": (2,)}),
         (["--single-stage"], {"visual_input": "all", "adapters": 2, "tags": "soft"}),
     ],
 )
@@ -515,6 +526,46 @@ def test_the_toy_run_and_its_ablations(
     assert train.main([*argv, "--resume"]) == 0  # there is nothing left to do
 
 
+def test_without_the_aggregators_blocks(
+    stage0: Path, data: Path, two_stages: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """Figure 6: the last tap goes through norm and MLP to FlanT5. Stage 3 goes on like that."""
+    two, three = tmp_path / "2", tmp_path / "3"
+    assert train.main(command(2, stage0, data, two, "--no-aggregator")) == 0
+    assert {part_of(name) for name in trained(two)} == {"projector", "adapters"}
+    lion = Lion.from_pretrained(two)
+    model: Any = lion.model
+    pixels = torch.randn(1, 3, 16, 16)
+    visual = lion.encode_image(pixels, ["where?"])
+    assert torch.equal(visual, model.aggregator.proj(model.aggregator.norm(model.vit(pixels, (2,))[1][0])))
+    assert train.main(command(3, [two_stages[0], two], data, three)) == 0
+    assert Lion.from_pretrained(three).config.taps == (2,)
+    assert {part_of(name) for name in trained(three)} == {*PARTS} - {"aggregator"}
+
+
+def test_instructblip(
+    stage0: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Table 4 begins with stage 1 without adapters. Its tensors have their place in BLIP-2's files."""
+    monkeypatch.setattr("lion_mini.toy.stage0.TINY", stage0)
+    toy = ["--steps", "2", "--batch", "4", "--device", "cpu", "--no-adapters", "--out", str(tmp_path / "run")]
+    assert train.main(toy) == 0
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["stage1"]
+    out = tmp_path / "out"
+    assert train.main(command(1, stage0, data, out, "--no-adapters")) == 0
+    assert {part_of(name) for name in trained(out)} == {"qformer"}
+    lion = Lion.from_pretrained(out)
+    assert lion.config.adapters == 0
+    assert lion.respond([Image.new("RGB", (9, 9))], ["what?"], ["image"], GENERATION["answer"])[0].score < 0
+    assert weights.main(["inspect", str(out)]) == 0
+    assert weights.main(["export", str(out), "--out", str(tmp_path / "LION.pth")]) == 0
+    exported = torch.load(tmp_path / "LION.pth", weights_only=True)["model"]
+    assert len(exported) == len(trained(out)) + 1
+    assert all(weights.translate(name, weights.BLIP2) for name in exported)
+    assert train.main(command(1, out, data, tmp_path / "again")) == 0  # with adapters, which are new
+    assert "adapters     trains            226   new" in capsys.readouterr().err
+
+
 def test_who_made_it(tmp_path: Path) -> None:
     for name, made_by in (("one", "stage 0: a\nstage 1: b"), ("two", "stage 0: a\nstage 2: c")):
         (tmp_path / name).mkdir()
@@ -525,16 +576,67 @@ def test_who_made_it(tmp_path: Path) -> None:
 
 
 def test_fine_tuning_begins_with_everything(two_stages: tuple[Path, Path], data: Path, tmp_path: Path) -> None:
-    both = [str(folder) for folder in two_stages]
-    argv = command(3, two_stages[0], data, tmp_path / "3")
-    argv[argv.index("--init") + 1 : argv.index("--init") + 2] = both
-    assert train.main(argv) == 0
+    assert train.main(command(3, two_stages, data, tmp_path / "3")) == 0
     _, origin = begin(STAGES[4], [tmp_path / "3"], seed=0)
     assert set(origin) == {"vit", "t5", "ram", *PARTS}
     assert "new" not in origin.values()
     assert train.main(command(4, tmp_path / "3", data, tmp_path / "4", "--ratios", 1, 2)) == 0
     assert Lion.from_pretrained(tmp_path / "4").config.made_by.count("\n") == 3
     assert logged(tmp_path / "4")[-1]["step"] == 8
+
+
+# --- held-out records
+
+
+def test_held_out_records_are_measured(
+    stage0: Path, data: Path, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Loss and score of the result are those of the last line; the records of another level are left out."""
+    out, files = tmp_path / "run", [data / "image.json", data / "region.jsonl"]
+    flags = "--draw-every", 3, "--images", stage0, data, "--held-out", *files  # pictures may lie below several folders
+    assert train.main(command(1, stage0, data, out, *flags)) == 0
+    assert f"samples.png is without 24 of 48 records: {files[1]}, record 1" in capsys.readouterr().err
+    assert [line["step"] for line in logged(out) if "held_out_loss" in line] == [3, 6, 8]
+    lion, records = Lion.from_pretrained(out), json.loads(files[0].read_text())
+    pixels = torch.stack([lion_transform(open_image(data / record["image"]), 16) for record in records])
+    questions, answers = ([record[name] for record in records] for name in ("question", "answer"))
+    rest = [[""]] * 24, ["image"] * 24
+    assert logged(out)[-1]["held_out_loss"] == pytest.approx(lion(pixels, questions, answers, *rest).item(), rel=1e-5)
+    said = lion.generate(pixels, questions, *rest, GENERATION["locate"])
+    scores = [str(text) == answer.strip() for text, answer in zip(said, answers, strict=True) if len(answer) < 16]
+    assert len(scores) == 18
+    assert logged(out)[-1]["held_out_score"] == sum(scores) / 18
+    orange = (232, 89, 12)
+    assert orange in [colour for _, colour in Image.open(out / "loss.png").getcolors() or []]
+    assert orange not in [colour for _, colour in Image.open(whole / "loss.png").getcolors() or []]
+    assert "held_out_loss" not in logged(whole)[-1]  # six of its training records are drawn, but not measured
+    assert train.main(command(2, stage0, data, tmp_path / "no", "--held-out", files[0])) == 2
+    assert f"24 records in a row cannot be used: {files[0]}, record 24: it is image-level" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("answer", "true", "expected"),
+    [
+        ("Two cats.", "2 cats", [True]),
+        ("dog", "the dog", [True]),
+        ("dog", "cat", [False]),
+        ("", "yes", [False]),
+        ("a dog runs home", "a dog runs home fast", []),
+        ("[0.000,0.000,0.500,0.500]", "Answer: [0.000,0.000,1.000,0.500]", [True]),
+        ("[0.000,0.000,0.500,0.490]", "[0.000,0.000,1.000,0.500]", [False]),
+        ("no box", "[0.000,0.000,1.000,0.500]", [False]),
+    ],
+)
+def test_right_answers(answer: str, true: str, expected: list[bool]) -> None:
+    assert right(answer, true) == expected
+
+
+def test_the_bar_holds_the_last_measurement(tmp_path: Path) -> None:
+    facts = {"stage": 1, "step": 1, "loss": 0.5, "lr": 1e-5, "samples_per_second": 7.0}
+    bar = tqdm(file=io.StringIO(), total=2)
+    log_step(tmp_path / "metrics.jsonl", bar, facts | {"held_out_loss": 0.25, "held_out_score": 0.75})
+    log_step(tmp_path / "metrics.jsonl", bar, facts)
+    assert str(bar).startswith("stage 1, held out 0.250, score 0.750: 100%")
 
 
 # --- resume
@@ -598,13 +700,45 @@ def test_a_damaged_checkpoint_is_passed_over(
     assert torch.load(newest, weights_only=True)["trained"]  # written again
 
 
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"state": {"step": "x"}}, "this checkpoint is damaged and renamed"),
+        ({"state": {"step": 50}}, "it says step 50 of 8: this checkpoint is damaged and renamed"),
+        ({"state": {"step": -5}}, "it says step -5 of 8: this checkpoint is damaged and renamed"),
+        ({"state": {"mood": 1}}, "this checkpoint is damaged and renamed"),
+        ({"settings": [1]}, "this checkpoint is damaged and renamed"),
+        ({"optimizer": {}}, "step-00000008.pt: the field 'param_groups' is missing"),
+        ({"trained": {}}, "step-00000008.pt: qformer.image_norm.bias is missing here"),
+    ],
+)
+def test_a_checkpoint_of_another_form(
+    stage0: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], change: dict[str, Any], words: str
+) -> None:
+    argv, newest = command(1, stage0, data, tmp_path), tmp_path / "checkpoints" / "step-00000008.pt"
+    assert train.main(argv) == 0
+    (tmp_path / "config.json").unlink()
+    torch.save(torch.load(newest, weights_only=True) | change, newest)
+    assert train.main([*argv, "--resume"]) == (0 if "renamed" in words else 2)
+    assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text", [b"hello\n", b"[1]\n", b"\xff\n", b"{}\n"])
+def test_metrics_of_another_form(
+    stage0: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], text: bytes
+) -> None:
+    (tmp_path / "metrics.jsonl").write_bytes(text)
+    assert train.main(command(1, stage0, data, tmp_path)) == 2
+    assert f"{tmp_path / 'metrics.jsonl'}: " in capsys.readouterr().err
+
+
 def test_another_recipe_does_not_go_on(
     stage0: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     argv, out = command(1, stage0, data, tmp_path / "run"), tmp_path / "run"
     assert train.main(argv) == 0
     assert train.main([*argv, "--resume", "--steps", "9"]) == 0
-    assert capsys.readouterr().err.endswith(f"{out} is finished already\n")
+    assert f"{out} is finished already; give it to --init" in capsys.readouterr().err
     (out / "config.json").unlink()
     assert train.main([*argv, "--resume", "--micro-batch", "1"]) == 2
     assert "was trained with micro_batch 4, not 1" in capsys.readouterr().err
@@ -621,7 +755,7 @@ def test_another_beginning_does_not_go_on(
     assert train.main(command(3, stage0, data, out)) == 0
     again = command(3, shutil.copytree(stage0, moved), data, out, "--resume")
     assert train.main(again) == 0
-    assert capsys.readouterr().err.endswith(f"{out} is finished already; --stage 4 --init {out} trains it further\n")
+    assert f"{out} is finished already; give it to --init" in capsys.readouterr().err
     (out / "config.json").unlink()
     assert train.main(again) == 0  # the same under another name
 
@@ -680,7 +814,7 @@ def test_two_processes_are_one_with_twice_the_rounds(stage0: Path, data: Path, t
     assert finish(launch(command(3, stage0, data, together, *more), log, 2)) == [0, 0], log.read_text()
     assert [line["loss"] for line in logged(alone)] == pytest.approx([x["loss"] for x in logged(together)], rel=1e-5)
     assert [line["tokens"] for line in logged(alone)] == [line["tokens"] for line in logged(together)]
-    one, two, start = trained(alone), trained(together), begin(STAGES[3], [stage0], seed=0)[0].model.state_dict()
+    one, two, start = trained(alone), trained(together), begin(SINGLE, [stage0], seed=0)[0].model.state_dict()
     assert max((tensor - start[name]).abs().max() for name, tensor in one.items()) > 5e-3  # a thousand times as far
     for name, tensor in one.items():
         assert (tensor - two[name]).abs().max() < 1e-5, name
@@ -779,6 +913,78 @@ def test_losses_that_are_no_numbers(
     assert len(logged(tmp_path / "never")) == 9
 
 
+@pytest.mark.parametrize("flags", [["--steps", 6], ["--steps", 1], ["--steps", 60, "--warmup", 6]])
+def test_a_diverged_run_has_no_result(
+    stage0: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: list[object]
+) -> None:
+    """Loss and weights are measured after the last step. A checkpoint from before stays, whatever --keep says."""
+    out = tmp_path / "run"
+    argv = command(1, stage0, data, out, *flags, "--lr", 1e30, "--save-every", 1, "--keep", 1)
+    assert train.main(argv) == 2
+    said = capsys.readouterr().err
+    assert f"{out}: no result, a loss or weight is not finite" in said or "10 steps in a row were not finite" in said
+    assert not (out / "config.json").exists()
+    assert not (out / "trained.safetensors").exists()
+    if "--warmup" in flags:  # the first step's rate is 1e-8
+        first = torch.load(out / "checkpoints" / "step-00000001.pt", weights_only=True)
+        assert max(tensor.abs().max() for tensor in first["trained"].values()) < 10
+    elif flags == ["--steps", 6]:
+        assert train.main([*argv, "--resume"]) == 2  # the checkpoint knows
+
+
+def test_a_weight_that_no_loss_reads(
+    stage0: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    step = AdamW.step
+
+    def poisoned(self: AdamW) -> None:
+        step(self)
+        named = [pair for group in self.param_groups for pair in zip(group["names"], group["params"], strict=True)]
+        unread = next(parameter for name, parameter in named if name.startswith(UNREAD))
+        unread.data.fill_(math.inf)
+
+    monkeypatch.setattr(AdamW, "step", poisoned)
+    assert train.main(command(1, stage0, data, tmp_path / "run")) == 2
+    assert math.isfinite(logged(tmp_path / "run")[-1]["loss"])
+    assert "no result, a loss or weight is not finite" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("value", [math.inf, math.nan])
+def test_an_answer_has_a_finite_score(stage0: Path, value: float) -> None:
+    lion = begin(SINGLE, [stage0], seed=0)[0]
+    lion.model.t5.lm_head.weight.data.mul_(value)
+    pixels, rest = torch.randn(1, 3, 16, 16), (["what?"], [["red"]], ["image"])
+    with pytest.raises(ValueError, match="no finite score: these weights have diverged"):
+        lion.rank(pixels, *rest, [["yes", "no"]])
+    with pytest.raises(ValueError, match="no finite score: these weights have diverged"):
+        lion.respond([Image.new("RGB", (9, 9))], rest[0], rest[2], GENERATION["answer"], rest[1])
+
+
+@pytest.mark.parametrize(
+    "name", ["loss.png", "samples.png", "frozen.safetensors", "trained.safetensors", "vocab.txt", "config.json"]
+)
+def test_disk_full_at_the_end(
+    stage0: Path,
+    data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    name: str,
+) -> None:
+    def full(path: Path) -> None:
+        if path.name == f".{name}.new":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(files, "sync", full)
+    out = tmp_path / "run"
+    assert train.main(command(1, stage0, data, out)) == 2
+    assert f"{out / name}: it cannot be written, is the disk full? (No space left" in capsys.readouterr().err
+    assert not (out / "config.json").exists()
+    assert not list(out.glob(".*"))
+    monkeypatch.undo()
+    assert train.main(command(1, stage0, data, out, "--resume")) == 0
+
+
 def test_bad_records_are_named_counted_and_at_last_too_many(
     stage0: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -803,7 +1009,7 @@ def test_bad_records_are_named_counted_and_at_last_too_many(
     assert train.main([*argv, "--batch", "16"]) == 2
     assert f"1 records in a row cannot be used: {alone}, record 1" in capsys.readouterr().err
     argv[argv.index("--data") + 1] = str(file)
-    for text, words in (("", "holds no record"), ("[", "not whole JSON")):
+    for text, words in (("", f"{file}: it "), ("[", "not whole JSON")):
         file.write_text(text)
         argv[argv.index("--out") + 1] = str(tmp_path / "none")
         assert train.main(argv) == 2
@@ -818,24 +1024,40 @@ def test_a_user_is_told_what_is_missing(
         (["--stage", "1"], "--init takes one folder"),
         (["--stage", "1", "--init", "a", "b"], "--init takes one folder"),
         (["--stage", "1", "--init", str(tmp_path / "none")], "has no config.json: it is not a folder of"),
-        (["--stage", "4", "--init", str(stage0)], "soft prompt: fine-tuning begins with a whole LION"),
+        (["--stage", "4", "--init", str(stage0)], f"begin with {stage0} (stage 0): give a whole LION"),
+        (["--stage", "3", "--init", str(stage0)], f"begin with {stage0} (stage 0): give a whole LION"),
+        (["--stage", "3", "--single-stage", "--init", "a", "b"], "--init takes one folder"),
         (["--stage", "4", "--tags", "soft"], "--tags changes nothing with --stage 4: leave it out"),
+        (["--stage", "4", "--no-aggregator"], "--no-aggregator changes nothing with --stage 4"),
         (["--stage", "2", "--no-router"], "--no-router changes nothing with --stage 2"),
+        (["--stage", "2", "--no-adapters"], "--no-adapters changes nothing with --stage 2"),
+        (["--stage", "2", "--single-stage"], "--single-stage changes nothing with --stage 2"),
         (["--stage", "1", "--no-aggregator"], "--no-aggregator changes nothing with --stage 1"),
         (["--stage", "3", "--from-scratch"], "--from-scratch changes nothing with --stage 3"),
-        (["--stage", "3", "--single-stage"], "--single-stage changes nothing with --stage 3"),
-        (["--held-out", "a.json"], "--held-out is for files of records"),
-        (["--micro-batch", "0"], "--micro-batch must be above 0, not 0"),
-        (["--save-every", "0"], "--save-every must be above 0, not 0"),
-        (["--draw-every", "0"], "--draw-every must be above 0, not 0"),
-        (["--keep", "-1"], "--keep must be above 0, not -1"),
-        (["--steps", "0"], "--steps must be above 0, not 0"),
-        (["--batch", "0"], "--batch must be above 0, not 0"),
-        (["--workers", "-1"], "--workers must be at least 0, not -1"),
+        (["--no-adapters", "--no-router"], "--no-router changes nothing with --no-adapters"),
+        (["--held-out", "no.json"], "no.json: No such file"),
+        (["--micro-batch", "0"], "--micro-batch must be from 1 to 100000, not 0"),
+        (["--save-every", "0"], "--save-every must be from 1 to 1000000000, not 0"),
+        (["--draw-every", "0"], "--draw-every must be from 1 to 1000000000, not 0"),
+        (["--keep", "-1"], "--keep must be from 1 to 1000000000, not -1"),
+        (["--steps", "0"], "--steps must be from 1 to 1000000000, not 0"),
+        (["--steps", str(10**20)], "--steps must be from 1 to 1000000000, not 1"),
+        (["--batch", "0"], "--batch must be from 1 to 100000, not 0"),
+        (["--workers", "-1"], "--workers must be from 0 to 256, not -1"),
+        (["--workers", str(10**11)], "--workers must be from 0 to 256, not 1"),
+        (["--seed", "-1"], "--seed must be from 0 to 9223372036854775807, not -1"),
+        (["--seed", str(10**30)], "--seed must be from 0 to 9223372036854775807, not 1"),
         (["--device", "nowhere"], "the device 'nowhere' cannot be used"),
-        (["--warmup", "-5"], "--warmup must be at least 0, not -5"),
-        (["--lr", "nan"], "--lr must be above 0, not nan"),
-        (["--clip", "-1"], "--clip must be above 0, not -1.0"),
+        (["--device", "meta"], "the device 'meta' cannot be used"),
+        (["--warmup", "-5"], "--warmup must be from 0 to 1000000000, not -5"),
+        (["--lr", "nan"], "--lr must be from 1e-30 to 1e+30, not nan"),
+        (["--lr", "1e400"], "--lr must be from 1e-30 to 1e+30, not inf"),
+        (["--clip", "-1"], "--clip must be from 1e-30 to 1e+30, not -1.0"),
+        (["--ratios", "1", "nan"], "--ratios must be from 1e-30 to 1e+30, not nan"),
+        (["--ratios", "1e400"], "--ratios must be from 1e-30 to 1e+30, not inf"),
+        (["--ratios", "1e308", "1e308"], "--ratios must be from 1e-30 to 1e+30, not 1e+308"),
+        (["--out", ""], "an argument is empty"),
+        (["--stage", "1", "--init="], "an argument is empty"),
     ):
         code = train.main(["--out", str(tmp_path / "run"), "--steps", "1", "--batch", "1", "--device", "cpu", *argv])
         said = capsys.readouterr().err
