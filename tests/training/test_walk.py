@@ -75,14 +75,19 @@ def downloads(folder: Path) -> None:
     (folder / "data" / "ann" / "refs(unc).p").write_bytes(pickle.dumps(refs, protocol=2))
 
 
+def run(script: str, folder: Path) -> str:
+    variables = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = ["bash", "-c", SHORT + script]
+    done = subprocess.run(command, cwd=folder, env=variables, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
 def test_every_command(tmp_path: Path) -> None:
     downloads(tmp_path)
-    script = SHORT + "\n".join(re.findall(r"```bash\n(.*?)```", PAGE, re.S))
-    variables = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(["bash", "-c", script], cwd=tmp_path, env=variables, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "1 records without a picture left out" in done.stdout  # OCR-VQA's second book
-    assert "| refcoco_testA | Acc@0.5 |" in done.stdout
+    printed = run("\n".join(re.findall(r"```bash\n(.*?)```", PAGE, re.S)), tmp_path)
+    assert "1 records without a picture left out" in printed  # OCR-VQA's second book
+    assert "| refcoco_testA | Acc@0.5 |" in printed
     exported = torch.load(tmp_path / "LION-refcoco.pth", weights_only=True)["model"]
     assert "query_tokens" in exported
     tags = [json.loads(line)["tags"] for file in (tmp_path / "tagged").iterdir() for line in file.open()]
@@ -90,3 +95,17 @@ def test_every_command(tmp_path: Path) -> None:
     for stage in ("one", "two", "lion", "refcoco"):
         lines = (tmp_path / "runs" / stage / "metrics.jsonl").read_text().splitlines()
         assert [json.loads(line)["bad"] for line in lines] == [0, 0]
+
+
+def test_fine_tuning_asks_what_it_trained(tmp_path: Path, golden_folder: Path) -> None:
+    """The README's block, on a picture of its own."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    [block] = [block for block in re.findall(r"```bash\n(.*?)```", text, re.S) if "mine.jsonl" in block]
+    (tmp_path / "weights").mkdir()
+    (tmp_path / "weights" / "xl").symlink_to(golden_folder)
+    (tmp_path / "photos").mkdir()
+    Image.new("RGB", (64, 48), "red").save(tmp_path / "photos" / "a.jpg")
+    run(block.replace("--steps 500", ""), tmp_path)
+    trained = [json.loads(line)["question"] for line in (tmp_path / "mine.jsonl").open()]
+    [answered] = [json.loads(line) for line in (tmp_path / "out" / "results.jsonl").open()]
+    assert any(answered["prompt"].endswith(question) for question in trained)
