@@ -178,12 +178,13 @@ class Tensors:
 
     def __init__(self, path: Path):
         self.where, self.shapes = dict[str, Path](), dict[str, torch.Size]()  # of each tensor
-        self._mapped, self._room = dict[str, Tensor](), 0
+        self._mapped, self._room, self.int8 = dict[str, Tensor](), 0, False
         for file in [path] if path.is_file() else shards(path):
             for name, tensor in read_tensors(file).items():
                 if name in self.where:
                     raise ValueError(f"{file}: {name} stands in {self.where[name].name} already")
                 self.where[name], self.shapes[name] = file, tensor.shape
+                self.int8 |= tensor.dtype == torch.int8
         if not self.where:
             raise ValueError(f"{path}: no such file, no folder with .safetensors files or pytorch_model.bin, or empty")
 
@@ -232,12 +233,14 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
 
 
 def read_folder(folder: Path, device: str | torch.device, dtype: torch.dtype | None) -> dict[str, Tensor]:
-    """Every tensor, int8 as it is and floats as `dtype` (None: as stored, and on the CPU memory-mapped)."""
+    """Every tensor, int8 as it is and floats as `dtype` (None: as stored, and on the CPU memory-mapped).
+
+    A folder with int8 is copied: the CPU's product needs aligned memory, and one mapped tensor keeps its file in memory.
+    """
     source, tensors = Tensors(folder), dict[str, Tensor]()
     for name in source.where:
         tensor = source.read(name)
-        int8 = tensor.dtype == torch.int8  # copied to aligned memory, which the CPU's int8 product needs
-        tensors[name] = tensor.to(device, None if int8 else dtype, copy=int8)
+        tensors[name] = tensor.to(device, None if tensor.dtype == torch.int8 else dtype, copy=source.int8)
     return tensors
 
 
