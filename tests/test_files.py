@@ -54,7 +54,7 @@ GZIP = b"\x1f\x8b\x08\0" + bytes(20)
 @pytest.mark.parametrize(
     ("data", "words"),
     [
-        (b"", "empty"),
+        (b"", "(not whole JSON: it is )?empty"),
         (LFS, "a Git LFS pointer"),
         (PAGE, "a web page"),
         (b"\n <html>", "a web page"),
@@ -152,12 +152,14 @@ def test_a_tensor_of_another_kind(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("index", "words"),
     [
-        ({"weight_map": {"a": "../../x.safetensors"}}, "it names ../../x.safetensors, which is not in its folder"),
-        ({"weight_map": {"a": "/etc/passwd"}}, "it names /etc/passwd, which is not in its folder"),
-        ({"weight_map": {"a": "\x1b[31m"}}, "it names ?[31m, which is not in its folder"),
+        (
+            {"weight_map": {"a": "../../x.safetensors"}},
+            "it names '../../x.safetensors', which is no file of its folder",
+        ),
+        ({"weight_map": {"a": "/etc/passwd"}}, "it names '/etc/passwd', which is no file of its folder"),
+        ({"weight_map": {"a": "..\x1b[31m/"}}, r"it names '..\x1b[31m/', which is no file of its folder"),
         ({"weight_map": ["a"]}, "weight_map must be an object, found ['a']"),
-        ({"weight_map": {"a": 3}}, "it names 3, which is not in its folder"),
-        ({"weight_map": {"a": []}}, "it has another form than expected"),
+        ({"weight_map": {"a": 3}}, "a file name must be text, found 3"),
         ({}, "the field 'weight_map' is missing"),
         ([], "it must be an object, found []"),
         ("[" * 10**5, "it is nested too deeply"),
@@ -171,7 +173,7 @@ def test_an_index_names_the_files_beside_it(tmp_path: Path, index: Any, words: s
     )
     with pytest.raises(ValueError, match=r".") as caught:
         Tensors(tmp_path)
-    assert str(caught.value) == f"{path}: {words}" or (words.endswith("expected") and words in str(caught.value))
+    assert str(caught.value) == f"{path}: {words}"
     path.write_text(json.dumps({"weight_map": {"a": "model.safetensors"}}))
     assert Tensors(tmp_path).shapes == {"a": (1,)}
 

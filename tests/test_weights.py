@@ -397,7 +397,7 @@ GATE = "t5_model.encoder.block.0.layer.1.adapter.router_ratio"
 BAD = {
     "missing file": (lambda _: {"vit": "nowhere.pth"}, "nowhere.pth: no such file"),
     "missing folder": (lambda _: {"t5": "nowhere"}, "nowhere"),
-    "missing shard": (missing_shard, "index.json: it names model-00002-of-00002.safetensors, which is not"),
+    "missing shard": (missing_shard, "no file holds decoder.block.0.layer.0.layer_norm.weight, and 25 more"),
     "code in a pickle": (evil, "could run code, and is refused"),
     "old pickle": (lambda p: evil(p) and {"lion": p / "evil.pth"}, "evil.pth"),
     "another T5": (other_t5, "soft_prompt_hint (24,) -> soft_prompt  SHAPE DIFFERS: the model has (48,)"),
