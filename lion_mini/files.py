@@ -61,7 +61,6 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int
 CHECKPOINTS = (".pth", ".pt", ".bin", ".safetensors")
 SIGNATURES = {  # the ending of a file's name and its first bytes, if they do not belong together
     rb"\.(pth|pt|bin|safetensors|txt) $": "it is empty",
-    rb"\.json $": "it is not whole JSON: it is empty",
     rb"\S* version https://git-lfs": "it is a Git LFS pointer: git lfs pull fetches the file itself",
     rb"\S* \s*<(!doctype|html|head|body|\?xml|!--)": "it is a web page",
     rb"\S* (\x1f\x8b|7z\xbc|BZh|\xfd7zXZ|.{257}ustar|PK(?!.*data\.pkl))": "it is an archive: unpack it",

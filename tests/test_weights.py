@@ -442,7 +442,7 @@ BAD = {
             ("qformer.dropout", 1.5, "config.qformer.dropout must be from 0 to 1, not 1.5"),
             ("taps", [], "config.taps must be a whole number, found None"),
             ("tasks", [], "config.tasks must be text, found None"),
-            ("stage", 99, "config.stage must be from 0 to 4, not 99"),
+            ("stage", -1, "config.stage must be from 0 to 99, not -1"),
         )
     },
     "no thresholds": (lambda _: {"ram_thresholds": None}, "--ram needs --ram-tags and --ram-thresholds"),
