@@ -139,7 +139,7 @@ class LionConfig:  # The whole model. `ram=None` is a LION without its tagger: t
 
 
 # Least and greatest values, by field or type. Each block takes time to build: 200 of them about a second.
-LIMITS = {int: (1, 10**6), float: (0, 1), "depth": (1, 200), "adapters": (0, 200), "stage": (0, 4)}
+LIMITS = {int: (1, 10**6), float: (0, 1), "depth": (1, 200), "taps": (0, 199), "adapters": (0, 200), "stage": (0, 99)}
 
 
 def _parse(default: Any, value: Any, path: str) -> Any:

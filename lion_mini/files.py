@@ -61,7 +61,7 @@ def reason(error: BaseException) -> str:
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int8)  # int8 with a scale
 CHECKPOINTS = (".pth", ".pt", ".bin", ".safetensors")
 SIGNATURES = {  # the ending of a file's name and its first bytes, if they do not belong together
-    rb"\S* $": "it is empty",
+    rb"\.(pth|pt|bin|safetensors|txt) $": "it is empty",
     rb"\S* version https://git-lfs": "it is a Git LFS pointer: git lfs pull fetches the file itself",
     rb"\S* \s*<(!doctype|html|head|body|\?xml|!--)": "it is a web page",
     rb"\S* (\x1f\x8b|7z\xbc|BZh|\xfd7zXZ|.{257}ustar|PK(?!.*data\.pkl))": "it is an archive: unpack it",
@@ -201,13 +201,13 @@ class Tensors:
 
 
 def shards(folder: Path) -> list[Path]:
-    """A folder's checkpoint files. An index beside them must name no others."""
+    """A folder's checkpoint files. An index beside them must not name files elsewhere."""
     files = sorted(filter(Path.is_file, folder.glob("*.safetensors"))) or sorted(folder.glob("pytorch_model*.bin"))
     for index in folder.glob(f"*{files[0].suffix}.index.json") if files else ():
         with reading(index):
-            listed = need(read_json(index)["weight_map"], dict, "weight_map").values()
-            if strange := set(listed) - {file.name for file in files}:
-                raise ValueError(f"it names {min(strange)}, which is not in its folder")
+            for name in need(read_json(index)["weight_map"], dict, "weight_map").values():
+                if Path(need(name, str, "a file name")).name != name:
+                    raise ValueError(f"it names {name!r:.99}, which is no file of its folder")
     return files
 
 
@@ -215,8 +215,7 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
     """The tensors of a checkpoint file, memory-mapped unless it has torch's old format. No code in it can run."""
     if file.suffix not in CHECKPOINTS:
         raise ValueError(f"{file}: a checkpoint is a .pth, .pt, .bin or .safetensors file, not {file.suffix!r}")
-    with reading(file), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # PyTorch's about old formats
+    with reading(file), warnings.catch_warnings(action="ignore"):  # PyTorch's about old formats
         with reading("it is not a whole checkpoint"):
             if file.suffix == ".safetensors":
                 tensors = load_file(file)

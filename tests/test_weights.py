@@ -400,7 +400,7 @@ GATE = "t5_model.encoder.block.0.layer.1.adapter.router_ratio"
 BAD = {
     "missing file": (lambda _: {"vit": "nowhere.pth"}, "nowhere.pth: no such file"),
     "missing folder": (lambda _: {"t5": "nowhere"}, "nowhere"),
-    "missing shard": (missing_shard, "index.json: it names model-00002-of-00002.safetensors, which is not"),
+    "missing shard": (missing_shard, "no file holds decoder.block.0.layer.0.layer_norm.weight, and 25 more"),
     "code in a pickle": (evil, "could run code, and is refused"),
     "old pickle": (lambda p: evil(p) and {"lion": p / "evil.pth"}, "evil.pth"),
     "another T5": (other_t5, "soft_prompt_hint (24,) -> soft_prompt  SHAPE DIFFERS: the model has (48,)"),
@@ -445,7 +445,7 @@ BAD = {
             ("qformer.dropout", 1.5, "config.qformer.dropout must be from 0 to 1, not 1.5"),
             ("taps", [], "config.taps must be a whole number, found None"),
             ("tasks", [], "config.tasks must be text, found None"),
-            ("stage", 99, "config.stage must be from 0 to 4, not 99"),
+            ("stage", -1, "config.stage must be from 0 to 99, not -1"),
         )
     },
     "no thresholds": (lambda _: {"ram_thresholds": None}, "--ram needs --ram-tags and --ram-thresholds"),

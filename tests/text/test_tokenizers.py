@@ -343,7 +343,7 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     for tokenizer in (UnigramTokenizer, WordPieceTokenizer):
         with pytest.raises(ValueError, match="x: No such file"):
             tokenizer.from_file(path)
-    for text, fault in (("{", "not whole JSON"), ("[" * 100_000, "nested too deeply"), ("", "empty")):
+    for text, fault in (("{", "not whole JSON"), ("[" * 100_000, "nested too deeply"), ("", "not whole JSON")):
         path.write_text(text)
         with pytest.raises(ValueError, match=f"x: it is {fault}"):
             UnigramTokenizer.from_file(path)
