@@ -177,7 +177,8 @@ def convert(args: argparse.Namespace) -> None:
     stage = (config.stage or 3) if args.lion else 0  # 3: a whole LION
     config = replace(config, ram=config.ram if args.ram else None, instructions=instructions, stage=stage)
     texts = [args.bert / "vocab.txt", args.t5 / "tokenizer.json", args.ram_tags, args.ram_thresholds]
-    Vocabularies.from_files(texts, config)  # raises if one does not fit
+    if Vocabularies.from_files(texts, config).pieces.drops_spaces:  # raises if one does not fit
+        print(f"{texts[1]} drops spaces at the ends of a text, as when saved again: FlanT5's published file keeps them")
     model = skeleton(config)
     plan = model.state_dict()
 

@@ -234,7 +234,7 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
 def read_folder(folder: Path, device: str | torch.device, dtype: torch.dtype | None) -> dict[str, Tensor]:
     """Every tensor, int8 as it is and floats as `dtype` (None: as stored, and on the CPU memory-mapped).
 
-    A folder with int8 is copied: the CPU's product needs aligned memory, and one mapped tensor keeps its file in memory.
+    A folder with int8 is copied: the CPU's product needs aligned memory, and a mapped tensor keeps its file in memory.
     """
     source, tensors = Tensors(folder), dict[str, Tensor]()
     for name in source.where:

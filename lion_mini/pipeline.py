@@ -182,9 +182,12 @@ class Lion:
 
     # --- pictures -> tags
 
-    def tag(self, images: Images, threshold: float | None = None, top_k: int | None = None) -> list[list[str]]:
+    def tag(
+        self, images: Images, threshold: float | None = None, top_k: int | None = None, return_scores: bool = False
+    ) -> list[list[str]] | list[Scored]:
         """RAM's tags of each picture in the tag list's order; `threshold` replaces every tag's own."""
-        return [[tag for tag, _ in tags] for tags in self.scored_tags(images, threshold, top_k)]
+        scored = self.scored_tags(images, threshold, top_k)
+        return scored if return_scores else [[tag for tag, _ in tags] for tags in scored]
 
     def scored_tags(self, images: Images, threshold: float | None = None, top_k: int | None = None) -> list[Scored]:
         size = self.ram.config.image_size

@@ -56,10 +56,17 @@ class UnigramTokenizer:
         self.longest, self.unk_score = max(map(len, self.pieces)), min(score for _, score in vocab) - 10
         with reading("normalizer"):
             self.normalizers = read_normalizers(data.get("normalizer"))
-        for key in ("pre_tokenizer", "decoder"):
-            spec = need(data.get(key), dict, key)
-            if "type" not in spec or any(SPACES.get(name, value) != value for name, value in spec.items()):
-                raise ValueError(f"{key} {spec!r:.99} is not FlanT5's (saved again?): take the published file")
+        steps: dict[str, Any] = {key: data.get(key) for key in ("pre_tokenizer", "decoder")}
+        self.drops_spaces = False
+        match steps["pre_tokenizer"]:
+            case {"type": "Sequence", "pretokenizers": [{"type": "WhitespaceSplit"}, last]}:
+                self.drops_spaces = True  # "trail " loses its last token
+                steps["pre_tokenizer"] = last
+        for key, spec in steps.items():
+            if "type" not in need(spec, dict, key) or any(
+                SPACES.get(name, value) != value for name, value in spec.items()
+            ):
+                raise ValueError(f"{key} {spec!r:.99} is not T5's: take the published file")
         with reading("added_tokens"):
             added = need(data.get("added_tokens"), list)
             for spec in added:
@@ -87,7 +94,8 @@ class UnigramTokenizer:
                 ids.append(self.special[part])
             else:
                 normal = reduce(lambda text, step: step(text), self.normalizers, part)
-                ids += [id for word in metaspace(normal) for id in self.cut(word)]
+                words = re.split(f"[{SPACE}]+", normal) if self.drops_spaces else [normal]
+                ids += [id for text in words for word in metaspace(text) for id in self.cut(word)]
         return [*ids[max(0, len(ids) + 1 - limit) :], self.eos_id]
 
     def decode(self, ids: Iterable[int]) -> str:

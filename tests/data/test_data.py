@@ -253,6 +253,7 @@ def test_ram_tags_the_whole_picture_of_samples_without_tags(tmp_path: Path) -> N
     samples: Any = MicroBatches(Mixture([Records(tmp_path / "r.json", tmp_path)], None, 0), 2, 48, 64)[0]
     batch = collate(lion, samples)
     prompts = [lion.text.pieces.decode(row) for row in batch.prompt.tolist()]
-    wanted = [", ".join(lion.tag([image])[0]) if tags is None else "cross" for tags in samples.tags]
+    tagged: Any = lion.tag([image])[0]
+    wanted = [", ".join(tagged) if tags is None else "cross" for tags in samples.tags]
     assert len(set(wanted)) == 2
     assert all(f"[{tags}]" in prompt for tags, prompt in zip(wanted, prompts, strict=True)), prompts

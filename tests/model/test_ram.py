@@ -53,7 +53,7 @@ def test_lion_tags_pictures(golden_model: Lion) -> None:
     """Lion.tag uses the photo itself, and gives words for indices and scores on request."""
     image = open_image(GOLDEN / "photo.png")
     tags: Any = golden_model.tag([image, image.rotate(90)], threshold=0.3)
-    scored: Any = golden_model.scored_tags([image, image.rotate(90)], threshold=0.3)
+    scored: Any = golden_model.tag([image, image.rotate(90)], threshold=0.3, return_scores=True)
     assert tags == [[tag for tag, _ in one] for one in scored]
     pixels = ram_transform(image, 64)[None]
     assert golden_model.ram is not None
