@@ -30,7 +30,7 @@ from ..text.prompts import PLACEHOLDER, TASK_OF
 TASKS = LionConfig().tasks
 CATEGORIES = {name: task for task in TASKS for name in (task, f"{task}_level")} | TASK_OF
 CATEGORIES |= {"ref": "region", "grounding": "region", "norm": "image"}  # the release's
-LONGEST = 8_000  # characters; T5 reads and writes 128 tokens in training
+LONGEST = 4_000, 8_000  # characters of a prompt and of an answer; T5 reads and writes 128 tokens in training
 BRACKETED = re.compile(r"\[[-+0-9.eE\s]*,[-+0-9.eE,\s]*\]")  # numbers that can only be meant as a box
 
 
@@ -113,8 +113,10 @@ def check_record(record: Any) -> dict[str, Any]:
         need(text, str, f"its {name}")
     if not question.strip():
         raise ValueError("it has no question")
-    if max(len(prompt := ", ".join((question, *(tags or ())))), len(answer)) > LONGEST:
-        raise ValueError(f"its question with the tags, or its answer, is longer than {LONGEST:,} characters")
+    if len(prompt := ", ".join((question, *(tags or ())))) > LONGEST[0] or len(answer) > LONGEST[1]:
+        raise ValueError(
+            "its question with the tags, or its answer, has more than {:,} and {:,} characters".format(*LONGEST)
+        )
     if PLACEHOLDER in prompt:
         raise ValueError(f"its question and tags must not hold {PLACEHOLDER}, the soft prompt's place")
     task = CATEGORIES.get(str(category := record.get("category") or "image_level").lower().strip())

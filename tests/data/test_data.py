@@ -76,10 +76,10 @@ BAD = [
     ({"image": "0.png", "question": "what is <extra_id_0>?"}, "must not hold <extra_id_0>"),
     (
         {"image": "0.png", "question": "word " * 40_000},
-        "is longer than 8,000 characters",
+        "has over 4,000 characters",
     ),
-    ({"image": "0.png", "question": "what?", "tags": [f"tag {i}" for i in range(4585)]}, "is longer than 8,000"),
-    ({"image": "0.png", "question": "what?", "answer": "x" * 800_000}, "is longer than 8,000"),
+    ({"image": "0.png", "question": "what?", "tags": [f"tag {i}" for i in range(4585)]}, "its answer over 8,000"),
+    ({"image": "0.png", "question": "what?", "answer": "x" * 800_000}, "its answer over 8,000"),
     ({"image": "0.png", "question": "what?", "answer": {"a": 1}}, "its answer must be text"),
     ({"image": "0.png", "question": "what?", "tags": [1]}, "its tag must be text, found 1"),
     ({"image": "0.png", "question": "what?", "tags": ["a", "<extra_id_0>"]}, "tags must not hold <extra_id_0>"),
