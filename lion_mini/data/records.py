@@ -114,9 +114,8 @@ def check_record(record: Any) -> dict[str, Any]:
     if not question.strip():
         raise ValueError("it has no question")
     if len(prompt := ", ".join((question, *(tags or ())))) > LONGEST[0] or len(answer) > LONGEST[1]:
-        raise ValueError(
-            "its question with the tags, or its answer, has more than {:,} and {:,} characters".format(*LONGEST)
-        )
+        fault = "its question with the tags has over {:,} characters, or its answer over {:,}"
+        raise ValueError(fault.format(*LONGEST))
     if PLACEHOLDER in prompt:
         raise ValueError(f"its question and tags must not hold {PLACEHOLDER}, the soft prompt's place")
     task = CATEGORIES.get(str(category := record.get("category") or "image_level").lower().strip())
