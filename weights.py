@@ -227,7 +227,7 @@ def convert(args: argparse.Namespace) -> None:
         for name, path in zip(Vocabularies.FILES, filter(None, texts), strict=False):
             (folder / name).write_bytes(path.read_bytes())
         (folder / "config.json").write_text(config.to_json(), encoding="utf-8")
-        write_shards(folder, layout, read, limit=2**29 if args.dtype == "int8" else 2**30)
+        write_shards(folder, layout, read, limit=2**28 if args.dtype == "int8" else 2**30)
     size = sum(file.stat().st_size for file in args.out.iterdir())
     print(f"{args.out}: {len(plan)} tensors, {size / 1e9:.2f} GB in {args.dtype}")
 
