@@ -173,9 +173,9 @@ def convert(args: argparse.Namespace) -> None:
     # 1. The inputs, and the names and shapes of the model.
     files = inputs(args)
     config = choose_config(args.config, Tensors(args.t5).shapes)
-    instructions = config.instructions or (RELEASE if args.lion else {})
+    asked = config.instructions or (RELEASE if args.lion else {})
     stage = (config.stage or 3) if args.lion else 0  # 3: a whole LION
-    config = replace(config, ram=config.ram if args.ram else None, instructions=instructions, stage=stage)
+    config = replace(config, ram=config.ram if args.ram else None, instructions=asked, stage=stage)
     texts = [args.bert / "vocab.txt", args.t5 / "tokenizer.json", args.ram_tags, args.ram_thresholds]
     if Vocabularies.from_files(texts, config).pieces.drops_spaces:  # raises if one does not fit
         print(f"{texts[1]} drops spaces at the ends of a text, as when saved again: FlanT5's published file keeps them")
@@ -185,8 +185,7 @@ def convert(args: argparse.Namespace) -> None:
     # 2. Every parameter is in a file, or is initialised.
     filled: dict[str, tuple[Path, Callable[[str], Tensor], str]] = {}
     for path, table in files:
-        source = Tensors(path)
-        for name, ours, line, wrong in places(source, table, plan):
+        for name, ours, line, wrong in places(source := Tensors(path), table, plan):
             if wrong:
                 raise ValueError(f"{path} does not fit: {line}; --config gives other sizes than XL and XXL")
             if ours is not None:

@@ -24,7 +24,8 @@ class Int8Linear(nn.Module):
         if few and all(n % 32 == 0 for n in (rows.shape[1], rows.data_ptr(), self.weight.data_ptr())):
             y = torch._weight_int8pack_mm(rows, self.weight, self.scale).view(*x.shape[:-1], len(self.weight))
         else:
-            y = F.linear(x, self.weight.to(x.dtype)) * self.scale
+            parts = self.weight.split(8192)  # of lm_head, or dequantising it would take 131 MB at XL
+            y = torch.cat([F.linear(x, part.to(x.dtype)) for part in parts], dim=-1) * self.scale
         return y if self.bias is None else y + self.bias
 
 
