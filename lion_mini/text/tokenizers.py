@@ -24,7 +24,7 @@ from ..files import need, read_json, read_text, reading
 
 # The blocks of Chinese characters that BERT's authors chose.
 _HAN = "[㐀-䶿一-鿿\uf900-\ufaff\U00020000-\U0002a6df\U0002a700-\U0002b81f\U0002b920-\U0002ceaf\U0002f800-\U0002fa1f]"
-SPACES = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always", "add_prefix_space": True, "split": True}
+SPACING = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always", "add_prefix_space": True, "split": True}
 # Unicode's White_Space; str.isspace accepts four control characters more.
 SPACE = "\t\n\v\f\r \x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000" + "".join(map(chr, range(0x2000, 0x200B)))
 # Joiners, Thai and Lao AM, half-width voicing marks and skin tones attach to the character before, like accents.
@@ -64,7 +64,7 @@ class UnigramTokenizer:
                 steps["pre_tokenizer"] = last
         for key, spec in steps.items():
             if "type" not in need(spec, dict, key) or any(
-                SPACES.get(name, value) != value for name, value in spec.items()
+                SPACING.get(name, value) != value for name, value in spec.items()
             ):
                 raise ValueError(f"{key} {spec!r:.99} is not T5's: take the published file")
         with reading("added_tokens"):
