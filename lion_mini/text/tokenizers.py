@@ -63,9 +63,7 @@ class UnigramTokenizer:
                 self.drops_spaces = True  # "trail " loses its last token
                 steps["pre_tokenizer"] = last
         for key, spec in steps.items():
-            if "type" not in need(spec, dict, key) or any(
-                SPACING.get(name, value) != value for name, value in spec.items()
-            ):
+            if "type" not in need(spec, dict, key) or any(SPACING.get(k, v) != v for k, v in spec.items()):
                 raise ValueError(f"{key} {spec!r:.99} is not T5's: take the published file")
         with reading("added_tokens"):
             added = need(data.get("added_tokens"), list)
