@@ -24,6 +24,14 @@ def int8_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="only Linux lists the mapped files")
+def test_no_file_of_an_int8_folder_stays_mapped(int8_folder: Path) -> None:
+    """A mapped file counts as memory beside the copy of its tensors."""
+    tensors = read_folder(int8_folder, "cpu", None)
+    assert tensors
+    assert str(int8_folder) not in Path("/proc/self/maps").read_text()
+
+
 def test_a_row_is_rounded_to_half_a_step_of_its_own() -> None:
     weight = torch.randn(7, 33) * torch.logspace(-20, 3, 7)[:, None]
     weight[3] = 0
@@ -36,8 +44,9 @@ def test_a_row_is_rounded_to_half_a_step_of_its_own() -> None:
         assert not rounded[3].any()
 
 
-def test_int8_linear_is_the_linear_layer_of_its_rounded_weight() -> None:
-    linear, x = nn.Linear(12, 5).requires_grad_(False), torch.randn(2, 3, 12)
+@pytest.mark.parametrize("rows", [5, 8200])  # many rows are dequantised in parts
+def test_int8_linear_is_the_linear_layer_of_its_rounded_weight(rows: int) -> None:
+    linear, x = nn.Linear(12, rows).requires_grad_(False), torch.randn(2, 3, 12)
     layer = Int8Linear(linear)
     linear.weight.copy_(layer.weight * layer.scale[:, None])
     assert relative(layer(x), linear(x)) < 1e-6
