@@ -143,7 +143,7 @@ def need(value: Any, kind: type | tuple[type, ...], name: str = "it") -> Any:
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
-    """Yields a new path beside `path`, for a file or folder: on success renamed to `path`, which names an OSError."""
+    """Yields a new path beside `path`, for a file or folder, and renames it to `path`. An OSError names `path`."""
     new = path.with_name(f".{path.name}.new")
     try:
         path.absolute().parent.mkdir(parents=True, exist_ok=True)

@@ -105,8 +105,10 @@ def first_examples(sources: Sequence[Source], count: int) -> list[TrainingExampl
 
 @torch.inference_mode()
 def draw_samples(lion: Lion, examples: Sequence[TrainingExample], job: Job, size: int) -> dict[str, float]:
-    """Loss and score on the examples, without dropout. Draws six of them with questions, true answers and the model's,
-    and the boxes in these: the question's blue, the true one green, ours red."""
+    """Loss and score on the examples, without dropout. Six are drawn with question, true answer and the model's.
+
+    Boxes are drawn too: the question's blue, the true one green, ours red.
+    """
     lion.model.eval()
     loss, weight, answers = 0.0, 0, list[str]()
     for part in (examples[i : i + size] for i in range(0, len(examples), size)):

@@ -82,7 +82,7 @@ def by_task(stage: Stage, init: Sequence[Path]) -> dict[Path, LionConfig]:
     known = sorted(task for folder in init for task in trained[folder])
     if len(stage.tasks) > 1 and not stage.new and known != sorted(stage.tasks):
         given = ", ".join(f"{folder} (stage {configs[folder].stage})" for folder in init)
-        whole = "a whole LION, of stage 3 or weights.py convert --lion, or to stage 3 a result with adapters per level"
+        whole = "a whole LION (stage 3 or weights.py convert --lion makes one); stage 3 also takes a result per level"
         raise ValueError(f"{' and '.join(stage.tasks)} level cannot begin with {given}: give {whole}")
     tasks = configs[init[0]].tasks
     return dict(sorted(configs.items(), key=lambda item: [task in trained[item[0]] for task in tasks], reverse=True))
