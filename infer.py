@@ -144,7 +144,7 @@ def demonstrate(args: argparse.Namespace) -> int:
     scene.image.save(path := unused(args.out / "scene.png"))
     print(f"scene {seed}, drawn to {path}")
     thing = rng.choice(scene.things)
-    _, question, answer = rng.choice(list(toy.questions(scene.things, rng)))
+    _, question, answer = rng.choice(list(toy.questions(scene, rng)))
     expression = toy.expression(scene.things, thing, rng)
     box, boxes = thing.box, [(thing.box, "true", "#3cb44b")]
     with open(unused(args.out / "results.jsonl"), "w", encoding="utf-8") as file:
