@@ -1,11 +1,12 @@
 """Labels and losses of stage 0: what every patch shows, and what every word of a question refers to.
 
-patch      shape, colour, size and box of the thing that covers most of it
+patch      shape, colour, size, row, column and box of the thing that covers most of it
 noun       the same of the thing it refers to, if it is one, and its centre; how many things it fits
 box        the same of the thing in it, at its last coordinate
 relation   the vector from the noun after it to the noun before it, and its component in the relation's direction
 """
 
+import re
 from collections.abc import Sequence
 
 import torch
@@ -17,7 +18,8 @@ from ..text.tokenizers import UnigramTokenizer
 from .questions import RELATIONS, Record, matching, plural
 from .world import COLOURS, COORDINATES, GRID, MOST, SHAPES, SIDES, Scene, Thing
 
-FIELDS = (len(SHAPES) + 1, len(COLOURS), len(SIDES), *[GRID + 1] * 4)  # classes; the last shape is background
+WORDS = (len(SHAPES) + 1, len(COLOURS), len(SIDES), 3, 3)  # classes of what words say; the last shape is background
+FIELDS = (*WORDS, *[GRID + 1] * 4)  # and the box
 REFERENT = (*FIELDS, MOST + 1)  # classes of a noun: the thing, and how many things fit
 UNKNOWN: list[float] = [IGNORE] * (len(REFERENT) + 5)  # 5 measures in halves of the image: a centre, a relation
 NOUNS = {form: noun for noun in (*SHAPES, "shape") for form in (noun, plural(noun))}
@@ -25,13 +27,20 @@ DIRECTIONS = {relation.split()[0]: side for relation, side in RELATIONS.items()}
 
 
 def facts(thing: Thing) -> list[int]:
-    """Shape, colour, size and box, as classes of FIELDS."""
-    return [SHAPES.index(thing.shape), [*COLOURS].index(thing.colour), [*SIDES].index(thing.size), *thing.edges]
+    """What is true of the thing, as classes of FIELDS."""
+    said = SHAPES.index(thing.shape), [*COLOURS].index(thing.colour), [*SIDES].index(thing.size)
+    return [*said, thing.cell // 3, thing.cell % 3, *thing.edges]
+
+
+def one_hot(labels: Tensor, fields: Sequence[int]) -> Tensor:  # (..., fields) -> (..., classes)
+    """Side by side for each field; zeros where it is unknown."""
+    pairs = zip(labels.unbind(-1), fields, strict=True)
+    return torch.cat([F.one_hot(field.clamp_min(0), n) * (field >= 0)[..., None] for field, n in pairs], dim=-1).float()
 
 
 def patch_labels(scenes: Sequence[Scene], side: int) -> tuple[Tensor, Tensor]:  # -> (b, side * side), (b, ·, fields)
     """Per patch the index of the thing that covers most of it, -1 for background; and the thing's FIELDS."""
-    owners, labels, background = list[Tensor](), list[Tensor](), [len(SHAPES), *[IGNORE] * 6]
+    owners, labels, background = list[Tensor](), list[Tensor](), [len(SHAPES), *[IGNORE] * 8]
     for scene in scenes:
         covered = torch.zeros(len(scene.things), GRID, GRID)
         for area, thing in zip(covered, scene.things, strict=True):
@@ -40,6 +49,16 @@ def patch_labels(scenes: Sequence[Scene], side: int) -> tuple[Tensor, Tensor]:  
         owners.append(owner.where(share > 0, -1))
         labels.append(torch.tensor([*map(facts, scene.things), background])[owners[-1]])
     return torch.stack(owners), torch.stack(labels)
+
+
+def mentioned(things: Sequence[Thing], text: str) -> list[int]:
+    """The indices of the things that nouns of a text fit, "red circles" for instance."""
+    found, adjectives = list[Thing](), list[str]()
+    for word in re.findall("[a-z]+", text):
+        if word in NOUNS:
+            found += matching(things, " ".join((*adjectives, NOUNS[word])))
+        adjectives = [*adjectives, word] if word in (*COLOURS, *SIDES) else []
+    return [i for i, thing in enumerate(things) if thing in found]
 
 
 def word_labels(

@@ -7,7 +7,7 @@ from itertools import permutations
 from ..box import Box
 from ..data.records import TrainingExample, split_tags
 from ..text.prompts import EVAL_TEMPLATES, TASK_OF, TEMPLATES, render
-from .world import COLOURS, GROUNDS, SHAPES, TAGS, Scene, Split, Thing, scene
+from .world import COLOURS, SHAPES, TAGS, Scene, Split, Thing, scene
 
 MARGIN = 3  # the least difference, in grid units, at which a thing is called left of another
 PLACES = (

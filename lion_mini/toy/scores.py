@@ -59,7 +59,7 @@ def ask(lion: Lion, scenes: Sequence[Scene], batch_size: int = 32) -> list[Reply
         for record in records(each, random.Random(f"eval {each.split} {each.seed}"), kinds, MEASURED):
             groups.setdefault((record["kind"], record["subkind"]), []).append((each, record))
     replies: list[Reply] = []
-    for (kind, subkind), pairs in tqdm(sorted(groups.items()), unit="kind", disable=None):
+    for (kind, _), pairs in tqdm(sorted(groups.items()), unit="kind", disable=None):
         for start in range(0, len(pairs), batch_size):
             batch = pairs[start : start + batch_size]
             tags = [split_tags(record["tags"]) for _, record in batch] if lion.model.ram is None else None

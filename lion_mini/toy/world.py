@@ -68,7 +68,7 @@ class Thing:
 
 @dataclass(frozen=True)
 class Scene:
-    """Things in reading order. `held_out` is True if one of them has a colour and shape that no training scene joins."""
+    """Things in reading order. `held_out`: one of them joins a colour and a shape that no training scene joins."""
 
     seed: int
     split: Split
