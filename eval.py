@@ -20,6 +20,7 @@ import io
 import json
 import os
 import random
+import signal
 import sys
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Sequence
@@ -27,6 +28,9 @@ from dataclasses import replace
 from itertools import chain, compress
 from pathlib import Path
 from typing import Any
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback while PyTorch is imported; `run` handles it again
 
 import torch
 import torch.distributed as dist

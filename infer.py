@@ -17,12 +17,16 @@ import argparse
 import glob
 import json
 import random
+import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import astuple, replace
 from functools import cache, partial
 from itertools import count
 from pathlib import Path
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback while PyTorch is imported; `run` handles it again
 
 import torch
 from PIL import Image

@@ -12,6 +12,7 @@ import os
 import pickle
 import re
 import shutil
+import signal
 import sys
 import traceback
 import warnings
@@ -86,6 +87,8 @@ def printable(text: object) -> str:
 
 def run(main: Callable[[Any], int | None], args: Any) -> int:
     """Call `main(args)`; returns the exit code. An error is one sentence on stderr; LION_DEBUG=1 adds the traceback."""
+    if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:  # the script's, for its imports
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # for a terminal that has only ASCII
     try:
