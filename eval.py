@@ -183,7 +183,7 @@ def predict(args: Namespace, examples: Examples, ids: list[str], path: Path, ima
 
     # 1. Rank 0 keeps what an earlier run left, and tells the others.
     if rank == 0:
-        if path.exists():
+        if path.is_file():
             if not (found := path.read_bytes()).startswith(b'{"task": '):
                 raise ValueError(f"{path} has no header, so it is none of this script: choose another --out")
             os.truncate(path, found.rfind(b"\n") + 1)  # a kill may have cut off a line
@@ -294,9 +294,6 @@ def draw_worst(examples: Examples, predictions: Line, images: ImageFolder, count
             rows.append((iou, path, [(example.box, "true", "green")] + [(box, "model", "red")] * bool(box), label))
     worst = sorted(rows, key=lambda row: row[0])[:count]
     return draw_sheet([(draw_boxes(open_image(path), boxes), label) for _, path, boxes, label in worst], columns=4)
-
-
-# --- the shapes world
 
 
 def measure_toy(args: Namespace) -> None:

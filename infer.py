@@ -136,7 +136,7 @@ def readable(mode: str, line: dict) -> str:
 def unused(path: Path) -> Path:
     """The path, with a number if such a file exists. Results of an earlier run do not count."""
     names = (path.with_stem(f"{path.stem}-{i}") if i else path for i in count())
-    ours = lambda file: file.suffix == ".jsonl" and b'"box_pixels": ' in file.open("rb").readline()
+    ours = lambda file: file.is_file() and file.suffix == ".jsonl" and b'"box_pixels": ' in file.open("rb").readline()
     return next(name for name in names if not name.exists() or ours(name))
 
 

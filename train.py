@@ -173,9 +173,6 @@ def skip_step(run: Run, loss: float, norm: float, culprits: Sequence[Samples]) -
         raise ValueError(f"{MAX_SKIPPED} steps in a row were not finite: lower --lr, or look at these records")
 
 
-# --- set-up
-
-
 def set_up(job: Job, args: argparse.Namespace, ranks: tuple[int, int, torch.device]) -> Run:
     """Model, optimizer and data of a stage, at the step of its newest checkpoint."""
     (rank, world, device), stage = ranks, job.stage

@@ -259,7 +259,9 @@ def inspect(args: argparse.Namespace) -> int:
             print(f"{name} {tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')} {place}")
             problems += theirs is None
         count = sum(parameter.numel() for parameter in skeleton(model.config).parameters())
-        print(f"{args.path}: a whole LION, {len(model.state_dict())} tensors, {count / 1e6:.1f} M parameters")
+        starts = {0: "the start of stage 1", 1: "a LION of image level", 2: "a LION of region level"}
+        what = starts.get(model.config.stage, "a whole LION")
+        print(f"{args.path}: {what}, {len(model.state_dict())} tensors, {count / 1e6:.1f} M parameters")
         return int(problems > 0)
     source = Tensors(args.path)
     known = lambda kind: sum(translate(name, CHECKPOINTS[kind]) is not None for name in source.shapes)

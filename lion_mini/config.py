@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field, is_dataclass, replace
 from typing import Any
 
 from .files import need
+from .text.prompts import EVAL_TEMPLATES, check_template
 
 PAD, EOS, IGNORE = 0, 1, -100  # T5's token ids, PAD starts decoding; a label that no loss counts
 
@@ -115,7 +116,7 @@ class LionConfig:  # The whole model. `ram=None` is a LION without its tagger: t
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be {' or '.join(choices)}, not {getattr(self, name)!r:.60}")
         for kind, text in self.instructions.items():
-            need(text, str, f"instructions.{kind}")
+            check_template(kind, need(text, str, f"instructions.{kind}"), EVAL_TEMPLATES)
         if self.adapters not in (0, 1, len(self.tasks)):
             raise ValueError(f"adapters is 0, 1 or {len(self.tasks)} (one per task), not {self.adapters}")
         if not all(0 <= tap < self.vit.depth for tap in self.taps):

@@ -43,6 +43,8 @@ FAULTS: dict[type | tuple[type, ...], str] = {
 def reading(what: object) -> Iterator[None]:
     """Turn whatever is raised while foreign data is read into one ValueError, `what: reason`."""
     try:
+        if isinstance(what, Path) and what.exists() and not (what.is_file() or what.is_dir()):
+            raise ValueError("it is a pipe or a device, not a regular file")  # a pipe may never end
         yield
     except Exception as error:
         text, place = (isinstance(what, Path) and disguise(what)) or reason(error), printable(what)
@@ -90,7 +92,7 @@ def run(main: Callable[[Any], int | None], args: Any) -> int:
     if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:  # the script's, for its imports
         signal.signal(signal.SIGINT, signal.default_int_handler)
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # for a terminal that has only ASCII
+        sys.stdout.reconfigure(errors="backslashreplace", line_buffering=True)  # a full disk shows before the end
     try:
         return main(args) or 0
     except KeyboardInterrupt:
@@ -101,6 +103,8 @@ def run(main: Callable[[Any], int | None], args: Any) -> int:
         text = reason(error) if isinstance(error, (ValueError, OSError)) else f"{error!r}; LION_DEBUG=1 shows where"
         name = main.__module__.rpartition(".")[0] or Path(inspect.getfile(main)).name
         print(f"{name}: {printable(text)}", file=sys.stderr)
+        if isinstance(error, OSError) and error.filename is None:
+            sys.stdout = None  # perhaps its pipe is closed or its disk full, and Python would complain at exit again
         return 2
 
 
@@ -148,8 +152,9 @@ def need(value: Any, kind: type | tuple[type, ...], name: str = "it") -> Any:
 def atomic_write(path: Path) -> Iterator[Path]:
     """Yields a new path beside `path`, for a file or folder, and renames it to `path`. An OSError names `path`."""
     new = path.with_name(f".{path.name}.new")
-    try:
+    with reading(path):  # a rename would replace a device
         path.absolute().parent.mkdir(parents=True, exist_ok=True)
+    try:
         remove(new)  # left by a killed process
         yield new
         sync(new)

@@ -47,6 +47,8 @@ def begin(
     for folder, tensors in zip(init, sources, strict=True):
         if any(tensor.dtype == torch.int8 for tensor in tensors.values()):
             raise ValueError(f"{folder} is rounded to int8, which is for answering: convert to bfloat16 to train")
+        if broken := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]:
+            raise ValueError(f"{folder}: {broken[0]} holds NaN or infinite values")
         for name in ("vit.positions", "t5.shared.weight"):
             if not torch.equal(tensors[name], sources[0][name]):
                 raise ValueError(f"{init[0]} and {folder} have different {name}: they must share the frozen parts")
