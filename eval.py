@@ -57,10 +57,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("task", nargs="?", help="a benchmark, or table; without one, the shapes world")
     parser.add_argument("folder", nargs="?", help="of table: where the results are")
-    folder = lambda name: TINY if name == "tiny" else Path(name) if name else None
-    parser.add_argument("--weights", type=folder, help="a folder of weights.py convert or train.py, or: tiny")
+    folder = lambda name: Path(name) if name else None
+    parser.add_argument(
+        "--weights",
+        type=lambda name: TINY if name == "tiny" else folder(name),
+        help="a folder of weights.py convert or train.py, or: tiny",
+    )
     parser.add_argument("--ann", type=Path, nargs="+", default=[], help="the official annotation file or files")
-    parser.add_argument("--images", type=Path, nargs="+", default=[Path()], help="folders that have the pictures")
+    parser.add_argument("--images", type=folder, nargs="+", default=[Path()], help="folders that have the pictures")
     parser.add_argument("--out", type=folder, default=Path("results"), help="folder of predictions and scores")
     parser.add_argument("--score", type=Path, metavar="FILE", help="only score this file of predictions")
     parser.add_argument("--official", action="store_true", help="write as the release: 5 beams, repetition penalty 1.5")
@@ -98,8 +102,8 @@ def evaluate(args: Namespace) -> None:
         for name in names.split():
             if getattr(args, name.strip("-").replace("-", "_")) and not useful:
                 raise ValueError(f"{name} needs {what}")
-    if args.out is None:
-        raise ValueError("--out is empty: name the folder of predictions and scores")
+    if None in (args.out, *args.images):
+        raise ValueError("--out or --images is empty: name a folder, or say . for the one that you are in")
     if args.task == "table":
         print(table(Path(args.folder or args.out)))
     elif kind is None:

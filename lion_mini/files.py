@@ -173,7 +173,7 @@ def remove(path: Path) -> None:
 def sync(path: Path) -> None:
     """Flush a file or folder to the disk. Files get the umask's mode, because safetensors creates them private."""
     os.umask(mask := os.umask(0))
-    for each in (*path.rglob("*"), path):
+    for each in (*filter(Path.is_file, path.rglob("*")), path):
         if each.is_file():
             each.chmod(0o666 & ~mask)
         handle = os.open(each, os.O_RDONLY)
@@ -209,12 +209,12 @@ class Tensors:
 
 
 def shards(folder: Path) -> list[Path]:
-    """A folder's checkpoint files. An index beside them must not name files elsewhere."""
-    files = sorted(filter(Path.is_file, folder.glob("*.safetensors"))) or sorted(folder.glob("pytorch_model*.bin"))
+    """A folder's checkpoint files. An index beside them must name no others."""
+    files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
     for index in folder.glob(f"*{files[0].suffix}.index.json") if files else ():
         with reading(index):
             for name in need(read_json(index)["weight_map"], dict, "weight_map").values():
-                if Path(need(name, str, "a file name")).name != name:
+                if Path(need(name, str, "a file name")).name != name or not (folder / name).exists():
                     raise ValueError(f"it names {name!r:.99}, which is no file of its folder")
     return files
 
@@ -224,6 +224,7 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
     if file.suffix not in CHECKPOINTS:
         raise ValueError(f"{file}: a checkpoint is a .pth, .pt, .bin or .safetensors file, not {file.suffix!r}")
     with reading(file), warnings.catch_warnings(action="ignore"):  # PyTorch's about old formats
+        file.open("rb").close()  # safetensors says that a file without permission is not there
         with reading("it is not a whole checkpoint"):
             if file.suffix == ".safetensors":
                 tensors = load_file(file)

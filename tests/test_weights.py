@@ -425,7 +425,7 @@ BAD = {
     "a page of tags": (text_file("tags.txt", "ram_tags", "<html>\n"), "tags.txt: it is a web page"),
     "whole numbers": (lion_with(lambda d: d.update(query_tokens=d["query_tokens"].int())), "must hold floats"),
     "a bare number": (lion_with(lambda d: d.update(query_tokens=torch.tensor(1.0))), "query_tokens () -> qformer"),
-    "config": (text_file("c.json", "config", '{"vit": {"depht": 3}}'), "config.vit.depht is unknown"),
+    "config": (text_file("c.json", "config", '{"vit": {"depht": 3}}'), "config.vit.'depht' is unknown"),
     "config nested": (text_file("c.json", "config", "[" * 10**5), "c.json: it is nested too deeply"),
     **{
         f"config {path} {value}": (sizes_with(path, value), f"c.json: {words}")
