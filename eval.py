@@ -58,11 +58,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("task", nargs="?", help="a benchmark, or table; without one, the shapes world")
     parser.add_argument("folder", nargs="?", help="of table: where the results are")
     folder = lambda name: Path(name) if name else None
-    parser.add_argument(
-        "--weights",
-        type=lambda name: TINY if name == "tiny" else folder(name),
-        help="a folder of weights.py convert or train.py, or: tiny",
-    )
+    weights = lambda name: TINY if name == "tiny" else folder(name)
+    parser.add_argument("--weights", type=weights, help="a folder of weights.py convert or train.py, or: tiny")
     parser.add_argument("--ann", type=Path, nargs="+", default=[], help="the official annotation file or files")
     parser.add_argument("--images", type=folder, nargs="+", default=[Path()], help="folders that have the pictures")
     parser.add_argument("--out", type=folder, default=Path("results"), help="folder of predictions and scores")
@@ -114,9 +111,6 @@ def evaluate(args: Namespace) -> None:
         raise ValueError("no weights: name their folder with --weights, or a file of predictions with --score")
     else:
         measure(args)
-
-
-# --- predictions
 
 
 def templates(args: Namespace) -> list[str]:
@@ -227,9 +221,6 @@ def open_lion(args: Namespace, device: str | torch.device) -> Lion:
     lion = Lion.from_pretrained(args.weights or TINY, device, DTYPES[args.dtype])
     lion.config = replace(lion.config, tags="none" if args.no_tags else lion.config.tags)
     return lion
-
-
-# --- scores
 
 
 def measure(args: Namespace) -> None:

@@ -11,8 +11,7 @@
     python train.py --stage 4 --init runs/lion --data mine.json --images photos --steps 500 --out runs/mine
     torchrun --nproc-per-node 8 train.py --stage 2 ...    # 8 GPUs; the global batch size stays the same
 
-The recipes are in lion_mini/training/stages.py, the fields of a record in lion_mini/data/records.py. The paper's
-ablations: --no-aggregator, --no-adapters, --tags plain, --tags none, --no-router, --single-stage.
+The recipes are in lion_mini/training/stages.py, the fields of a record in lion_mini/data/records.py.
 
 A run's folder gets metrics.jsonl, loss.png, samples.png and checkpoints/, and at the end the weights, for
 `Lion.from_pretrained`, infer.py and `weights.py export`. --held-out FILES adds the loss on their first 64 records, and
@@ -241,9 +240,6 @@ def finish(run: Run) -> None:
         say(f"stage {job.number} is done: {job.out}")
     if run.world > 1:
         dist.barrier()
-
-
-# --- the command line
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:

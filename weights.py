@@ -259,8 +259,7 @@ def inspect(args: argparse.Namespace) -> int:
             print(f"{name} {tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')} {place}")
             problems += theirs is None
         count = sum(parameter.numel() for parameter in skeleton(model.config).parameters())
-        starts = {0: "the start of stage 1", 1: "a LION of image level", 2: "a LION of region level"}
-        what = starts.get(model.config.stage, "a whole LION")
+        what = ("no LION yet", "image level alone", "region level alone", "a whole LION")[min(model.config.stage, 3)]
         print(f"{args.path}: {what}, {len(model.state_dict())} tensors, {count / 1e6:.1f} M parameters")
         return int(problems > 0)
     source = Tensors(args.path)

@@ -31,7 +31,6 @@ from .text.vocabularies import Vocabularies
 TINY = Path(__file__).parent / "assets" / "tiny"  # the weights in the package, trained on the toy world
 DType = torch.dtype | Literal["auto"] | None  # auto: bfloat16 where the device computes in it; None: as stored
 DTYPES: dict[str, DType] = {"auto": "auto", "stored": None, "float32": torch.float32, "bfloat16": torch.bfloat16}
-MAX_ANSWER = 512  # as T5 was trained; 32 candidates then take 2 GB
 MAX_TOKENS = 4096  # eight times what T5 was trained on; XL's scores then take 2.5 GB per layer and sample
 Texts = Sequence[str]
 Images = Sequence[Image.Image]
@@ -178,8 +177,8 @@ class Lion:
         if len(candidates) != len(questions) or not all(candidates) or any(isinstance(c, str) for c in candidates):
             raise ValueError("candidates must be one list of texts per question, none of them empty")
         ids = [[self.text.pieces.encode(text) for text in texts] for texts in candidates]
-        if (longest := max(len(row) for rows in ids for row in rows)) > MAX_ANSWER:
-            raise ValueError(f"a candidate has {longest:,} tokens, but at most {MAX_ANSWER} can be ranked")
+        if (longest := max(len(row) for rows in ids for row in rows)) > 512:  # 32 of them take 2 GB
+            raise ValueError(f"a candidate has {longest:,} tokens, but at most 512 can be ranked")
         batch = self.batch(pixels, questions, tags, tasks)
         return log_likelihoods(self.model.t5, *self.model.encode(batch), batch.task, ids, segment)
 

@@ -79,11 +79,8 @@ RELEASE = {"rec": "In the image <image>, can you locate {expression} and let me 
 TASK_OF = {kind: "region" if kind in ("rec", "reg") else "image" for kind in [*TEMPLATES, *EVAL_TEMPLATES]}
 DECODING = dict.fromkeys(TASK_OF, "answer") | {"caption": "caption", "rec": "locate", "reg": "describe"}
 _FIELD = re.compile(r"\{(question|answer|expression|box|history|hint|options)\}")
+fields_of = lambda template: set(_FIELD.findall(template))
 _SHIKRA = {"<question>": "{question}", "<answer>": "{answer}", "<expr>": "{expression}", "<objs>": "{box}"}
-
-
-def fields_of(template: str) -> set[str]:
-    return set(_FIELD.findall(template))
 
 
 def check_template(kind: str, text: str, known: Mapping[str, str]) -> None:

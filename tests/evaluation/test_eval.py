@@ -538,10 +538,11 @@ def test_bad_input_is_one_sentence(run: Run, tmp_path: Path) -> None:
         assert words in error
         assert error.startswith("eval.py: ")
         assert error.count("\n") == 1
-    assert script.main(["pope_random", "--ann", str(path), "--weights", "tiny", "--out", ""]) == 2
+    for flag in ("--out", "--images"):
+        assert script.main(["pope_random", "--ann", str(path), "--weights", "tiny", flag, ""]) == 2
     code, _, error = run("pope_random", "--ann", path, weights=False)
-    assert (code, error.count("\n")) == (2, 2)
-    assert "eval.py: --out is empty" in error
+    assert (code, error.count("\n")) == (2, 3)
+    assert error.count("eval.py: --out or --images is empty") == 2
     assert "no weights: name their folder with --weights" in error
 
 

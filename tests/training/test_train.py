@@ -436,6 +436,19 @@ def test_stage_3_takes_one_folder_per_task_in_any_order(two_stages: tuple[Path, 
             begin(STAGES[3], wrong, seed=0)
 
 
+def test_no_stage_begins_with_nan(two_stages: tuple[Path, Path], tmp_path: Path) -> None:
+    folder = shutil.copytree(two_stages[0], tmp_path / "folder")
+    frozen = load_file(folder / "frozen.safetensors")
+    save_file(frozen | {"vit.positions": frozen["vit.positions"] * math.nan}, folder / "frozen.safetensors")
+    with pytest.raises(ValueError, match=r"folder: vit.positions holds NaN or infinite values"):
+        begin(STAGES[1], [folder], seed=0)
+    save_file(
+        {name: tensor for name, tensor in frozen.items() if name != "vit.positions"}, folder / "frozen.safetensors"
+    )
+    with pytest.raises(ValueError, match=r"folder: vit.positions is missing here"):
+        begin(STAGES[1], [folder], seed=0)
+
+
 def test_a_third_task(
     stage0: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
