@@ -24,6 +24,7 @@ import signal
 import sys
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from itertools import chain, compress
 from pathlib import Path
@@ -70,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0, help="of REC's instructions, which are drawn")
     parser.add_argument("--rounds", choices=("all", "last"), default="all", help="VisDial: last is the common mistake")
     parser.add_argument("--limit", type=int, help="only the first so many examples")
-    parser.add_argument("--skip-missing", action="store_true", help="leave out examples without a picture")
+    parser.add_argument("--skip-missing", action="store_true", help="leave out examples whose picture cannot be opened")
     parser.add_argument("--no-tags", action="store_true", help="ask without RAM's tags")
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--segment", type=int, default=32, help="candidates scored at a time; less memory, same scores")
@@ -152,8 +153,12 @@ def answers(lion: Lion, args: Namespace, batch: Examples, prompts: list[str], im
     """A prediction per example: its text, or its candidates' log-likelihoods. A picture is tagged once per batch."""
     pictures, tags = dict[str | bytes, Image.Image](), None
     for image, id in {example.image: example.id for example in batch}.items():
-        with reading(f"the picture of {id}"):
+        with suppress(*[ValueError] * args.skip_missing), reading(f"the picture of {id}"):
             pictures[image] = open_image(io.BytesIO(image) if isinstance(image, bytes) else images.path(image) or image)
+    there = [example.image in pictures for example in batch]
+    batch, prompts = [*compress(batch, there)], [*compress(prompts, there)]
+    if not batch:
+        return []
     if lion.config.tags != "none":
         tagged = dict(zip(pictures, lion.scored_tags([*pictures.values()]), strict=True))
         tags = [[tag for tag, _ in tagged[example.image]] for example in batch]
@@ -182,7 +187,7 @@ def predict(args: Namespace, examples: Examples, ids: list[str], path: Path, ima
     # 1. Rank 0 keeps what an earlier run left, and tells the others.
     if rank == 0:
         if path.is_file():
-            if not (found := path.read_bytes()).startswith(b'{"task": '):
+            if not (found := path.read_bytes()).startswith(f'{{"task": "{args.task}", "weights": '.encode()):
                 raise ValueError(f"{path} has no header, so it is none of this script: choose another --out")
             os.truncate(path, found.rfind(b"\n") + 1)  # a kill may have cut off a line
             known = load(path, ids, made)[1]

@@ -431,8 +431,9 @@ def test_tags_for_a_training_set(
     data.write_text(lines[1])
     for words, flags in (
         ("does not hold the first records of --data", argv),
-        ("is a folder or the file that --data reads", [*argv, "--out", data]),
-        ("is a folder or the file that --data reads", [*argv, "--out", tmp_path]),
+        ("is a folder, a device or the file that --data reads", [*argv, "--out", data]),
+        ("is a folder, a device or the file that --data reads", [*argv, "--out", tmp_path]),
+        ("is a folder, a device or the file that --data reads", [*argv, "--out", "/dev/full"]),
         ("--data is for --tags", argv[1:]),
         ("give pictures to look at, or a file of records", [PHOTO, *argv]),
     ):

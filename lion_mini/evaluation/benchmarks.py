@@ -172,13 +172,13 @@ def load(path: Path, ids: Sequence[str], expected: Line) -> tuple[Line, dict[str
     asked, made, known = set(ids), Line(), dict[str, Line]()
     for place, line in json_lines(path):
         with reading(place):
-            if "task" in need(line, dict):
+            line = need(line, dict) | {ours: line[name] for name, ours in THEIR_NAMES.items() if name in line}
+            if "task" in line and "id" not in line:
                 made = line
                 for name, value in expected.items():
                     if name != "weights" and (was := made.get(name)) != value:
                         raise ValueError(f"made with {name} {was!r}, not {value!r}: choose another --out or --score")
                 continue
-            line |= {ours: line[name] for name, ours in THEIR_NAMES.items() if name in line}
             if (id := str(line["id"])) in known or id not in asked:
                 raise ValueError(f"the id {id} is {'predicted twice' if id in known else 'not in the annotations'}")
             known[id] = line if "scores" in line else line | {"text": str(need(line["text"], (str, float)))}
