@@ -33,9 +33,6 @@ class Benchmark:
     differs: str = ""  # what the paper leaves open, or where its setting is known to differ
 
 
-# --- scorers
-
-
 best = lambda row: max(range(len(row)), key=row.__getitem__)
 percent = lambda values: 100 * sum(listed := [*values]) / len(listed)
 caption_scores = lambda examples, texts: {"CIDEr": 100 * metrics.cider([e.references for e in examples], texts)[0]}
@@ -93,9 +90,6 @@ def mmbench_scores(examples: Sequence[Example], rows: Sequence[Sequence[float]])
     return {name: 100 * value for name, value in metrics.mmbench(answers).items()}
 
 
-# --- the table
-
-
 def sizes(metric: str, *numbers: float) -> Mapping[str, Mapping[str, float]]:
     """LION-4B and LION-12B, in Table 2 also before they were trained on RefCOCO's own sets."""
     models = ("LION-4B", "LION-12B", "zero-shot LION-4B", "zero-shot LION-12B")
@@ -144,9 +138,6 @@ BENCHMARKS = {entry.name: entry for entry in (
               "option texts are ranked; the paper does not say how it chose, its numbers are the test server's; sorted "
               "options (B.2) make all rotations of a question alike, so the circular score is no stricter"),
 )}  # fmt: skip
-
-
-# --- from files to scores to Markdown
 
 
 def read(name: str, paths: Sequence[Path]) -> list[Example]:

@@ -44,6 +44,7 @@ from lion_mini.config import (
 from lion_mini.data import mixture
 from lion_mini.data.mixture import Samples
 from lion_mini.data.records import CATEGORIES
+from lion_mini.distributed import distributed
 from lion_mini.images import lion_transform, open_image
 from lion_mini.model.generate import GENERATION
 from lion_mini.model.lion import Batch, LionModel
@@ -187,6 +188,14 @@ EXPECTED = {
 }
 # The last layer's text goes nowhere: only what became of the queries is read.
 UNREAD = "qformer.layers.1.ff."
+
+
+@pytest.mark.parametrize(("rank", "world"), [("x", "1"), ("5", "2"), ("0", "-1")])
+def test_ranks_that_torchrun_never_sets(rank: str, world: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setenv("WORLD_SIZE", world)
+    with pytest.raises(ValueError, match=f"RANK is '{rank}' and WORLD_SIZE '{world}': unset them"):
+        distributed("cpu")
 
 
 @pytest.mark.parametrize("number", EXPECTED)
