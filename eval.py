@@ -20,13 +20,18 @@ import io
 import json
 import os
 import random
+import signal
 import sys
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from itertools import chain, compress
 from pathlib import Path
 from typing import Any
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback while PyTorch is imported; `run` handles it again
 
 import torch
 import torch.distributed as dist
@@ -53,10 +58,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("task", nargs="?", help="a benchmark, or table; without one, the shapes world")
     parser.add_argument("folder", nargs="?", help="of table: where the results are")
-    folder = lambda name: TINY if name == "tiny" else Path(name) if name else None
-    parser.add_argument("--weights", type=folder, help="a folder of weights.py convert or train.py, or: tiny")
+    folder = lambda name: Path(name) if name else None
+    weights = lambda name: TINY if name == "tiny" else folder(name)
+    parser.add_argument("--weights", type=weights, help="a folder of weights.py convert or train.py, or: tiny")
     parser.add_argument("--ann", type=Path, nargs="+", default=[], help="the official annotation file or files")
-    parser.add_argument("--images", type=Path, nargs="+", default=[Path()], help="folders that have the pictures")
+    parser.add_argument("--images", type=folder, nargs="+", default=[Path()], help="folders that have the pictures")
     parser.add_argument("--out", type=folder, default=Path("results"), help="folder of predictions and scores")
     parser.add_argument("--score", type=Path, metavar="FILE", help="only score this file of predictions")
     parser.add_argument("--official", action="store_true", help="write as the release: 5 beams, repetition penalty 1.5")
@@ -65,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0, help="of REC's instructions, which are drawn")
     parser.add_argument("--rounds", choices=("all", "last"), default="all", help="VisDial: last is the common mistake")
     parser.add_argument("--limit", type=int, help="only the first so many examples")
-    parser.add_argument("--skip-missing", action="store_true", help="leave out examples without a picture")
+    parser.add_argument("--skip-missing", action="store_true", help="leave out examples whose picture cannot be opened")
     parser.add_argument("--no-tags", action="store_true", help="ask without RAM's tags")
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--segment", type=int, default=32, help="candidates scored at a time; less memory, same scores")
@@ -94,8 +100,8 @@ def evaluate(args: Namespace) -> None:
         for name in names.split():
             if getattr(args, name.strip("-").replace("-", "_")) and not useful:
                 raise ValueError(f"{name} needs {what}")
-    if args.out is None:
-        raise ValueError("--out is empty: name the folder of predictions and scores")
+    if None in (args.out, *args.images):
+        raise ValueError("--out or --images is empty: name a folder, or say . for the one that you are in")
     if args.task == "table":
         print(table(Path(args.folder or args.out)))
     elif kind is None:
@@ -106,9 +112,6 @@ def evaluate(args: Namespace) -> None:
         raise ValueError("no weights: name their folder with --weights, or a file of predictions with --score")
     else:
         measure(args)
-
-
-# --- predictions
 
 
 def templates(args: Namespace) -> list[str]:
@@ -150,8 +153,12 @@ def answers(lion: Lion, args: Namespace, batch: Examples, prompts: list[str], im
     """A prediction per example: its text, or its candidates' log-likelihoods. A picture is tagged once per batch."""
     pictures, tags = dict[str | bytes, Image.Image](), None
     for image, id in {example.image: example.id for example in batch}.items():
-        with reading(f"the picture of {id}"):
+        with suppress(*[ValueError] * args.skip_missing), reading(f"the picture of {id}"):
             pictures[image] = open_image(io.BytesIO(image) if isinstance(image, bytes) else images.path(image) or image)
+    there = [example.image in pictures for example in batch]
+    batch, prompts = [*compress(batch, there)], [*compress(prompts, there)]
+    if not batch:
+        return []
     if lion.config.tags != "none":
         tagged = dict(zip(pictures, lion.scored_tags([*pictures.values()]), strict=True))
         tags = [[tag for tag, _ in tagged[example.image]] for example in batch]
@@ -179,8 +186,8 @@ def predict(args: Namespace, examples: Examples, ids: list[str], path: Path, ima
 
     # 1. Rank 0 keeps what an earlier run left, and tells the others.
     if rank == 0:
-        if path.exists():
-            if not (found := path.read_bytes()).startswith(b'{"task": '):
+        if path.is_file():
+            if not (found := path.read_bytes()).startswith(f'{{"task": "{args.task}", "weights": '.encode()):
                 raise ValueError(f"{path} has no header, so it is none of this script: choose another --out")
             os.truncate(path, found.rfind(b"\n") + 1)  # a kill may have cut off a line
             known = load(path, ids, made)[1]
@@ -219,9 +226,6 @@ def open_lion(args: Namespace, device: str | torch.device) -> Lion:
     lion = Lion.from_pretrained(args.weights or TINY, device, DTYPES[args.dtype])
     lion.config = replace(lion.config, tags="none" if args.no_tags else lion.config.tags)
     return lion
-
-
-# --- scores
 
 
 def measure(args: Namespace) -> None:
@@ -290,9 +294,6 @@ def draw_worst(examples: Examples, predictions: Line, images: ImageFolder, count
             rows.append((iou, path, [(example.box, "true", "green")] + [(box, "model", "red")] * bool(box), label))
     worst = sorted(rows, key=lambda row: row[0])[:count]
     return draw_sheet([(draw_boxes(open_image(path), boxes), label) for _, path, boxes, label in worst], columns=4)
-
-
-# --- the shapes world
 
 
 def measure_toy(args: Namespace) -> None:

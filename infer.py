@@ -17,12 +17,16 @@ import argparse
 import glob
 import json
 import random
+import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import astuple, replace
 from functools import cache, partial
 from itertools import count
 from pathlib import Path
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback while PyTorch is imported; `run` handles it again
 
 import torch
 from PIL import Image
@@ -132,7 +136,7 @@ def readable(mode: str, line: dict) -> str:
 def unused(path: Path) -> Path:
     """The path, with a number if such a file exists. Results of an earlier run do not count."""
     names = (path.with_stem(f"{path.stem}-{i}") if i else path for i in count())
-    ours = lambda file: file.suffix == ".jsonl" and b'"box_pixels": ' in file.open("rb").readline()
+    ours = lambda file: file.is_file() and file.suffix == ".jsonl" and b'"box_pixels": ' in file.open("rb").readline()
     return next(name for name in names if not name.exists() or ours(name))
 
 

@@ -11,8 +11,7 @@
     python train.py --stage 4 --init runs/lion --data mine.json --images photos --steps 500 --out runs/mine
     torchrun --nproc-per-node 8 train.py --stage 2 ...    # 8 GPUs; the global batch size stays the same
 
-The recipes are in lion_mini/training/stages.py, the fields of a record in lion_mini/data/records.py. The paper's
-ablations: --no-aggregator, --no-adapters, --tags plain, --tags none, --no-router, --single-stage.
+The recipes are in lion_mini/training/stages.py, the fields of a record in lion_mini/data/records.py.
 
 A run's folder gets metrics.jsonl, loss.png, samples.png and checkpoints/, and at the end the weights, for
 `Lion.from_pretrained`, infer.py and `weights.py export`. --held-out FILES adds the loss on their first 64 records, and
@@ -33,6 +32,9 @@ from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback while PyTorch is imported; `run` handles it again
 
 import torch
 import torch.distributed as dist
@@ -170,9 +172,6 @@ def skip_step(run: Run, loss: float, norm: float, culprits: Sequence[Samples]) -
         raise ValueError(f"{MAX_SKIPPED} steps in a row were not finite: lower --lr, or look at these records")
 
 
-# --- set-up
-
-
 def set_up(job: Job, args: argparse.Namespace, ranks: tuple[int, int, torch.device]) -> Run:
     """Model, optimizer and data of a stage, at the step of its newest checkpoint."""
     (rank, world, device), stage = ranks, job.stage
@@ -241,9 +240,6 @@ def finish(run: Run) -> None:
         say(f"stage {job.number} is done: {job.out}")
     if run.world > 1:
         dist.barrier()
-
-
-# --- the command line
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:

@@ -15,12 +15,16 @@ Without `--lion` the result is the start of stage 1: the Q-Former comes from `--
 
 import argparse
 import re
+import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import cache, reduce
 from itertools import cycle, product
 from pathlib import Path
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback while PyTorch is imported; `run` handles it again
 
 import torch
 from torch import Tensor
@@ -255,7 +259,8 @@ def inspect(args: argparse.Namespace) -> int:
             print(f"{name} {tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')} {place}")
             problems += theirs is None
         count = sum(parameter.numel() for parameter in skeleton(model.config).parameters())
-        print(f"{args.path}: a whole LION, {len(model.state_dict())} tensors, {count / 1e6:.1f} M parameters")
+        what = ("no LION yet", "image level alone", "region level alone", "a whole LION")[min(model.config.stage, 3)]
+        print(f"{args.path}: {what}, {len(model.state_dict())} tensors, {count / 1e6:.1f} M parameters")
         return int(problems > 0)
     source = Tensors(args.path)
     known = lambda kind: sum(translate(name, CHECKPOINTS[kind]) is not None for name in source.shapes)

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field, is_dataclass, replace
 from typing import Any
 
 from .files import need
+from .text.prompts import EVAL_TEMPLATES, check_template
 
 PAD, EOS, IGNORE = 0, 1, -100  # T5's token ids, PAD starts decoding; a label that no loss counts
 
@@ -115,9 +116,9 @@ class LionConfig:  # The whole model. `ram=None` is a LION without its tagger: t
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be {' or '.join(choices)}, not {getattr(self, name)!r:.60}")
         for kind, text in self.instructions.items():
-            need(text, str, f"instructions.{kind}")
-        if self.adapters not in (0, 1, len(self.tasks)):
-            raise ValueError(f"adapters is 0, 1 or {len(self.tasks)} (one per task), not {self.adapters}")
+            check_template(kind, need(text, str, f"instructions.{kind}"), EVAL_TEMPLATES)
+        if self.adapters not in (0, 1, len({*self.tasks})):
+            raise ValueError(f"adapters is 0, 1 or {len({*self.tasks})} (one per task), not {self.adapters}")
         if not all(0 <= tap < self.vit.depth for tap in self.taps):
             raise ValueError(f"taps {self.taps} are not all among the ViT's blocks 0 to {self.vit.depth - 1}")
         for name, width in (("vit", self.vit.width), ("qformer", self.qformer.width), ("aggregator", self.vit.width)):
@@ -140,6 +141,7 @@ class LionConfig:  # The whole model. `ram=None` is a LION without its tagger: t
 
 # Least and greatest values, by field or type. Each block takes time to build: 200 of them about a second.
 LIMITS = {int: (1, 10**6), float: (0, 1), "depth": (1, 200), "taps": (0, 199), "adapters": (0, 200), "stage": (0, 99)}
+LIMITS["image_size"] = 1, 2048  # a picture of 10**6 x 10**6 fits no memory
 
 
 def _parse(default: Any, value: Any, path: str) -> Any:
@@ -148,7 +150,7 @@ def _parse(default: Any, value: Any, path: str) -> Any:
         return None
     if is_dataclass(default) and not isinstance(default, type):
         if unknown := sorted(need(value, dict, path).keys() - vars(default).keys()):
-            raise ValueError(f"{path}.{unknown[0]} is unknown; there are {', '.join(vars(default))}")
+            raise ValueError(f"{path}.{unknown[0]!r:.60} is unknown; there are {', '.join(vars(default))}")
         return replace(default, **{k: _parse(getattr(default, k), v, f"{path}.{k}") for k, v in value.items()})
     if isinstance(default, tuple):
         return tuple(_parse(default[0], item, path) for item in need(value, list, path) or [None])

@@ -12,6 +12,7 @@ import os
 import pickle
 import re
 import shutil
+import signal
 import sys
 import traceback
 import warnings
@@ -42,6 +43,8 @@ FAULTS: dict[type | tuple[type, ...], str] = {
 def reading(what: object) -> Iterator[None]:
     """Turn whatever is raised while foreign data is read into one ValueError, `what: reason`."""
     try:
+        if isinstance(what, Path) and what.exists() and not (what.is_file() or what.is_dir()):
+            raise ValueError("it is a pipe or a device, not a regular file")  # a pipe may never end
         yield
     except Exception as error:
         text, place = (isinstance(what, Path) and disguise(what)) or reason(error), printable(what)
@@ -86,8 +89,10 @@ def printable(text: object) -> str:
 
 def run(main: Callable[[Any], int | None], args: Any) -> int:
     """Call `main(args)`; returns the exit code. An error is one sentence on stderr; LION_DEBUG=1 adds the traceback."""
+    if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:  # the script's, for its imports
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # for a terminal that has only ASCII
+        sys.stdout.reconfigure(errors="backslashreplace", line_buffering=True)  # a full disk shows before the end
     try:
         return main(args) or 0
     except KeyboardInterrupt:
@@ -98,6 +103,8 @@ def run(main: Callable[[Any], int | None], args: Any) -> int:
         text = reason(error) if isinstance(error, (ValueError, OSError)) else f"{error!r}; LION_DEBUG=1 shows where"
         name = main.__module__.rpartition(".")[0] or Path(inspect.getfile(main)).name
         print(f"{name}: {printable(text)}", file=sys.stderr)
+        if isinstance(error, OSError) and error.filename is None:
+            sys.stdout = None  # perhaps its pipe is closed or its disk full, and Python would complain at exit again
         return 2
 
 
@@ -145,8 +152,9 @@ def need(value: Any, kind: type | tuple[type, ...], name: str = "it") -> Any:
 def atomic_write(path: Path) -> Iterator[Path]:
     """Yields a new path beside `path`, for a file or folder, and renames it to `path`. An OSError names `path`."""
     new = path.with_name(f".{path.name}.new")
-    try:
+    with reading(path):  # a rename would replace a device
         path.absolute().parent.mkdir(parents=True, exist_ok=True)
+    try:
         remove(new)  # left by a killed process
         yield new
         sync(new)
@@ -165,7 +173,7 @@ def remove(path: Path) -> None:
 def sync(path: Path) -> None:
     """Flush a file or folder to the disk. Files get the umask's mode, because safetensors creates them private."""
     os.umask(mask := os.umask(0))
-    for each in (*path.rglob("*"), path):
+    for each in (*filter(Path.is_file, path.rglob("*")), path):
         if each.is_file():
             each.chmod(0o666 & ~mask)
         handle = os.open(each, os.O_RDONLY)
@@ -201,12 +209,12 @@ class Tensors:
 
 
 def shards(folder: Path) -> list[Path]:
-    """A folder's checkpoint files. An index beside them must not name files elsewhere."""
-    files = sorted(filter(Path.is_file, folder.glob("*.safetensors"))) or sorted(folder.glob("pytorch_model*.bin"))
+    """A folder's checkpoint files. An index beside them must name no others."""
+    files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
     for index in folder.glob(f"*{files[0].suffix}.index.json") if files else ():
         with reading(index):
             for name in need(read_json(index)["weight_map"], dict, "weight_map").values():
-                if Path(need(name, str, "a file name")).name != name:
+                if Path(need(name, str, "a file name")).name != name or not (folder / name).exists():
                     raise ValueError(f"it names {name!r:.99}, which is no file of its folder")
     return files
 
@@ -216,6 +224,7 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
     if file.suffix not in CHECKPOINTS:
         raise ValueError(f"{file}: a checkpoint is a .pth, .pt, .bin or .safetensors file, not {file.suffix!r}")
     with reading(file), warnings.catch_warnings(action="ignore"):  # PyTorch's about old formats
+        file.open("rb").close()  # safetensors says that a file without permission is not there
         with reading("it is not a whole checkpoint"):
             if file.suffix == ".safetensors":
                 tensors = load_file(file)

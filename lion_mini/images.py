@@ -32,7 +32,7 @@ from .files import reading
 
 CLIP = torch.tensor([[0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]])[..., None, None]
 IMAGENET = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])[..., None, None]  # mean and std, (2, 3, 1, 1)
-ENDING = re.compile(r"\.(jpe?g|png|webp|bmp|gif|tiff?)$", re.IGNORECASE)
+ENDING = re.compile(r"\.(jpe?g|jfif|png|webp|avif|bmp|gif|tiff?|ppm)$", re.IGNORECASE)
 COLORS = ("#e6194b", "#3cb44b", "#4363d8", "#f58231", "#911eb4", "#008080")
 
 
@@ -159,7 +159,7 @@ class ImageFolder:
 
         The longest end decides, then the same ending, then the number of equal folders; `prefer` is one more.
         """
-        key, suffix = reversed_parts(Path(name)), Path(name).suffix
+        key, suffix = reversed_parts(Path(name.replace("\\", "/"))), Path(name).suffix
         paths = [root / name for root in self.roots if os.path.isfile(root / name)]
         if not paths:
             near = self.index.get(key[:2]) or self.index.get(key[:1], [])

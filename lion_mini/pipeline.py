@@ -177,6 +177,8 @@ class Lion:
         if len(candidates) != len(questions) or not all(candidates) or any(isinstance(c, str) for c in candidates):
             raise ValueError("candidates must be one list of texts per question, none of them empty")
         ids = [[self.text.pieces.encode(text) for text in texts] for texts in candidates]
+        if (longest := max(len(row) for rows in ids for row in rows)) > 512:  # 32 of them take 2 GB
+            raise ValueError(f"a candidate has {longest:,} tokens, but at most 512 can be ranked")
         batch = self.batch(pixels, questions, tags, tasks)
         return log_likelihoods(self.model.t5, *self.model.encode(batch), batch.task, ids, segment)
 

@@ -3,15 +3,20 @@
 import json
 import os
 import resource
+import signal
+import subprocess
+import sys
+import time
 import zipfile
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from conftest import ROOT
 from safetensors.torch import save_file
 
-from lion_mini.files import Tensors, atomic_write, check_tensors, json_lines, need, read_json, reading, run
+from lion_mini.files import Tensors, atomic_write, check_tensors, json_lines, need, read_json, read_text, reading, run
 
 
 def test_reading_names_the_innermost_place_once() -> None:
@@ -161,6 +166,7 @@ def test_a_tensor_of_another_kind(tmp_path: Path) -> None:
         ({"weight_map": {"a": "..\x1b[31m/"}}, r"it names '..\x1b[31m/', which is no file of its folder"),
         ({"weight_map": ["a"]}, "weight_map must be an object, found ['a']"),
         ({"weight_map": {"a": 3}}, "a file name must be text, found 3"),
+        ({"weight_map": {"a": "lost.safetensors"}}, "it names 'lost.safetensors', which is no file of its folder"),
         ({}, "the field 'weight_map' is missing"),
         ([], "it must be an object, found []"),
         ("[" * 10**5, "it is nested too deeply"),
@@ -168,7 +174,6 @@ def test_a_tensor_of_another_kind(tmp_path: Path) -> None:
 )
 def test_an_index_names_the_files_beside_it(tmp_path: Path, index: Any, words: str) -> None:
     save_file({"a": torch.ones(1)}, tmp_path / "model.safetensors")
-    os.mkfifo(tmp_path / "pipe.safetensors")  # no file, and reading it would wait for ever
     (path := tmp_path / "model.safetensors.index.json").write_text(
         index if isinstance(index, str) else json.dumps(index)
     )
@@ -177,6 +182,64 @@ def test_an_index_names_the_files_beside_it(tmp_path: Path, index: Any, words: s
     assert str(caught.value) == f"{path}: {words}"
     path.write_text(json.dumps({"weight_map": {"a": "model.safetensors"}}))
     assert Tensors(tmp_path).shapes == {"a": (1,)}
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.json", "a.safetensors", "pytorch_model.bin"])
+def test_a_pipe_is_no_file(tmp_path: Path, name: str) -> None:
+    """Reading one would wait for ever, and a rename would replace it."""
+    os.mkfifo(path := tmp_path / name)
+    read: Any = {".txt": read_text, ".json": read_json}.get(path.suffix, lambda path: Tensors(path.parent))
+    for use in (read, lambda path: atomic_write(path).__enter__()):
+        with pytest.raises(ValueError, match=f"{name}: it is a pipe or a device, not a regular file"):
+            use(path)
+    assert path.is_fifo()
+    path.unlink()
+    path.symlink_to("nowhere")
+    with pytest.raises(ValueError, match=f"{name}: No such file"):
+        read(path)
+
+
+SCRIPTS = [
+    "train.py --quick --out run",
+    "infer.py",
+    "eval.py",
+    "weights.py inspect tiny",
+    "-m lion_mini.data inspect x",
+]
+
+
+@pytest.mark.parametrize("command", [*SCRIPTS, "-m lion_mini.toy", "-m lion_mini.toy.stage0"])
+def test_ctrl_c_leaves_no_traceback(tmp_path: Path, command: str) -> None:
+    """Also while PyTorch is imported, which takes most of these times."""
+    first, *rest = command.split()
+    argv = [sys.executable, str(ROOT / first) if first.endswith(".py") else first, *rest]
+    started = []
+    for _ in range(3):
+        environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        started.append(subprocess.Popen(argv, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True))
+    for process, pause in zip(started, (0.3, 0.5, 0.7), strict=True):  # 0.3, 0.8 and 1.5 s after the start
+        time.sleep(pause)
+        process.send_signal(signal.SIGINT)
+    for process in started:
+        assert "Traceback" not in process.communicate(timeout=100)[1]
+        assert process.returncode in (-signal.SIGINT, 130, 0, 2)
+
+
+@pytest.mark.parametrize(("out", "words"), [("/dev/full", "No space left on device"), (None, "Broken pipe")])
+def test_nobody_reads_stdout(tmp_path: Path, out: str | None, words: str) -> None:
+    """One sentence, at once: Python itself would find out at exit, after the exit code."""
+    (script := tmp_path / "say.py").write_text("""import sys
+from lion_mini import files
+def main(_):
+    print("said")
+sys.exit(files.run(main, 0))""")
+    read, write = os.pipe()
+    os.close(read)
+    with open(out or write, "w") as stdout:
+        environment = {k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"} | {"PYTHONPATH": str(ROOT)}
+        command = [sys.executable, str(script)]
+        done = subprocess.run(command, env=environment, stdout=stdout, stderr=subprocess.PIPE, text=True)
+    assert (done.returncode, done.stderr) == (2, f"say.py: {words}\n")
 
 
 def test_run(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:

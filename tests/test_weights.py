@@ -298,7 +298,7 @@ def test_stage_1_starts_from_blip2(tmp_path: Path, capsys: pytest.CaptureFixture
 # --- inspect
 
 
-def test_inspect(golden_folder: Path, capsys: pytest.CaptureFixture) -> None:
+def test_inspect(golden_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     sizes = ["--config", str(GOLDEN / "sizes.json")]
     assert weights.main(["inspect", str(OFFICIAL / "LION-FlanT5-XL.pth"), *sizes]) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -307,8 +307,12 @@ def test_inspect(golden_folder: Path, capsys: pytest.CaptureFixture) -> None:
     assert any(line.startswith("Qformer.bert.embeddings.position_ids") and "not used" in line for line in lines)
     for path in ("eva_vit_g.pth", "flan-t5", "ram_swin_large_14m.pth"):
         assert weights.main(["inspect", str(OFFICIAL / path), *sizes]) == 0
-    assert weights.main(["inspect", str(golden_folder)]) == 0
-    assert "a whole LION" in capsys.readouterr().out
+    config = LionConfig.from_json((golden_folder / "config.json").read_text())
+    folder = shutil.copytree(golden_folder, tmp_path / "folder")
+    for stage, words in ((0, "no LION yet"), (1, "image level alone"), (2, "region level alone"), (3, "a whole LION")):
+        (folder / "config.json").write_text(replace(config, stage=stage).to_json())
+        assert weights.main(["inspect", str(folder)]) == 0
+        assert f"folder: {words}, " in capsys.readouterr().out
 
 
 def test_inspect_says_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -400,7 +404,7 @@ GATE = "t5_model.encoder.block.0.layer.1.adapter.router_ratio"
 BAD = {
     "missing file": (lambda _: {"vit": "nowhere.pth"}, "nowhere.pth: no such file"),
     "missing folder": (lambda _: {"t5": "nowhere"}, "nowhere"),
-    "missing shard": (missing_shard, "no file holds decoder.block.0.layer.0.layer_norm.weight, and 25 more"),
+    "missing shard": (missing_shard, "it names 'model-00002-of-00002.safetensors', which is no file of"),
     "code in a pickle": (evil, "could run code, and is refused"),
     "old pickle": (lambda p: evil(p) and {"lion": p / "evil.pth"}, "evil.pth"),
     "another T5": (other_t5, "soft_prompt_hint (24,) -> soft_prompt  SHAPE DIFFERS: the model has (48,)"),
@@ -425,7 +429,7 @@ BAD = {
     "a page of tags": (text_file("tags.txt", "ram_tags", "<html>\n"), "tags.txt: it is a web page"),
     "whole numbers": (lion_with(lambda d: d.update(query_tokens=d["query_tokens"].int())), "must hold floats"),
     "a bare number": (lion_with(lambda d: d.update(query_tokens=torch.tensor(1.0))), "query_tokens () -> qformer"),
-    "config": (text_file("c.json", "config", '{"vit": {"depht": 3}}'), "config.vit.depht is unknown"),
+    "config": (text_file("c.json", "config", '{"vit": {"depht": 3}}'), "config.vit.'depht' is unknown"),
     "config nested": (text_file("c.json", "config", "[" * 10**5), "c.json: it is nested too deeply"),
     **{
         f"config {path} {value}": (sizes_with(path, value), f"c.json: {words}")
@@ -446,6 +450,12 @@ BAD = {
             ("taps", [], "config.taps must be a whole number, found None"),
             ("tasks", [], "config.tasks must be text, found None"),
             ("stage", -1, "config.stage must be from 0 to 99, not -1"),
+            ("ram.image_size", 10**6, "config.ram.image_size must be from 1 to 2048, not 1000000"),
+            ("tasks", ["image", "image"], "adapters is 0, 1 or 1 (one per task), not 2"),
+            ("instructions", {"vqa": 3}, "instructions.vqa must be text, found 3"),
+            ("instructions", {"vqa": "Answer it."}, "vqa 'Answer it.' must have the same fields as 'Question: {que"),
+            ("instructions", {"caption": " "}, "caption ' ' must have the same fields as 'A short image"),
+            ("instructions", {"recc": "{expression}"}, "the task 'recc' is unknown; there are caption, vqa"),
         )
     },
     "no thresholds": (lambda _: {"ram_thresholds": None}, "--ram needs --ram-tags and --ram-thresholds"),

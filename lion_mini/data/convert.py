@@ -34,8 +34,8 @@ from PIL import Image
 from tqdm import tqdm, trange
 
 from ..box import Box
-from ..evaluation.readers import Example, any_box_of, aokvqa, captions, refcoco, rows, textcaps, vqa
-from ..files import atomic_write, json_lines, need, printable, read_json, reading, run
+from ..evaluation.readers import Example, any_box_of, aokvqa, captions, choose, refcoco, rows, textcaps, texts, vqa
+from ..files import atomic_write, json_lines, printable, read_json, reading, run
 from ..images import ImageFolder, draw_boxes, draw_sheet, open_image
 from ..text.prompts import TASK_OF, load_templates, pool, render
 from .records import BRACKETED, Records, TrainingExample
@@ -61,7 +61,7 @@ def samples(examples: Iterable[Example], kind: str) -> Iterator[tuple[str, str, 
     for example in examples:
         image, fields, answers = str(example.image), example.fields, example.references
         if kind == "caption":
-            yield from ((image, "", caption.strip()) for caption in answers)
+            yield from ((image, "", caption.strip()) for caption in answers or ("",))
         elif "question" in fields:
             yield image, fields["question"], max(answers, key=answers.count, default="")
         else:
@@ -70,11 +70,11 @@ def samples(examples: Iterable[Example], kind: str) -> Iterator[tuple[str, str, 
 
 
 def llava(paths: Sequence[Path]) -> Iterator[Example]:
-    """Each turn alone, without the turns before it and without `<image>`."""
+    """Each turn alone, without the turns before it and without `<image>`. A turn that is missing is empty."""
     for path in paths:
-        for where, row in rows(path, read_json(path, list)):
+        for where, row in json_lines(path):
             with reading(where):
-                turns = [*row["conversations"], {"from": "gpt", "value": ""}]  # if the last question has no answer
+                turns = [*(row["conversations"] or [{"from": "human", "value": ""}]), {"from": "gpt", "value": ""}]
                 for human, gpt in zip(turns[::2], turns[1::2], strict=False):
                     if (human["from"], gpt["from"]) != ("human", "gpt"):
                         raise ValueError(f"expected human and gpt, found {human['from']} and {gpt['from']}")
@@ -86,10 +86,10 @@ def ocrvqa(paths: Sequence[Path]) -> Iterator[Example]:
     for path in paths:
         for id, book in read_json(path).items():
             with reading(where := f"{path}, {id}"):
-                if need(book["split"], int, "split") == 1:  # 2 and 3 are for validation and test
+                if choose(book["split"], (1, 2, 3), "split") == 1:  # 2 and 3 are for validation and test
                     image = f"images/{id}{Path(book['imageURL']).suffix}"
-                    for question, answer in zip(book["questions"], book["answers"], strict=True):
-                        yield Example(where, image, {"question": str(question)}, (str(answer),))
+                    for question, answer in zip(*(texts(book[n], n) for n in ("questions", "answers")), strict=True):
+                        yield Example(where, image, {"question": question}, (answer,))
 
 
 def regions(paths: Sequence[Path]) -> Iterator[Example]:
@@ -103,12 +103,12 @@ def regions(paths: Sequence[Path]) -> Iterator[Example]:
 
 def official_regions(paths: Sequence[Path]) -> Iterator[tuple[str, Any]]:
     """Each region with its place, its fields named as in Shikra's lines; `bbox` is x, y, width and height."""
-    listed = [each for path in paths for each in rows(path, read_json(path, list))]
+    listed = [each for path in paths for each in json_lines(path)]
     image_id = lambda row: str(row["image_id" if "image_id" in row else "id"])  # "id" is version 1.0's
     with reading(" and ".join(map(str, paths))):
-        pictures = {image_id(row): row for _, row in listed if "regions" not in row}
+        pictures = {image_id(row): row for _, row in listed if "url" in row}
     for where, row in listed:
-        for place, region in rows(where, row, "regions") if "regions" in row else ():
+        for place, region in () if "url" in row else rows(where, row, "regions"):
             with reading(place):
                 id = image_id(region if "image_id" in region else row)
                 if id not in pictures:
@@ -141,11 +141,12 @@ TASKS_OF_SET = {name: tuple(counts) for name, (_, counts) in DATA_SETS.items()}
 
 
 def convert(args: argparse.Namespace) -> None:
-    kind = args.kind or TASKS_OF_SET[args.name][0]
+    kind = TASKS_OF_SET[args.name][0] if args.kind is None else args.kind
     if kind not in TASKS_OF_SET[args.name]:
         raise ValueError(f"{args.name} has no --as {kind}, only {', '.join(TASKS_OF_SET[args.name])}")
-    if args.out.resolve() in map(Path.resolve, args.ann):
-        raise ValueError(f"--out {args.out} is a file that --ann reads: choose another one")
+    reads = map(Path.resolve, (*args.ann, *args.templates))
+    if args.out.resolve() in reads or (args.out.exists() and not args.out.is_file()):
+        raise ValueError(f"--out {args.out} is a folder, a device or a file that is read: choose another one")
     templates = pool(load_templates(*args.templates))
     empty = "a phrase, or a box inside the picture" if kind in ("rec", "reg") else "a question or an answer"
     images, written, lacks = ImageFolder(*args.images, prefer=args.name), Counter[Path](), Counter[str]()
@@ -164,8 +165,8 @@ def convert(args: argparse.Namespace) -> None:
         left_out = [f"{count:,} records without {lack} left out" for lack, count in lacks.items()]
         if not written:
             raise ValueError("; ".join((f"{' and '.join(map(str, args.ann))}: no record can be written", *left_out)))
-    print(f"{args.out}: {written.total():,} records of {args.name} as {kind}, {len(written):,} pictures")
-    print("".join(f"{line}\n" for line in left_out), end="")
+    summary = f"{args.out}: {written.total():,} records of {args.name} as {kind}, {len(written):,} pictures"
+    print(summary, *left_out, sep="\n")
     if expected := DATA_SETS[args.name][1][kind]:
         about = "about " * (expected % 1000 == 0)  # the table rounds to thousands
         print(f"Table 7 counts {about}{expected:,}: {written.total() + lacks.total() - expected:+,}")
@@ -199,7 +200,8 @@ def inspect(args: argparse.Namespace) -> None:
         sep="\n",
     )
     if drawn:
-        draw_sheet([draw_record(example) for example in drawn]).save(args.picture)
+        with reading(args.picture):
+            draw_sheet([draw_record(example) for example in drawn]).save(args.picture)
         print(f"  {len(drawn)} of them are drawn in {args.picture}")
 
 
@@ -232,8 +234,7 @@ def tag_records(source: Records, out: Path, batch_size: int, tagger: Callable[[l
                     tqdm.write(str(error), file=sys.stderr)
             tags.update(zip(new, tagger(list(new.values())) if new else (), strict=True))
             for i in batch:
-                more = {"tags": tags[paths[i]]} if paths.get(i) in tags else {}
-                file.write(copied(source.line(i), more) + b"\n")
+                file.write(copied(source.line(i), {"tags": tags[paths[i]]} if paths.get(i) in tags else {}) + b"\n")
             file.flush()
     with open(out, "rb") as file:
         return sum(not re.search(rb'"tags": [\["]', line) for line in file)  # quotes inside a text are escaped
@@ -241,8 +242,8 @@ def tag_records(source: Records, out: Path, batch_size: int, tagger: Callable[[l
 
 def resume(source: Records, out: Path) -> int:
     """Count the records in `out`. A killed run's torn last line is cut off."""
-    if out.is_dir() or out.resolve() == source.path.resolve():
-        raise ValueError(f"--out {out} is a folder or the file that --data reads: choose another file")
+    if (out.exists() and not out.is_file()) or out.resolve() == source.path.resolve():
+        raise ValueError(f"--out {out} is a folder, a device or the file that --data reads: choose another file")
     out.parent.mkdir(parents=True, exist_ok=True)
     *lines, torn = out.read_bytes().split(b"\n") if out.exists() else [b""]
     last = lines[-1] if lines else torn

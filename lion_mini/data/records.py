@@ -23,7 +23,7 @@ from PIL import Image
 
 from ..box import Box
 from ..config import LionConfig
-from ..files import need, reading
+from ..files import disguise, need, reading
 from ..images import ImageFolder, open_image
 from ..text.prompts import PLACEHOLDER, TASK_OF
 
@@ -31,7 +31,7 @@ TASKS = LionConfig().tasks
 CATEGORIES = {name: task for task in TASKS for name in (task, f"{task}_level")} | TASK_OF
 CATEGORIES |= {"ref": "region", "grounding": "region", "norm": "image"}  # the release's
 LONGEST = 4_000, 8_000  # characters of a prompt and of an answer; T5 reads and writes 128 tokens in training
-BRACKETED = re.compile(r"\[[-+0-9.eE\s]*,[-+0-9.eE,\s]*\]")  # numbers that can only be meant as a box
+BRACKETED = re.compile(r"(?i)\[(?:[-+0-9.e\s]|nan|inf)*,(?:[-+0-9.e,\s]|nan|inf)*\]")  # only a box looks like this
 
 
 @dataclass(frozen=True)
@@ -69,8 +69,8 @@ class Records:
                 ends = np.cumsum([0, *map(len, file)])
                 file.seek(0)
                 self.starts = ends[:-1][[bool(line.strip()) for line in file]]
-            if not len(self):
-                raise ValueError("it holds no record")
+            if fault := disguise(path) or "it holds no record" * (not len(self)):
+                raise ValueError(fault)
 
     def __len__(self) -> int:
         return len(self.whole or self.starts)

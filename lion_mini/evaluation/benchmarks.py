@@ -33,9 +33,6 @@ class Benchmark:
     differs: str = ""  # what the paper leaves open, or where its setting is known to differ
 
 
-# --- scorers
-
-
 best = lambda row: max(range(len(row)), key=row.__getitem__)
 percent = lambda values: 100 * sum(listed := [*values]) / len(listed)
 caption_scores = lambda examples, texts: {"CIDEr": 100 * metrics.cider([e.references for e in examples], texts)[0]}
@@ -93,9 +90,6 @@ def mmbench_scores(examples: Sequence[Example], rows: Sequence[Sequence[float]])
     return {name: 100 * value for name, value in metrics.mmbench(answers).items()}
 
 
-# --- the table
-
-
 def sizes(metric: str, *numbers: float) -> Mapping[str, Mapping[str, float]]:
     """LION-4B and LION-12B, in Table 2 also before they were trained on RefCOCO's own sets."""
     models = ("LION-4B", "LION-12B", "zero-shot LION-4B", "zero-shot LION-12B")
@@ -146,9 +140,6 @@ BENCHMARKS = {entry.name: entry for entry in (
 )}  # fmt: skip
 
 
-# --- from files to scores to Markdown
-
-
 def read(name: str, paths: Sequence[Path]) -> list[Example]:
     """The benchmark's examples in the file's order. Ids must be unique."""
     examples, where = list(BENCHMARKS[name].reader(paths)), " and ".join(map(str, paths))
@@ -172,13 +163,13 @@ def load(path: Path, ids: Sequence[str], expected: Line) -> tuple[Line, dict[str
     asked, made, known = set(ids), Line(), dict[str, Line]()
     for place, line in json_lines(path):
         with reading(place):
-            if "task" in need(line, dict):
+            line = need(line, dict) | {ours: line[name] for name, ours in THEIR_NAMES.items() if name in line}
+            if "task" in line and "id" not in line:
                 made = line
                 for name, value in expected.items():
                     if name != "weights" and (was := made.get(name)) != value:
                         raise ValueError(f"made with {name} {was!r}, not {value!r}: choose another --out or --score")
                 continue
-            line |= {ours: line[name] for name, ours in THEIR_NAMES.items() if name in line}
             if (id := str(line["id"])) in known or id not in asked:
                 raise ValueError(f"the id {id} is {'predicted twice' if id in known else 'not in the annotations'}")
             known[id] = line if "scores" in line else line | {"text": str(need(line["text"], (str, float)))}

@@ -48,7 +48,7 @@ class Example:
         for name, text in [("id", self.id), ("group", self.group), *self.fields.items(), *answers]:
             need(text, str, name)
         if self.box and not self.box.area:
-            raise ValueError("the box covers nothing of the image")
+            raise ValueError("the box covers nothing of the image, in pixels")
 
 
 def only(paths: Sequence[Path], count: int = 1) -> Path:
@@ -76,7 +76,7 @@ def rows(path: object, data: Any, name: str = "", split: str = "") -> Iterator[t
         need(listed, list, name or "it")
     for number, row in enumerate(listed, 1):
         with reading(place := f"{path}, {name or 'record'} {number}"):
-            if not split or need(row, dict).get("split") == split:
+            if not split or need(row, dict)["split"] == split:
                 yield place, need(row, dict)
 
 
@@ -136,19 +136,21 @@ def image_id(name: str) -> str:
 def vqa(paths: Sequence[Path]) -> Iterator[Example]:
     """OKVQA, VQAv2 and GQA. The annotators' `answer` counts, which OKVQA has stemmed, and not `raw_answer`."""
     path, data = read_files(paths, count=2)
-    pair, answers = isinstance(data, dict) and ("questions" in data or "annotations" in data), {}
+    answers, pair = defaultdict[str, list](list), isinstance(data, dict) and {"questions", "annotations"} & data.keys()
     for where, row in rows(path, data, "annotations") if pair else ():
         with reading(where):
-            answers[str(row["question_id"])] = [answer["answer"] for answer in row["answers"]]
+            answers[str(row["question_id"])] += [answer["answer"] for answer in row["answers"]]
     for where, row in rows(path, data, "questions" if pair else ""):
         with reading(where):
             id = str(row["question_id"])
             if pair:
                 subtype = data.get("data_subtype", "val2014")
-                name, said = f"{subtype}/COCO_{subtype}_{int(row['image_id']):012}.jpg", answers.get(id, [])
+                name, said = f"{subtype}/COCO_{subtype}_{int(row['image_id']):012}.jpg", answers.pop(id, [])
             else:  # LAVIS' list, or GQA's questions by id
-                name, said = row["imageId"] + ".jpg" if "imageId" in row else row["image"], row["answer"]
+                name, said = f"{row['imageId']}.jpg" if "imageId" in row else row["image"], row["answer"]
             yield Example(id, name, {"question": row["question"]}, texts(said, "answer"))
+    if answers:
+        raise ValueError(f"{path}: question {next(iter(answers))} has answers and is not in questions")
 
 
 def aokvqa(paths: Sequence[Path]) -> Iterator[Example]:
@@ -156,7 +158,7 @@ def aokvqa(paths: Sequence[Path]) -> Iterator[Example]:
         with reading(where):
             year = "train2017" if row.get("split") == "train" else "val2017"
             name = row["image"] if "image" in row else f"{year}/{int(row['image_id']):012}.jpg"
-            group = "difficult" if row.get("difficult_direct_answer") else ""
+            group = "difficult" * need(row.get("difficult_direct_answer", False), bool, "difficult_direct_answer")
             answers = texts(row["direct_answers"], "direct_answers")
             yield Example(str(row["question_id"]), name, {"question": row["question"]}, answers, group=group)
 
@@ -257,6 +259,8 @@ def any_box_of(row: Any, where: str, corners: bool, size: Any = None) -> Box:
     with reading(where):
         x, y, a, b = (need(number, float, "bbox") for number in row["bbox"])
         width, height = (need((size or row)[name], float, name) for name in ("width", "height"))
+        if max(x, y, a, b) <= 1:  # fractions by mistake, or the first pixel
+            return Box(0, 0, 0, 0)
         return Box.from_pixels(x, y, a if corners else x + a, b if corners else y + b, width, height)
 
 

@@ -79,7 +79,16 @@ RELEASE = {"rec": "In the image <image>, can you locate {expression} and let me 
 TASK_OF = {kind: "region" if kind in ("rec", "reg") else "image" for kind in [*TEMPLATES, *EVAL_TEMPLATES]}
 DECODING = dict.fromkeys(TASK_OF, "answer") | {"caption": "caption", "rec": "locate", "reg": "describe"}
 _FIELD = re.compile(r"\{(question|answer|expression|box|history|hint|options)\}")
+fields_of = lambda template: set(_FIELD.findall(template))
 _SHIKRA = {"<question>": "{question}", "<answer>": "{answer}", "<expr>": "{expression}", "<objs>": "{box}"}
+
+
+def check_template(kind: str, text: str, known: Mapping[str, str]) -> None:
+    """A ValueError if the task is not known, or if the template has other fields than its known one."""
+    if kind not in known:
+        raise ValueError(f"the task {kind!r:.60} is unknown; there are {', '.join(known)}")
+    if not text.strip() or fields_of(text) != fields_of(known[kind]):
+        raise ValueError(f"{kind} {text!r:.200} must have the same fields as {known[kind]!r}")
 
 
 def render(template: str, **fields: str | Box) -> str:
@@ -87,7 +96,7 @@ def render(template: str, **fields: str | Box) -> str:
 
     A line with an empty field is left out: the first round of a dialogue has no history.
     """
-    if missing := sorted(set(_FIELD.findall(template)) - fields.keys()):
+    if missing := sorted(fields_of(template) - fields.keys()):
         raise ValueError(f"the template {template!r} needs {', '.join(missing)}")
     texts = {name: value.to_text() if isinstance(value, Box) else value for name, value in fields.items()}
     lines = [line for line in template.split("\n") if all(texts[name] for name in _FIELD.findall(line))]
@@ -105,19 +114,15 @@ def load_templates(*paths: str | Path) -> dict[str, tuple[str, ...]]:
 
     Shikra's lists can be read: `<expr>`, `<objs>` and `<question>` tell the task. A ValueError says what is wrong.
     """
-    loaded, fields = dict(TEMPLATES), {kind: _FIELD.findall(texts[0]) for kind, texts in TEMPLATES.items()}
+    loaded, known = dict(TEMPLATES), {kind: texts[0] for kind, texts in TEMPLATES.items()}
     for path in paths:
         with reading(path):
             given = read_json(Path(path), (dict, list))
             for kind, templates in given.items() if isinstance(given, dict) else [("", given)]:
                 texts = [need(text, str, kind or "a template") for text in need(templates, list, kind) or [""]]
                 texts = [re.sub("<[a-z]+>", lambda m: _SHIKRA.get(m[0], m[0]), text) for text in texts]
-                found = [sorted(set(_FIELD.findall(text))) for text in texts]
-                kind = kind or next((kind for kind in fields if fields[kind] == found[0]), "")
-                if kind not in TEMPLATES:
-                    raise ValueError(f"the task {kind!r} is unknown; there are {', '.join(TEMPLATES)}")
-                for text, names in zip(texts, found, strict=True):
-                    if not text or names != fields[kind]:
-                        raise ValueError(f"{kind} {text!r} must have the same fields as {TEMPLATES[kind][0]!r}")
+                kind = kind or next((kind for kind in known if fields_of(known[kind]) == fields_of(texts[0])), "")
+                for text in texts:
+                    check_template(kind, text, known)
                 loaded[kind] = tuple(texts)
     return loaded

@@ -124,9 +124,6 @@ def groups(trained: Mapping[str, nn.Parameter], constant: Mapping[str, float], d
     return list(found.values())
 
 
-# --- what the command line of train.py changes
-
-
 def changed(number: int, args: argparse.Namespace) -> Stage:
     """The recipe of a stage with the ablations and settings of the command line."""
     recipes = TOY if args.data == ["toy"] else STAGES

@@ -47,8 +47,10 @@ def begin(
     for folder, tensors in zip(init, sources, strict=True):
         if any(tensor.dtype == torch.int8 for tensor in tensors.values()):
             raise ValueError(f"{folder} is rounded to int8, which is for answering: convert to bfloat16 to train")
-        for name in ("vit.positions", "t5.shared.weight"):
-            if not torch.equal(tensors[name], sources[0][name]):
+        if broken := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]:
+            raise ValueError(f"{folder}: {broken[0]} holds NaN or infinite values")
+        for name in {"vit.positions", "t5.shared.weight"} & tensors.keys():
+            if name in sources[0] and not torch.equal(tensors[name], sources[0][name]):
                 raise ValueError(f"{init[0]} and {folder} have different {name}: they must share the frozen parts")
     found = merge(sources, config) if len(init) > 1 else sources[0]
     new = {*stage.new, *(("adapters", "router") if len(init) == 1 and before.adapters != config.adapters else ())}

@@ -88,6 +88,8 @@ BAD = [
     (REGION | {"answer": "[0.5,0.2,0.3,0.4]"}, "is no box"),
     (REGION | {"answer": "[10,20,300,400]"}, "is no box"),
     (REGION | {"question": "what is in [0.1,0.2,0.3]?"}, "is no box"),
+    (REGION | {"answer": "[0.1,0.2,NaN,0.4]"}, "is no box"),
+    (REGION | {"answer": "[0.1,0.2,0.3,-inf]"}, "is no box"),
     ({"image": "missing.png", "question": "what?"}, "missing.png: No such file"),
     ({"image": "long" * 99, "question": "what?"}, "File name too long"),
     ({"image": "broken.png", "question": "what?"}, "broken.png"),
@@ -140,8 +142,15 @@ def test_several_roots(folder: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("text", "words"),
-    [("", "no record"), ("[]", "no record"), ("[1,", "not whole JSON"), ("[" * 100_000, "nested too deeply")],
-    ids=["empty", "no record", "torn", "deep"],
+    [
+        ("", "no record"),
+        ("[]", "no record"),
+        ("[1,", "not whole JSON"),
+        ("[" * 100_000, "nested too deeply"),
+        ("<!DOCTYPE html>\n<html>", "it is a web page"),
+        ("version https://git-lfs.github.com/spec/v1\n", "LFS"),
+    ],
+    ids=["empty", "no record", "torn", "deep", "web page", "pointer"],
 )
 def test_a_file_without_records_stops_at_once(tmp_path: Path, text: str, words: str) -> None:
     (tmp_path / "a.json").write_text(text)

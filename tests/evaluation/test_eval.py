@@ -445,6 +445,7 @@ def test_a_file_of_predictions_may_lack_its_last_line_end(run: Run, tmp_path: Pa
         ("okvqa", [{"image_id": 297147, "question_id": "2971475", "text": "ride", "answer": "no", "answer_id": "a"}]),
         ("gqa", [{"questionId": "7", "prediction": "3"}]),
         ("gqa", [{"question_id": 7, "answer": 3}]),
+        ("gqa", [{"question_id": 7, "answer": 3, "task": "my own field"}]),
     ],
 )
 def test_result_lists_of_other_evaluators(run: Run, tmp_path: Path, task: str, results: list[dict]) -> None:
@@ -469,9 +470,10 @@ def test_result_lists_of_other_evaluators(run: Run, tmp_path: Path, task: str, r
     assert " 100.00" in told[0] or task == "coco"
     draw(tmp_path, "COCO_val2014_000000297147.jpg", *(row["image"] for row in captions), "1.jpg")
     ours = tmp_path / "results" / f"{task}.jsonl"
-    ours.write_text(json.dumps(results))
-    assert "has no header, so it is none of this script" in run(task, "--ann", *files[task])[2]
-    assert ours.read_text() == json.dumps(results)
+    for foreign in (json.dumps(results), '{"task": "shopping", "what": "milk"}', '{"task": "shopping"}\n{"a": 1}'):
+        ours.write_text(foreign)
+        assert "has no header, so it is none of this script" in run(task, "--ann", *files[task])[2]
+        assert ours.read_text() == foreign
 
 
 # --- what is refused
@@ -538,19 +540,24 @@ def test_bad_input_is_one_sentence(run: Run, tmp_path: Path) -> None:
         assert words in error
         assert error.startswith("eval.py: ")
         assert error.count("\n") == 1
-    assert script.main(["pope_random", "--ann", str(path), "--weights", "tiny", "--out", ""]) == 2
+    for flag in ("--out", "--images"):
+        assert script.main(["pope_random", "--ann", str(path), "--weights", "tiny", flag, ""]) == 2
     code, _, error = run("pope_random", "--ann", path, weights=False)
-    assert (code, error.count("\n")) == (2, 2)
-    assert "eval.py: --out is empty" in error
+    assert (code, error.count("\n")) == (2, 3)
+    assert error.count("eval.py: --out or --images is empty") == 2
     assert "no weights: name their folder with --weights" in error
 
 
-def test_missing_pictures_are_counted(run: Run, tmp_path: Path) -> None:
-    path = pope_file(tmp_path)
-    (tmp_path / "images" / "3.png").unlink()
+@pytest.mark.parametrize("content", [None, b"<html>", b""])
+def test_missing_pictures_are_counted(run: Run, tmp_path: Path, content: bytes | None) -> None:
+    """So are broken ones."""
+    path, picture = pope_file(tmp_path), tmp_path / "images" / "3.png"
+    picture.unlink()
+    if content is not None:
+        picture.write_bytes(content)
     code, _, error = run("pope_random", "--ann", path)
     assert code == 2
-    assert "the image 3.png is not below" in error
+    assert ("the image 3.png is not below" if content is None else f"the picture of 3: {picture}: ") in error
     code, out, _ = run("pope_random", "--ann", path, "--skip-missing")
     assert code == 0
     assert "pope_random, 6 examples" in out

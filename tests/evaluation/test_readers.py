@@ -342,6 +342,8 @@ def test_numbers_for_texts_and_texts_for_numbers(tmp_path: Path) -> None:
          {"7": {"imageId": "n1", "question": "Q", "answer": 3}}),
         ("iconqa", {"choose_txt_test": ["1"], "1": icon},
          {"choose_txt_test": [1], "1": icon | {"choices": [3, 2], "answer": "1"}}),
+        ("gqa", {"7": {"imageId": "8", "question": "Q", "answer": "a"}},
+         {"7": {"imageId": 8, "question": "Q", "answer": "a"}}),
         ("vsr", {"image": "1.jpg", "caption": "a", "label": 1}, {"label": "1"}),
         ("vsr", {"image": "1.jpg", "caption": "a", "label": 0}, {"label": False}),
         ("pope_random", {"question_id": 1, "image": "1.jpg", "text": "Q", "label": "yes"},
@@ -374,6 +376,21 @@ def test_broken_files_are_one_sentence(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=rf"x\.json.*{words}") as error:
             read("gqa", [path])
         assert "\n" not in str(error.value)
+    question, answer = {"question_id": 1, "image_id": 1, "question": "Q"}, {"question_id": 2, "answers": []}
+    box = {"img_path": "1.jpg", "expression": "a", "height": 48, "width": 64}
+    image = {"filename": "1.jpg", "split": "test", "sentences": [{"raw": "a"}]}
+    other: list[tuple[str, Any, str]] = [
+        ("okvqa", {"questions": [question], "annotations": [answer]}, "question 2 has answers and is not in questions"),
+        ("aokvqa", [question | {"direct_answers": "a", "difficult_direct_answer": "false"}], "must be a boolean"),
+        ("coco", {"images": [image, {"filename": "2.jpg"}]}, "images 2: the field 'split' is missing"),
+        ("refcoco_val", box | {"bbox": [0.1, 0.1, 0.5, 0.5]}, "line 1: the box covers nothing of the image, in pixels"),
+        ("refcoco_val", box | {"bbox": [30, 30, 10, 10]}, "line 1: the box covers nothing of the image, in pixels"),
+        ("refcoco_val", box | {"bbox": [100, 10, 200, 20]}, "line 1: the box covers nothing of the image, in pixels"),
+        ("refcoco_val", box | {"bbox": [float("nan"), 1, 2, 3]}, "line 1: pixel box nan,1,2,3 .* has no fractions"),
+    ]
+    for task, data, words in other:
+        with pytest.raises(ValueError, match=rf"x\.json.*{words}"):
+            read(task, [write(tmp_path, "x.json", data)])
     with pytest.raises(ValueError, match=r"nowhere\.json: No such file"):
         read("gqa", [tmp_path / "nowhere.json"])
     path.write_text('{"image": "a.jpg", "caption": "b", "label": 1}\n{"image": "a.j', encoding="utf-8")
@@ -480,15 +497,17 @@ def test_llava_turns_stand_alone(tmp_path: Path, capsys: pytest.CaptureFixture) 
         "And the last, unanswered?",
     ]
     turns = [{"from": ("human", "gpt")[i % 2], "value": text} for i, text in enumerate(said)]
-    path = write(tmp_path, "llava.json", [{"id": "1", "image": "000000033471.jpg", "conversations": turns}])
+    rows = [{"id": str(i), "image": "000000033471.jpg", "conversations": said} for i, said in enumerate((turns, []))]
+    path = write(tmp_path, "llava.jsonl", rows, lines=True)
     first, second = converted(tmp_path, "llava", path)
+    assert converted(tmp_path, "llava", write(tmp_path, "llava.json", rows)) == [first, second]
     assert first == {
         "image": "000000033471.jpg", "question": "What is it?", "answer": "A bus.", "category": "image_level",
     }  # fmt: skip
     assert (second["question"], second["answer"]) == ("What colour?", "Red.")
     out = capsys.readouterr().out
-    assert "2 records without a question or an answer left out" in out
-    assert "Table 7 counts about 361,000: -360,996" in out
+    assert "3 records without a question or an answer left out" in out
+    assert "Table 7 counts about 361,000: -360,995" in out
 
 
 def test_vqa_and_vqg(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -513,19 +532,23 @@ def test_vqa_and_vqg(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
 def test_ocrvqa_trains_on_split_1(tmp_path: Path) -> None:
     url = "http://ecx.images-amazon.com/images/I/51l6XIoa3rL.gif"
     book = {"imageURL": url, "questions": ["Who?", "When?"], "answers": ["Sandra", "1999"], "split": 1, "title": "t"}
-    path = write(tmp_path, "dataset.json", {"761183272": book, "2": book | {"split": 3}})
+    path = write(tmp_path, "dataset.json", {"761183272": book | {"split": "1"}, "2": book | {"split": 3}})
     found = converted(tmp_path, "ocrvqa", path)
+    for wrong, words in (({"split": 0}, "split must be in"), ({"answers": ["a", None]}, "answers must be text")):
+        with pytest.raises(ValueError, match=rf"b\.json, 2: {words}"):
+            list(convert.ocrvqa([write(tmp_path, "b.json", {"2": book | wrong})]))
     assert [record["answer"] for record in found] == ["Sandra", "1999"]
     assert found[0]["image"] == "images/761183272.gif"
 
 
-def test_captions_for_training(tmp_path: Path) -> None:
-    images = [{"id": 9, "file_name": "COCO_train2014_000000000009.jpg"}]
+def test_captions_for_training(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    images = [{"id": 9, "file_name": "COCO_train2014_000000000009.jpg"}, {"id": 8, "file_name": "8.jpg"}]
     annotations = [{"image_id": 9, "id": i, "caption": f"A dog {i}."} for i in range(2)]
     path = write(tmp_path, "captions_train2014.json", {"images": images, "annotations": annotations})
     found = converted(tmp_path, "coco", path)
     assert [record["answer"] for record in found] == ["A dog 0.", "A dog 1."]  # as they are, not lower-cased
     assert found[0]["image"] == "COCO_train2014_000000000009.jpg"
+    assert "1 records without a question or an answer left out" in capsys.readouterr().out
     rows = [{"image_id": "aa", "caption_str": "A sign."}]
     (said,) = converted(tmp_path, "textcaps", write(tmp_path, "t.json", {"data": rows}))
     assert (said["image"], said["answer"]) == ("train_images/aa.jpg", "A sign.")
@@ -560,17 +583,22 @@ def test_visual_genome(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     assert "[0.000,0.200,0.500,1.000]" in reg["question"]
     assert reg["category"] == "region_level"
     line = {"img_path": "images2/VG_100K_2/61512.jpg", "expression": "the clock", "bbox": [0, 120, 400, 600]}
-    boxes = [0, 120, 400, 600], [1, 1, 1, 20], [0, 2, 0.3, 40], [9, 9, 3, 3]  # nothing, nothing once written, inverted
+    # After the first: nothing, nothing once written, inverted, fractions.
+    boxes = [0, 120, 400, 600], [1, 1, 1, 20], [0, 2, 0.3, 40], [9, 9, 3, 3], [0.1, 0.1, 0.9, 1]
     lines = [line | {"width": 800, "height": 600, "bbox": box} for box in boxes]
     path = write(tmp_path, "GC_genome196_train.jsonl", lines, lines=True)
     assert converted(tmp_path, "vg", path, pictures=False) == [rec]
     out = capsys.readouterr().out
-    assert f"3 {lost}" in out
-    assert "Table 7 counts about 3,600,000: -3,599,996" in out
+    assert f"4 {lost}" in out
+    assert "Table 7 counts about 3,600,000: -3,599,995" in out
     for row in (files := [json.loads(path.read_text()) for path in paths])[0][0]["regions"] + files[1]:  # version 1.0
         row["id"] = row.pop("image_id") if "url" in row else row.pop("region_id") + row.pop("image_id")
     version_1 = [write(tmp_path, f"version-1/{i}.json", data) for i, data in enumerate(files)]
     assert converted(tmp_path, "vg", *version_1, pictures=False) == [rec]
+    files = [json.loads(path.read_text()) for path in paths]
+    files[0].append({"id": 61512, "region": []})
+    with pytest.raises(ValueError, match=r"0\.json, record 2: the field 'regions' is missing"):
+        list(convert.regions([write(tmp_path, f"{i}.json", data) for i, data in enumerate(files)]))
     for part, key, value in ((1, "width", 0), (0, "x", float("nan"))):
         files = [json.loads(path.read_text()) for path in paths]
         (files[part][0] if part else files[0][0]["regions"][1])[key] = value
@@ -691,10 +719,14 @@ def test_missing_pictures(tmp_path: Path, capsys: pytest.CaptureFixture) -> None
     assert not (tmp_path / ".out.jsonl.new").exists()
     assert convert.main(["convert", "okvqa", *flags, "--skip-missing"]) == 2
     assert "no record can be written; 1 records without a picture left out" in capsys.readouterr().err
-    assert convert.main(["convert", "okvqa", *flags[:-1], str(paths[0])]) == 2
-    assert (
-        capsys.readouterr().err == f"lion_mini.data: --out {paths[0]} is a file that --ann reads: choose another one\n"
-    )
+    templates = write(tmp_path, "t.json", {"vqa": ["{question}"]})
+    for out in (paths[0], templates, tmp_path, "/dev/full", ""):
+        argv = ["convert", "okvqa", *flags[:-1], str(out), "--templates", str(templates)]
+        assert convert.main(argv) == 2
+        said = f"--out {out or '.'} is a folder, a device or a file that is read: choose another one"
+        assert capsys.readouterr().err == f"lion_mini.data: {said}\n"
+    assert convert.main(["convert", "okvqa", *flags, "--as", ""]) == 2
+    assert "okvqa has no --as , only vqa, vqg" in capsys.readouterr().err
 
 
 def test_inspect(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -713,6 +745,8 @@ def test_inspect(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     assert "record 2: [0.1,0.2,1.5,0.3] is no box" in out  # the number that training gives it
     assert "words in the question of record 3:" in out
     assert Image.open(picture).size == (340, 420)
+    assert convert.main([*command[:-1], str(tmp_path / "a.txt")]) == 2
+    assert f"{tmp_path}/a.txt: unknown file extension" in capsys.readouterr().err
     damaged = tmp_path / "images" / found[0]["image"]
     damaged.write_bytes(damaged.read_bytes()[:60])
     assert convert.main(command) == 0

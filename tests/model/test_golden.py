@@ -255,6 +255,8 @@ def test_callers_mistakes(golden_model: Lion, facts: dict, numbers: dict[str, Te
     for candidates in wrong:
         with pytest.raises(ValueError, match="one list of texts per question"):
             golden_model.rank(pixels, questions, tags, tasks, candidates)
+    with pytest.raises(ValueError, match=r"a candidate has 60[0-9] tokens, but at most 512 can be ranked"):
+        golden_model.rank(pixels, questions, tags, tasks, [["a"], ["b", "dog " * 600]])
     for answers in (["a"], ["a", "b", "c", "d"]):
         with pytest.raises(ValueError, match=f"answers must have one entry .* found a list of {len(answers)}"):
             golden_model(pixels, questions, answers, tags, tasks)

@@ -44,6 +44,7 @@ from lion_mini.config import (
 from lion_mini.data import mixture
 from lion_mini.data.mixture import Samples
 from lion_mini.data.records import CATEGORIES
+from lion_mini.distributed import distributed
 from lion_mini.images import lion_transform, open_image
 from lion_mini.model.generate import GENERATION
 from lion_mini.model.lion import Batch, LionModel
@@ -187,6 +188,14 @@ EXPECTED = {
 }
 # The last layer's text goes nowhere: only what became of the queries is read.
 UNREAD = "qformer.layers.1.ff."
+
+
+@pytest.mark.parametrize(("rank", "world"), [("x", "1"), ("5", "2"), ("0", "-1")])
+def test_ranks_that_torchrun_never_sets(rank: str, world: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setenv("WORLD_SIZE", world)
+    with pytest.raises(ValueError, match=f"RANK is '{rank}' and WORLD_SIZE '{world}': unset them"):
+        distributed("cpu")
 
 
 @pytest.mark.parametrize("number", EXPECTED)
@@ -434,6 +443,19 @@ def test_stage_3_takes_one_folder_per_task_in_any_order(two_stages: tuple[Path, 
             ValueError, match=r"image and region level cannot begin with .*stage [123]\): give a whole LION"
         ):
             begin(STAGES[3], wrong, seed=0)
+
+
+def test_no_stage_begins_with_nan(two_stages: tuple[Path, Path], tmp_path: Path) -> None:
+    folder = shutil.copytree(two_stages[0], tmp_path / "folder")
+    frozen = load_file(folder / "frozen.safetensors")
+    save_file(frozen | {"vit.positions": frozen["vit.positions"] * math.nan}, folder / "frozen.safetensors")
+    with pytest.raises(ValueError, match=r"folder: vit.positions holds NaN or infinite values"):
+        begin(STAGES[1], [folder], seed=0)
+    save_file(
+        {name: tensor for name, tensor in frozen.items() if name != "vit.positions"}, folder / "frozen.safetensors"
+    )
+    with pytest.raises(ValueError, match=r"folder: vit.positions is missing here"):
+        begin(STAGES[1], [folder], seed=0)
 
 
 def test_a_third_task(
