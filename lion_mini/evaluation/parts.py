@@ -71,8 +71,8 @@ def parts_table(rows: Mapping[str, Mapping[str, float]]) -> str:
     none, *rest = rows.items()
     names = list(none[1])
     lines = [f"| change at answering time | {' | '.join(names)} |", f"|---{'|---' * len(names)}|"]
-    lines.append(f"| none | {' | '.join(f'{none[1][name]:.1%}' for name in names)} |")
+    lines.append(f"| none | {' | '.join(f'{none[1][name]:.1f}' for name in names)} |")
     for change, scores in rest:
-        cells = [f"{scores[name]:.1%} ({100 * (scores[name] - none[1][name]):+.1f})" for name in names]
+        cells = [f"{scores[name]:.1f} ({scores[name] - none[1][name]:+.1f})" for name in names]
         lines.append(f"| {change} | {' | '.join(cells)} |")
     return "\n".join(lines)

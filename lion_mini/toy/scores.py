@@ -65,7 +65,7 @@ def ask(lion: Lion, scenes: Sequence[Scene], batch_size: int = 32) -> list[Reply
             tags = [split_tags(record["tags"]) for _, record in batch] if lion.model.ram is None else None
             prompts, tasks = [record["question"] for _, record in batch], [TASK_OF[kind]] * len(batch)
             answers = lion.respond([each.image for each, _ in batch], prompts, tasks, GENERATION[SETTINGS[kind]], tags)
-            replies += [Reply(*pair, answer.text.strip()) for pair, answer in zip(batch, answers, strict=True)]
+            replies += [Reply(*pair, said.text.strip()) for pair, said in zip(batch, answers, strict=True)]
     return replies
 
 
@@ -112,3 +112,11 @@ def measure(kind: str, replies: Sequence[Reply]) -> Iterator[tuple[str, float, f
     if kind == "existence":
         pope, yes = metrics.pope(texts, truth), metrics.pope(["yes"] * len(truth), truth)
         yield "POPE, F1", pope.f1, yes.f1, "always 'yes'"
+
+
+def score_table(replies: Sequence[Reply]) -> str:
+    lines = [f"{'':22}{'LION':>7}{'held out':>10}{'blind':>8}   the blind guess"]
+    for row in toy_scores(replies):
+        numbers = f"{row.score:7.1%}{row.held_out:10.1%}{row.baseline:8.1%}"
+        lines.append(f"{row.name:22}{numbers}   {row.blind} ({row.count} questions)")
+    return "\n".join(lines)
