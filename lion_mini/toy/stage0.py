@@ -60,7 +60,7 @@ SHARES = {  # T5's image-level questions by kind and sub-kind
     "existence": 1.5, "counting": 2, "colour": 1, "shape": 1, "comparison": 1.5, "relation": 2, "ground": 1,
     "caption": 1.5, "vqg": 0.1, "dialogue": 0.7,
 }  # fmt: skip
-LEVELS = {"image": 0.57, "region": 0.38, "boxes": 0.05}  # shares of T5's steps
+LEVELS = {"image": 0.65, "region": 0.31, "boxes": 0.04}  # shares of T5's steps
 # T5 never reads the paper's instructions. To follow them is what the adapters learn.
 BARE = {
     "caption": ["Describe the image."], "vqa": ["{question}"], "vqg": ["Ask for {answer}."],
@@ -203,23 +203,19 @@ class Reader(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.t5, width, tap = T5(CONFIG.t5), CONFIG.t5.width, CONFIG.vit.width
-        self.project = nn.ModuleDict(
-            {
-                level: nn.Sequential(nn.LayerNorm(inputs), nn.Linear(inputs, width))
-                for level, inputs in (("image", tap), ("region", 2 * tap))
-            }
-        )
+        self.few = nn.Sequential(nn.LayerNorm(tap), nn.Linear(tap, width))
+        self.all = nn.Sequential(nn.LayerNorm(2 * tap), nn.Linear(2 * tap, width))
         self.nouns = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, sum(REFERENT) + 2))
         self.relations = nn.Linear(width, 3)
         self.early = torch.empty(0)
         self.t5.encoder[1].register_forward_hook(lambda module, args, out: setattr(self, "early", out))
 
     def forward(
-        self, level: str, tokens: Tensor, ids: Tensor, labels: Tensor
-    ) -> tuple[Tensor, Tensor]:  # (b, n, ·), (b, p), (b, t) -> (b, t, v), (b, p, classes and measures)
-        n, task = tokens.shape[1], torch.zeros(len(ids), dtype=torch.long)
+        self, visual: Tensor, ids: Tensor, labels: Tensor
+    ) -> tuple[Tensor, Tensor]:  # (b, n, d), (b, p), (b, t) -> (b, t, v), (b, p, classes and measures)
+        n, task = visual.shape[1], torch.zeros(len(ids), dtype=torch.long)
         mask = F.pad(ids != PAD, (n, 0), value=True)
-        states = self.t5.encode(torch.cat((self.project[level](tokens), self.t5.shared(ids)), dim=1), mask, task)
+        states = self.t5.encode(torch.cat((visual, self.t5.shared(ids)), dim=1), mask, task)
         logits = self.t5.predict(labels, self.t5.start(states, mask, task, labels.shape[1]))
         return logits, torch.cat((self.nouns(self.early[:, n:]), self.relations(states[:, n:])), dim=-1)
 
@@ -238,11 +234,10 @@ def start_from_words(reader: Reader, pieces: UnigramTokenizer, features: Tensor,
     words.insert(1, torch.zeros(1, width))  # background
     words.append(0.5 * torch.randn(sum(WORDS[3:]), width))
     boxes = [0.25 * numbers @ torch.linalg.qr(torch.randn(width, width))[0] for _ in range(4)]
-    for level, tables in (("image", words), ("region", words + boxes)):
-        fields = FIELDS if level == "region" else WORDS
+    for (norm, linear), fields, tables in ((reader.few, WORDS, words), (reader.all, FIELDS, words + boxes)):
         wanted = (one_hot(labels[..., : len(fields)], fields) @ torch.cat(tables)).flatten(0, 1).double()
-        norm, linear = reader.project[level]
-        x = F.pad(norm(features[:, 1:, : linear.in_features].float()).flatten(0, 1), (0, 1), value=1.0).double()
+        x = norm(features[:, 1:, : linear.in_features].float()).flatten(0, 1)
+        x = F.pad(x, (0, 1), value=1.0).double()
         squares = x.T @ x + 1e-5 * len(x) * torch.eye(x.shape[1])  # ridge: LayerNorm leaves one direction empty
         solved = torch.linalg.solve(squares, x.T @ wanted)  # lstsq is not reproducible on 2 threads
         linear.load_state_dict({"weight": solved[:-1].T, "bias": solved[-1]})
@@ -295,13 +290,13 @@ def train_t5(scenes: Sequence[Scene], features: Tensor, pieces: UnigramTokenizer
         level, tagged = draw.choices([*LEVELS], [*LEVELS.values()])[0], draw.random() < 0.4
         drawn = list(draw_records(scenes, level, tagged, draw))
         # 2. The visual tokens: few of the last block, or all, in any order.
+        rows = [i for i, _ in drawn]
         if level == "image":
-            chosen = [glimpse(patches[i], scenes[i].things, record, draw) for i, record in drawn]
-            tokens = torch.stack(
-                [features[i, few, : CONFIG.vit.width] for (i, _), few in zip(drawn, chosen, strict=True)]
-            )
+            few = [glimpse(patches[i], scenes[i].things, record, draw) for i, record in drawn]
+            chosen = features[torch.tensor(rows)[:, None], torch.tensor(few)]  # (b, q, 2 d)
+            visual = reader.few(chosen[..., : CONFIG.vit.width].float())
         else:
-            tokens = features[[i for i, _ in drawn]][:, torch.randperm(features.shape[1])]
+            visual = reader.all(features[rows][:, torch.randperm(features.shape[1])].float())
         # 3. The losses of answers and meanings. Answers count equally, or a box would outweigh a yes.
         prompts = [prompt(record, tagged, draw) for _, record in drawn]
         ids, _ = pad([pieces.encode(text) for text in prompts], PAD)
@@ -313,7 +308,7 @@ def train_t5(scenes: Sequence[Scene], features: Tensor, pieces: UnigramTokenizer
         meanings = pad_sequence(words, batch_first=True, padding_value=IGNORE)
         if level == "image":
             meanings[..., len(WORDS) : len(FIELDS)] = IGNORE  # the last block does not know the box
-        logits, predicted = reader("image" if level == "image" else "region", tokens.float(), ids, answers)
+        logits, predicted = reader(visual, ids, answers)
         losses = F.cross_entropy(logits.float().transpose(1, 2), answers, ignore_index=IGNORE, reduction="none")
         return (losses.sum(1) / (answers != IGNORE).sum(1)).mean() + word_loss(predicted, meanings)
 
