@@ -65,7 +65,8 @@ def ask(lion: Lion, scenes: Sequence[Scene], batch_size: int = 32) -> list[Reply
             tags = [split_tags(record["tags"]) for _, record in batch] if lion.model.ram is None else None
             prompts, tasks = [record["question"] for _, record in batch], [TASK_OF[kind]] * len(batch)
             answers = lion.respond([each.image for each, _ in batch], prompts, tasks, GENERATION[SETTINGS[kind]], tags)
-            replies += [Reply(*pair, said.text.strip()) for pair, said in zip(batch, answers, strict=True)]
+            together = zip(batch, answers, strict=True)
+            replies += [Reply(each, record, said.text.strip()) for (each, record), said in together]
     return replies
 
 
