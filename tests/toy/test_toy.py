@@ -41,9 +41,8 @@ def resolve(things: tuple[Thing, ...], expression: str) -> list[Thing]:
         if f" {relation} the " in phrase:
             noun, anchor = phrase.split(f" {relation} the ")
             (fixed,) = named(things, anchor)
-            return [
-                t for t in named(things, noun) if t is not fixed and sign * (middle(t, axis) - middle(fixed, axis)) > 0
-            ]
+            start, rest = sign * middle(fixed, axis) + 0.001, [t for t in named(things, noun) if t is not fixed]
+            return [t for t in rest if sign * middle(t, axis) > start]
     first, _, rest = phrase.partition(" ")
     if first in ENDS:
         axis, sign = ENDS[first]
@@ -82,7 +81,7 @@ def true_answer(scene: Scene, question: str) -> str:
         return one.colour if found[1] == "colour" else one.shape
     if found := re.fullmatch(r"Is the (.*) larger than the (.*)\?", question):
         (a,), (b,) = named(things, found[1]), named(things, found[2])
-        return "yes" if a.side > b.side + 1 else "no"
+        return "yes" if a.side > b.side + 2 else "no"
     found = re.fullmatch(r"Is the (.*) (left of|right of|above|below) the (.*)\?", question)
     assert found, question
     (a,), (b,), (axis, sign) = named(things, found[1]), named(things, found[3]), SIDES[found[2]]
