@@ -1,6 +1,7 @@
 """Contributions of parts: each change does to a model what its name says, and eval.py scores them all."""
 
 import json
+import random
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -98,7 +99,7 @@ def test_parts(
         return [{"id": e.id, "prompt": p, "text": e.references[0] if made[-1] == "none" else "yes"} for e, p in pairs]
 
     def ask(lion: Lion, scenes: Any) -> list[scores.Reply]:
-        records = [(s, record) for s in scenes for record in toy.records(s, script.random.Random(s.seed))]
+        records = [(s, record) for s in scenes for record in toy.records(s, random.Random(s.seed))]
         return [scores.Reply(s, r, r["answer"] if made[-1] == "none" else "?") for s, r in records]
 
     for name, stub in (("change", lambda model, name: made.append(name)), ("answers", answers), ("ask", ask)):

@@ -41,8 +41,8 @@ def resolve(things: tuple[Thing, ...], expression: str) -> list[Thing]:
         if f" {relation} the " in phrase:
             noun, anchor = phrase.split(f" {relation} the ")
             (fixed,) = named(things, anchor)
-            start, rest = sign * middle(fixed, axis) + 0.001, [t for t in named(things, noun) if t is not fixed]
-            return [t for t in rest if sign * middle(t, axis) > start]
+            start, others = sign * middle(fixed, axis) + 0.001, [t for t in named(things, noun) if t is not fixed]
+            return [t for t in others if sign * middle(t, axis) > start]
     first, _, rest = phrase.partition(" ")
     if first in ENDS:
         axis, sign = ENDS[first]
