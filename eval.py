@@ -93,9 +93,10 @@ def evaluate(args: Namespace) -> None:
     if args.task not in (None, "table", *BENCHMARKS):
         raise ValueError(f"the task {args.task!r} is unknown; there are {', '.join(BENCHMARKS)}, and table")
     kind = BENCHMARKS[args.task].kind if args.task in BENCHMARKS else None
+    asks = args.score is None and args.task != "table"
     for names, useful, what in (
         ("--ann --score --official --template --templates --limit --skip-missing", kind, "a benchmark, such as coco"),
-        ("--official --template --templates --no-tags --parts", args.score is None, "a model to ask, not --score"),
+        ("--official --template --templates --no-tags --parts", asks, "a model to ask, not --score or table"),
         ("--templates", kind == "rec" and args.template is None, "a task of boxes, and no --template beside it"),
         ("--rounds", args.rounds == "all" or args.task == "visdial", "the task visdial"),
         ("folder", args.task == "table", "the task table"),

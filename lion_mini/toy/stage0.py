@@ -116,13 +116,16 @@ def train_stage0(out: str | Path, quick: bool = False, seed: int = 0) -> None:
 
 @dataclass
 class Training:
-    """How one of the stand-ins is trained, and where its checkpoint lies."""
+    """How one of the stand-ins is trained, and where its checkpoint lies. Seeds its initialisation too."""
 
     folder: Path
     name: str
     seed: int
     steps: int
     peak: float  # learning rate
+
+    def __post_init__(self) -> None:
+        torch.manual_seed(self.seed)
 
     def run(self, model: nn.Module, loss: Callable[[random.Random], Tensor]) -> None:
         """AdamW in bfloat16 autocast. The rate warms up to `peak` and decays to a fiftieth of it. Each step draws from
