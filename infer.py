@@ -148,14 +148,16 @@ def demonstrate(args: argparse.Namespace) -> int:
     scene.image.save(path := unused(args.out / "scene.png"))
     print(f"scene {seed}, drawn to {path}")
     thing = rng.choice(scene.things)
-    _, question, answer = rng.choice(list(toy.questions(scene, rng)))
+    (_, *ground), *others = toy.questions(scene, rng)  # only tags tell the ground
+    _, *other = rng.choice(others)
     expression = toy.expression(scene.things, thing, rng)
     box, boxes = thing.box, [(thing.box, "true", "#3cb44b")]
     with open(unused(args.out / "results.jsonl"), "w", encoding="utf-8") as file:
         for mode, text, truth in (
-            ("tags", "", ", ".join(sorted(set().union(*(each.words for each in scene.things))))),
+            ("tags", "", ", ".join(toy.true_tags(scene))),
             ("caption", "", toy.caption(scene.things)),
-            ("ask", question, answer),
+            ("ask", *ground),
+            ("ask", *other),
             ("locate", expression, box.to_text()),
             ("describe", box.to_text(), f"the {thing.size} {thing.name}"),
         ):

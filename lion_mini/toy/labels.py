@@ -112,11 +112,3 @@ def word_loss(predicted: Tensor, labels: Tensor) -> Tensor:  # (..., classes and
         errors = (predicted[..., measures].float() - labels[..., measures])[known]
         total = total + weight * errors.square().sum() / known.sum().clamp_min(1)
     return total
-
-
-def tag_loss(logits: Tensor, labels: Tensor, focus: float = 2.0, margin: float = 0.05) -> Tensor:  # 2 x (b, c) -> ()
-    """RAM's asymmetric loss (arXiv 2009.14119): cross-entropy in which a negative below the margin costs nothing."""
-    yes = logits.sigmoid()
-    no = (yes - margin).clamp_min(0)
-    losses = labels * yes.clamp_min(1e-6).log() + (1 - labels) * no**focus * (1 - no).clamp_min(1e-6).log()
-    return -losses.sum(-1).mean()

@@ -131,9 +131,14 @@ def dialogue(things: Sequence[Thing], rng: random.Random) -> tuple[str, str]:
     return f"What do you see {PLACES[cell]}?", replies[0] if replies else "There is nothing."
 
 
+def true_tags(scene: Scene) -> list[str]:
+    true = {scene.ground}.union(*(thing.words for thing in scene.things))
+    return [tag for tag in TAGS if tag in true]
+
+
 def tags(scene: Scene, rng: random.Random) -> list[str]:
     """A tagger's output: the true tags, of which it misses some, and a few false ones."""
-    true = {scene.ground}.union(*(thing.words for thing in scene.things))
+    true = true_tags(scene)
     return [tag for tag in TAGS if rng.random() >= (MISSED if tag in true else 1 - INVENTED)]
 
 

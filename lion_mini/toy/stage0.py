@@ -45,17 +45,16 @@ from .labels import (
     mentioned,
     one_hot,
     patch_labels,
-    tag_loss,
     word_labels,
     word_loss,
 )  # fmt: skip
 from .questions import Record, records, tags
 from .vocab import write_vocabularies
-from .world import COLOURS, COORDINATES, SHAPES, SIDES, TAGS, Scene, Thing, scene
+from .world import COLOURS, COORDINATES, GROUNDS, SHAPES, SIDES, TAGS, Scene, Thing, scene
 
 CONFIG = PRESETS["tiny"]
 SIDE, DETAIL = CONFIG.vit.image_size // CONFIG.vit.patch_size, CONFIG.taps[1]  # in patches; the tap of fine detail
-STEPS = {"vit": 500, "t5": 3600, "ram": 600}
+STEPS = {"vit": 500, "t5": 3600, "ram": 800}
 SHARES = {  # T5's image-level questions by kind and sub-kind
     "existence": 1.5, "counting": 2, "colour": 1, "shape": 1, "comparison": 1.5, "relation": 2, "ground": 1,
     "caption": 1.5, "vqg": 0.1, "dialogue": 0.7,
@@ -89,7 +88,7 @@ def toy_jobs(args: argparse.Namespace) -> Iterator[Job]:
 
 @torch.random.fork_rng(devices=[])
 def train_stage0(out: str | Path, quick: bool = False, seed: int = 0) -> None:
-    """Train all three. Write weights under the names of `LionModel.state_dict()`, vocabularies, tags and thresholds.
+    """Train all three. Write weights under the names of `LionModel.state_dict()`, and the vocabularies.
 
     Checkpoints are in a folder beside `out`, so that the same command continues a killed run.
     """
@@ -103,14 +102,13 @@ def train_stage0(out: str | Path, quick: bool = False, seed: int = 0) -> None:
     steps = dict.fromkeys(STEPS, 3) if quick else STEPS
     vit, features = train_vit(scenes, Training(folder, "vit", seed, steps["vit"], 2e-3))
     t5 = train_t5(scenes, features, pieces, Training(folder, "t5", seed, steps["t5"], 1e-3))
-    ram, thresholds = train_ram(scenes, Training(folder, "ram", seed, steps["ram"], 3e-3))
+    ram = train_ram(scenes, Training(folder, "ram", seed, steps["ram"], 3e-3))
     with atomic_write(out) as new:
         write_vocabularies(new)
         parts = nn.ModuleDict({"vit": vit, "t5": t5, "ram": ram}).state_dict()
         save_file({name: tensor.bfloat16().contiguous() for name, tensor in parts.items()}, new / "model.safetensors")
         made_by = f"stage 0: lion_mini/toy/stage0.py (seed {seed}, {(time.perf_counter() - begun) / 60:.1f} minutes)"
         (new / "config.json").write_text(replace(CONFIG, made_by=made_by).to_json() + "\n", encoding="utf-8")
-        (new / "ram_tag_list_threshold.txt").write_text("".join(f"{t}\n" for t in thresholds), encoding="utf-8")
     shutil.rmtree(folder)
 
 
@@ -319,29 +317,26 @@ def train_t5(scenes: Sequence[Scene], features: Tensor, pieces: UnigramTokenizer
     return reader.t5
 
 
-def train_ram(scenes: Sequence[Scene], training: Training) -> tuple[Ram, list[float]]:
-    """RAM, trained on tags with a tagger's errors, and each tag's threshold: the one with the greatest F1."""
-    config, rng = CONFIG.ram, random.Random(training.seed)
-    assert config
-    ram = Ram(config)
-    side = config.image_size // config.patch_size // 2 ** (len(config.depths) - 1)
-    pixels, (_, labels) = pixels_of(scenes, ram_transform, config.image_size), patch_labels(scenes, side)
-    wanted = torch.tensor([[float(tag in found) for tag in TAGS] for found in (tags(s, rng) for s in scenes)])
-    head = nn.Linear(config.tag_width, sum(FIELDS[:3]))
+def train_ram(scenes: Sequence[Scene], training: Training) -> Ram:
+    """RAM, trained on tags with a tagger's errors, and on what every patch shows."""
+    assert CONFIG.ram
+    size, rng = CONFIG.ram.image_size, random.Random(training.seed)
+    side = size // CONFIG.ram.patch_size // 2 ** (len(CONFIG.ram.depths) - 1)
+    pixels, (_, labels) = pixels_of(scenes, ram_transform, size), patch_labels(scenes, side)
+    grounds = torch.tensor([GROUNDS.index(each.ground) for each in scenes])[:, None, None]
+    labels = torch.cat((grounds.expand(-1, side * side, 1), labels[..., :3]), dim=-1)
+    wanted = torch.tensor([[float(tag in found) for tag in TAGS] for found in (tags(each, rng) for each in scenes)])
+    fields = (len(GROUNDS), *FIELDS[:3])
+    ram, head = Ram(CONFIG.ram), nn.Linear(CONFIG.ram.tag_width, sum(fields))
 
     def loss(draw: random.Random) -> Tensor:
         rows = torch.randint(len(pixels), (64,))
         context = ram.image_proj(ram.swin(pixels[rows].float()))  # (b, 1 + n, d): the mean, then the patches
-        patches = field_loss(head(context[:, 1:]), labels[rows, :, :3], FIELDS[:3])
-        return tag_loss(ram.recognise(context).float(), wanted[rows]) + patches
+        found = F.binary_cross_entropy_with_logits(ram.recognise(context).float(), wanted[rows])
+        return len(TAGS) * found + field_loss(head(context[:, 1:]), labels[rows], fields)
 
     training.run(nn.ModuleList((ram, head)), loss)
-    with torch.inference_mode():
-        scores = torch.cat([ram(part.float()).sigmoid() for part in pixels[:1000].split(100)])
-    floors = torch.linspace(0.05, 0.95, 91)
-    chosen, wanted = (scores > floors[:, None, None]).float(), wanted[:1000]
-    f1 = 2 * (chosen * wanted).sum(1) / (chosen.sum(1) + wanted.sum(0)).clamp_min(1)  # (91, c)
-    return ram, [round(floor, 2) for floor in floors[f1.argmax(0)].tolist()]
+    return ram
 
 
 if __name__ == "__main__":

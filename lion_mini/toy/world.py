@@ -83,9 +83,9 @@ class Scene:
     def image(self) -> Image.Image:
         rng = np.random.default_rng(zlib.crc32(f"{self.split} {self.seed}".encode()))
         side = GRID * UNIT
-        y, x = np.indices((side, side)) + rng.integers(0, 2, (2, 1, 1))
+        y, x = np.indices((side, side))
         pattern = {"sand": 0 * x, "grass": x % 2 * 2 - 1, "water": y % 2 * 2 - 1, "brick": (x + y) % 2 * 2 - 1}
-        pixels = rng.integers(-10, 11, 3) + (214, 208, 192) + rng.uniform(1, 15) * pattern[self.ground][..., None]
+        pixels = rng.integers(-10, 11, 3) + (214, 208, 192) + 16 * rng.random() ** 2 * pattern[self.ground][..., None]
         for thing in self.things:
             x1, y1, x2, y2 = (UNIT * edge for edge in thing.edges)
             cover, colour = silhouette(thing)[..., None], COLOURS[thing.colour] + rng.integers(-12, 13, 3)
