@@ -617,7 +617,9 @@ def test_toy_scores_of_one_who_knows(golden_model: Lion, monkeypatch: pytest.Mon
     assert scores.levels(replies) == dict.fromkeys(("image level", "ground", "REC", "REG"), 1)
 
     # Of one who knows only the usual pairs of colours and shapes, and no ground.
-    some = [replace(r, text="dirt") if r.scene.held_out or r.kind == "ground" else r for r in replies]
+    some = [
+        replace(r, text="[0.000,0.000,0.100,0.100]") if r.scene.held_out or r.kind == "ground" else r for r in replies
+    ]
     rows = {row.name: row for row in scores.toy_scores(some)}
     assert [rows["REC, Acc@0.5"].score, rows["VQA, ground"].score, rows["REG, exact"].held_out] == [0.5, 0, 0]
     assert scores.levels(some) | {"image level": 0} == {"image level": 0, "ground": 0, "REC": 0.5, "REG": 0.5}

@@ -30,10 +30,10 @@ def test_it_sees() -> None:
 def test_without_arguments(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     assert infer.main(["--out", str(tmp_path), "--seed", "3"]) == 0
     lines = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
-    assert len(lines) == 5
+    assert len(lines) == 6
     assert {"scene.png", "scene-box.png"} <= {path.name for path in tmp_path.iterdir()}
     out = capsys.readouterr().out
-    for word in ("tags", "caption", "ask", "locate", "describe", "true:"):
+    for word in ("tags", "caption", "ask", "locate", "describe", "What is the ground?", "true:"):
         assert word in out
 
 

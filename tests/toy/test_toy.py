@@ -151,15 +151,17 @@ def test_boxes_are_where_the_colour_is() -> None:
 
 def test_only_at_full_size_the_ground_can_be_told() -> None:
     """The four grounds with the same noise: plainly different images, but the same one at half the size."""
-    for s in SCENES[:20]:
+    contrasts = []
+    for s in SCENES[:40]:
         images = [replace(s, ground=ground, things=()).image for ground in ("sand", "grass", "water", "brick")]
         full = np.stack([np.asarray(image) for image in images]).astype(float)
         halved = full.reshape(4, 48, 2, 48, 2, 3).mean((2, 4))
         seen = np.stack([lion_transform(image, 48).numpy()[:, 1:-1, 1:-1] for image in images])  # without the edge
         for i, j in ((0, 1), (0, 2), (0, 3), (1, 2), (1, 3), (2, 3)):
-            assert np.abs(full[i] - full[j]).mean() > 0.4
+            contrasts.append(np.abs(full[i] - full[j]).mean())
             assert np.abs(halved[i] - halved[j]).max() < 1
             assert np.abs(seen[i] - seen[j]).mean() < 0.01
+    assert min(np.mean(contrasts[i::6]) for i in range(6)) > 3  # the pattern is faint in some scenes
 
 
 def test_records_of_every_kind() -> None:
@@ -224,6 +226,7 @@ def test_tags_have_the_errors_of_a_tagger() -> None:
     missed, invented, true, false = 0, 0, 0, 0
     for i, s in enumerate(SCENES):
         words = {s.ground, *(w for t in s.things for w in (t.shape, t.colour))}
+        assert toy.true_tags(s) == [tag for tag in toy.TAGS if tag in words]
         found = set(toy.tags(s, random.Random(i)))
         missed, true = missed + len(words - found), true + len(words)
         invented, false = invented + len(found - words), false + len(toy.TAGS) - len(words)
