@@ -6,6 +6,7 @@ box        the same of the thing in it, at its last coordinate
 relation   the vector from the noun after it to the noun before it, and its component in the relation's direction
 """
 
+import random
 import re
 from collections.abc import Sequence
 
@@ -59,6 +60,18 @@ def mentioned(things: Sequence[Thing], text: str) -> list[int]:
             found += matching(things, " ".join((*adjectives, NOUNS[word])))
         adjectives = [*adjectives, word] if word in (*COLOURS, *SIDES) else []
     return [i for i, thing in enumerate(things) if thing in found]
+
+
+def glimpse(
+    owner: Sequence[int], things: Sequence[Thing], record: Record, queries: int, draw: random.Random
+) -> list[int]:
+    """The few of the ViT's tokens that T5 sees of an image-level question, as the Q-Former might choose: one for each
+    thing that question or answer mentions, then of other things or the background, in any order."""
+    wanted = mentioned(things, f"{record['question']} {record['answer']}")
+    patches = {i: [1 + at for at, thing in enumerate(owner) if thing == i] for i in range(-1, len(things))}
+    others = [i for i in range(len(things)) if i not in wanted]
+    chosen = [*draw.sample(wanted, len(wanted)), *draw.sample(others, len(others)), *[-1] * queries][:queries]
+    return draw.sample([draw.choice(patches[i] or patches[-1]) for i in chosen], queries)
 
 
 def word_labels(

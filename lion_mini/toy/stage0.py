@@ -37,20 +37,10 @@ from ..text.prompts import TASK_OF, tag_sentence
 from ..text.tokenizers import UnigramTokenizer
 from ..training.report import say
 from ..training.stages import PARTS, Job, changed, groups, schedule
-from .labels import (
-    FIELDS,
-    REFERENT,
-    WORDS,
-    field_loss,
-    mentioned,
-    one_hot,
-    patch_labels,
-    word_labels,
-    word_loss,
-)  # fmt: skip
+from .labels import FIELDS, REFERENT, WORDS, field_loss, glimpse, one_hot, patch_labels, word_labels, word_loss
 from .questions import Record, records, tags
 from .vocab import write_vocabularies
-from .world import COLOURS, COORDINATES, GROUNDS, SHAPES, SIDES, TAGS, Scene, Thing, scene
+from .world import COLOURS, COORDINATES, GROUNDS, SHAPES, SIDES, TAGS, Scene, scene
 
 CONFIG = PRESETS["tiny"]
 SIDE, DETAIL = CONFIG.vit.image_size // CONFIG.vit.patch_size, CONFIG.taps[1]  # in patches; the tap of fine detail
@@ -244,17 +234,6 @@ def start_from_words(reader: Reader, pieces: UnigramTokenizer, features: Tensor,
         linear.load_state_dict({"weight": solved[:-1].T, "bias": solved[-1]})
 
 
-def glimpse(owner: Sequence[int], things: Sequence[Thing], record: Record, draw: random.Random) -> list[int]:
-    """The few of the ViT's tokens that T5 sees of an image-level question, as the Q-Former might choose: one for each
-    thing that question or answer mentions, then of other things or the background, in any order."""
-    wanted = mentioned(things, f"{record['question']} {record['answer']}")
-    patches = {i: [1 + at for at, thing in enumerate(owner) if thing == i] for i in range(-1, len(things))}
-    others = [i for i in range(len(things)) if i not in wanted]
-    queries = CONFIG.qformer.queries
-    chosen = [*draw.sample(wanted, len(wanted)), *draw.sample(others, len(others)), *[-1] * queries][:queries]
-    return draw.sample([draw.choice(patches[i] or patches[-1]) for i in chosen], queries)
-
-
 def draw_records(
     scenes: Sequence[Scene], level: str, tagged: bool, draw: random.Random
 ) -> Iterator[tuple[int, Record]]:
@@ -293,7 +272,7 @@ def train_t5(scenes: Sequence[Scene], features: Tensor, pieces: UnigramTokenizer
         # 2. The visual tokens: few of the last block, or all, in any order.
         rows = [i for i, _ in drawn]
         if level == "image":
-            few = [glimpse(patches[i], scenes[i].things, record, draw) for i, record in drawn]
+            few = [glimpse(patches[i], scenes[i].things, record, CONFIG.qformer.queries, draw) for i, record in drawn]
             chosen = features[torch.tensor(rows)[:, None], torch.tensor(few)]  # (b, q, 2 d)
             visual = reader.few(chosen[..., : CONFIG.vit.width].float())
         else:
