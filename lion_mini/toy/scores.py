@@ -50,9 +50,10 @@ class ToyScore:
     count: int  # questions
 
 
-def ask(lion: Lion, scenes: Sequence[Scene], batch_size: int = 32) -> list[Reply]:
+def ask(lion: Lion, scenes: Sequence[Scene], batch_size: int = 32, tags_of: int = 0) -> list[Reply]:
     """Captions, questions of every sub-kind, REC and REG about every scene, as the benchmarks ask them. A stage-1 or
-    stage-2 model is asked only about the level it was trained for."""
+    stage-2 model is asked only about the level it was trained for. `tags_of=1` gives each scene the next one's tags."""
+    tagged = dict(zip(scenes, [*scenes[tags_of:], *scenes[:tags_of]], strict=True))
     kinds = [kind for kind in SETTINGS if lion.config.visual_input in ("all", TASK_OF[kind])]
     groups: dict[tuple[str, str], list[tuple[Scene, Record]]] = {}
     for each in scenes:
@@ -63,6 +64,7 @@ def ask(lion: Lion, scenes: Sequence[Scene], batch_size: int = 32) -> list[Reply
         for start in range(0, len(pairs), batch_size):
             batch = pairs[start : start + batch_size]
             tags = [split_tags(record["tags"]) for _, record in batch] if lion.model.ram is None else None
+            tags = lion.tag([tagged[each].image for each, _ in batch]) if tags_of else tags
             prompts, tasks = [record["question"] for _, record in batch], [TASK_OF[kind]] * len(batch)
             answers = lion.respond([each.image for each, _ in batch], prompts, tasks, GENERATION[SETTINGS[kind]], tags)
             together = zip(batch, answers, strict=True)

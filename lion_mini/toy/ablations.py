@@ -1,0 +1,214 @@
+"""The paper's ablations in small: all from the same frozen parts, by the same recipes, measured on the same scenes.
+
+    python -m lion_mini.toy.ablations               # 8 trainings per seed, 3 seeds; the same command continues
+    python -m lion_mini.toy.ablations --steps 20    # flags that are not its own go to train.py
+
+The single stage has as many steps as all three stages; stage 1 alone has fewer, as in the paper.
+"""
+
+import argparse
+import json
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from itertools import product
+from math import sqrt
+from pathlib import Path
+from statistics import fmean, stdev
+
+from PIL import Image, ImageDraw
+
+from .. import files
+from ..pipeline import TINY, Lion, read_config
+from ..training.report import say
+from .questions import EXTREMES, RELATIONS
+from .scores import Reply, ask, levels
+from .world import scene
+
+TRAIN = Path(__file__).parents[2] / "train.py"
+RUNS = {  # the folders that each starts from, and its flags
+    "stage-1": (["stage-0"], "--stage 1"),
+    "stage-2": (["stage-0"], "--stage 2"),
+    "no-aggregator": (["stage-0"], "--stage 2 --no-aggregator"),
+    "single-stage": (["stage-0"], "--stage 3 --single-stage --tags none"),
+    "no-router": (["stage-1", "stage-2"], "--stage 3 --no-router --tags none"),
+    "no-tags": (["stage-1", "stage-2"], "--stage 3 --tags none"),
+    "plain-tags": (["stage-1", "stage-2"], "--stage 3 --tags plain"),
+    "soft-tags": (["stage-1", "stage-2"], "--stage 3"),  # the full model
+}
+WRONG = {"plain-wrong": "plain-tags", "soft-wrong": "soft-tags"}  # these runs with the tags of the next scene
+IMAGE, REC = ([f"{level}, held-{half}" for half in ("in", "out")] for level in ("image level", "REC"))
+SPACE, WAYS = "counting and relation", ["REC by attributes", "REC by order", "REC by relation"]
+COLUMNS = (*IMAGE, SPACE, "ground", *REC, *WAYS, "REG")
+COLOURS = "#c3cbdb", "#7f96c4", "#e8a86b", "#274690"
+TABLES: dict[str, tuple[list[str], dict[str, tuple[dict[str, int], list[str]]]]] = {
+    # title: its models, and what the paper claims: where (columns) which sum over the models is positive
+    "Table 3: one stage or three, without tags": (["single-stage", "no-router", "no-tags"], {
+        "Stage-wise tuning helps both levels": ({"no-router": 1, "single-stage": -1}, [*IMAGE, *REC]),
+        "The router helps held-out image level and REC": ({"no-tags": 1, "no-router": -1}, [IMAGE[1], *REC])}),
+    "Table 4: image level alone, with grounding, with tags too": (["stage-1", "no-tags", "soft-tags"], {
+        "Grounding helps, above all with space and number": ({"no-tags": 1, "stage-1": -1}, [*IMAGE, SPACE]),
+        "Tags help where the picture does not tell": ({"soft-tags": 1, "no-tags": -1}, [*IMAGE, "ground"])}),
+    "Section 3.2: plain tags and soft prompt, own and wrong tags": ([*RUNS][-2:] + [*WRONG], {
+        "Wrong tags do less harm behind the soft prompt": (
+            {"plain-tags": 1, "plain-wrong": -1, "soft-tags": -1, "soft-wrong": 1}, [*IMAGE, *REC])}),
+    "Figure 6: stage 2 without and with the aggregator": (["no-aggregator", "stage-2"], {
+        "The aggregator helps REC, however expressed": ({"stage-2": 1, "no-aggregator": -1}, [*REC, *WAYS])}),
+}  # fmt: skip
+
+
+def main(args: argparse.Namespace) -> None:
+    if not TRAIN.is_file():
+        raise ValueError(f"{TRAIN} is missing: run this in a checkout of the project")
+    # 1. The start: the package's frozen parts alone, so that stages 1 and 2 begin with new ones.
+    if not (start := args.out / "stage-0").exists():
+        config = read_config(TINY)
+        config = replace(config, stage=0, made_by=config.made_by.split("\n")[0])
+        with files.atomic_write(start) as new:
+            shutil.copytree(TINY, new, ignore=shutil.ignore_patterns("trained.*", "scores.*"))
+            (new / "config.json").write_text(config.to_json(), encoding="utf-8")
+    for seed in range(args.seeds):
+        for name in (*RUNS, *WRONG):
+            # 2. One model, trained and measured.
+            folder = args.out / f"seed{seed}"
+            if name in RUNS:
+                train(folder, name, [*args.flags, "--seed", str(seed)])
+            measure(folder, name, args.scenes)
+            # 3. All numbers so far.
+            report(args)
+
+
+def train(folder: Path, name: str, more: Sequence[str]) -> None:
+    (starts, flags), out = RUNS[name], folder / name
+    words = ["train.py", *flags.split(), *more, "--init"]
+    if (out / "config.json").exists():
+        if shlex.join(words) not in read_config(out).made_by.split("\n")[-1]:
+            raise ValueError(f"{out} was not trained by {shlex.join(words)} ...: use the same flags, or another --out")
+        return
+    words += [str(out.parents[start == "stage-0"] / start) for start in starts]
+    words += ["--resume", "--out", str(out)]
+    say(f"python {shlex.join(words)}")
+    with subprocess.Popen([sys.executable, str(TRAIN), *words[1:]]) as process:  # at Ctrl-C it saves a checkpoint
+        if code := process.wait():
+            raise ValueError(f"{out}: train.py ended with exit code {code}; the same command continues")
+
+
+def measure(folder: Path, name: str, scenes: int) -> None:
+    path = folder / f"{name}.json"
+    if not path.exists() or files.read_json(path)["scenes"] != scenes:
+        lion = Lion.from_pretrained(folder / WRONG.get(name, name))
+        replies = ask(lion, [scene(seed, "test") for seed in range(scenes)], tags_of=int(name in WRONG))
+        with files.atomic_write(path) as new:
+            new.write_text(json.dumps({"scenes": scenes, "percent": percents(replies)}, indent=1), encoding="utf-8")
+
+
+def percents(replies: Sequence[Reply]) -> dict[str, float]:
+    """Right answers by kind of question, level and way of expression: in all scenes, and in each half of them."""
+    right: dict[str, list[bool]] = {}
+    for reply in replies:
+        names = [reply.kind, *levels([reply])]
+        names += [SPACE] if reply.kind in ("counting", "relation") else []
+        names += [way(reply.record["question"])] if reply.kind == "rec" else []
+        for name in names:
+            for column in (name, f"{name}, held-{'out' if reply.scene.held_out else 'in'}"):
+                right.setdefault(column, []).append(reply.right)
+    return {column: 100 * fmean(values) for column, values in right.items()}
+
+
+def way(question: str) -> str:
+    """How a REC question's expression was made: its words tell, its record does not."""
+    by_order, by_relation = (re.search(rf"\b({'|'.join(words)})\b", question) for words in (EXTREMES, RELATIONS))
+    return WAYS[1 if by_order else 2 if by_relation else 0]
+
+
+def report(args: argparse.Namespace) -> None:
+    """Write ablations.json, ablations.md and ablations.png with all that is measured so far."""
+    models, seeds, found = (*RUNS, *WRONG), range(args.seeds), dict[str, dict[int, dict[str, float]]]()
+    for name, seed in product(models, seeds):
+        path = args.out / f"seed{seed}" / f"{name}.json"
+        if path.exists() and (measured := files.read_json(path))["scenes"] == args.scenes:
+            found.setdefault(name, {})[seed] = measured["percent"]
+    whole = sum(all(seed in found.get(name, ()) for name in models) for seed in seeds)
+    values = lambda signs, column: [
+        sum(sign * found[name][seed][column] for name, sign in signs.items())
+        for seed in seeds
+        if all(column in found.get(name, {}).get(seed, ()) for name in signs)
+    ]
+    lines = ["Right answers in percent: mean ± standard deviation over the seeds. Under the tables are differences in"]
+    lines += [f"points ± their standard error. {args.scenes} test scenes; {whole} of {args.seeds} seeds are complete."]
+    for title, (names, claims) in TABLES.items():
+        columns = [column for column in COLUMNS if any(values({name: 1}, column) for name in names)]
+        lines += ["", f"## {title}", "", f"| | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
+        for name in names:
+            lines.append(f"| {name} | {' | '.join(spread(values({name: 1}, column)) for column in columns)} |")
+        for text, (signs, places) in claims.items():
+            lines += ["", f"{text}:", "", *(f"- {column}: {verdict(values(signs, column))}" for column in places)]
+    for name, text in (
+        ("json", json.dumps({"scenes": args.scenes, "percent": found}, indent=1)),
+        ("md", "\n".join(lines)),
+    ):
+        with files.atomic_write(args.out / f"ablations.{name}") as new:
+            new.write_text(text + "\n", encoding="utf-8")
+    with files.atomic_write(args.out / "ablations.png") as new:
+        draw(values).save(new, "png")
+
+
+def spread(values: Sequence[float]) -> str:
+    error = f" ± {stdev(values):.1f}" if len(values) > 1 else ""
+    return f"{fmean(values):.1f}{error}" if values else "–"
+
+
+def verdict(values: Sequence[float]) -> str:
+    """The mean difference of the paired seeds, and whether it is greater than its standard error."""
+    if len(values) < 2:
+        return f"{len(values)} seeds are too few to say"
+    error = stdev(values) / sqrt(len(values))
+    holds = "holds" if fmean(values) > error else "does not hold"
+    return f"{fmean(values):+.1f} ± {error:.1f}, {len(values)} seeds: {holds}"
+
+
+def draw(values: Callable[[dict[str, int], str], list[float]]) -> Image.Image:
+    """The columns of each table's claims as bars, with the standard deviation over the seeds."""
+    pen = ImageDraw.Draw(picture := Image.new("RGB", (1200, 700), "white"))
+    for i, (title, (models, claims)) in enumerate(TABLES.items()):
+        left, right, base = 45 + 600 * (i % 2), 585 + 600 * (i % 2), 300 + 350 * (i // 2)
+        pen.text((left, base - 285), title, "black", font_size=17)
+        for percent in (0, 50, 100):
+            pen.line((left, base - 2 * percent, right, base - 2 * percent), "#dddddd")
+            pen.text((left - 6, base - 2 * percent), str(percent), "#666666", anchor="rm", font_size=11)
+        columns = [column for column in COLUMNS if any(column in places for _, places in claims.values())]
+        slot = (right - left) / len(columns)
+        for k, (model, colour) in enumerate(zip(models, COLOURS, strict=False)):
+            x, width = left + 135 * k, 0.84 * slot / len(models)
+            pen.rectangle((x, base - 251, x + 11, base - 240), colour)
+            pen.text((x + 17, base - 245), model, "black", anchor="lm", font_size=13)
+            for j, column in enumerate(columns):
+                if not (shares := values({model: 1}, column)):
+                    continue
+                x, top = left + slot * (j + 0.08) + width * k, base - 2 * fmean(shares)
+                error = 2 * stdev(shares) if len(shares) > 1 else 0
+                pen.rectangle((x, top, x + width - 3, base), colour)
+                pen.line((x + width / 2 - 2, top - error, x + width / 2 - 2, top + error), "black", 2)
+                label = f"{fmean(shares):.1f}"
+                pen.text((x + width / 2 - 2, top - error - 3), label, "black", anchor="ms", font_size=11)
+        for j, column in enumerate(columns):
+            name = column.replace(", ", "\n").replace(" and ", "\nand ").replace(" by ", "\nby ")
+            pen.text((left + slot * (j + 0.5), base + 6), name, "black", anchor="ma", align="center", font_size=12)
+    return picture
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--out", type=Path, default=Path("runs/ablations"), help="folder of all runs and results")
+    parser.add_argument("--seeds", type=int, default=3, help="how many seeds, from 0")
+    parser.add_argument("--scenes", type=int, default=1000, help="how many test scenes, every second one held out")
+    args, args.flags = parser.parse_known_args()
+    if min(args.seeds, args.scenes) < 1:
+        parser.error("--seeds and --scenes must be at least 1")
+    sys.exit(files.run(main, args))
