@@ -7,7 +7,9 @@ The single stage has as many steps as all three stages; stage 1 alone has fewer,
 """
 
 import argparse
+import fcntl
 import json
+import os
 import re
 import shlex
 import shutil
@@ -37,26 +39,31 @@ RUNS = {  # the folders that each starts from, and its flags
     "single-stage": (["stage-0"], "--stage 3 --single-stage --tags none"),
     "no-router": (["stage-1", "stage-2"], "--stage 3 --no-router --tags none"),
     "no-tags": (["stage-1", "stage-2"], "--stage 3 --tags none"),
-    "plain-tags": (["stage-1", "stage-2"], "--stage 3 --tags plain"),
-    "soft-tags": (["stage-1", "stage-2"], "--stage 3"),  # the full model
+    "plain": (["stage-1", "stage-2"], "--stage 3 --tags plain"),
+    "full": (["stage-1", "stage-2"], "--stage 3"),
 }
-WRONG = {"plain-wrong": "plain-tags", "soft-wrong": "soft-tags"}  # these runs with the tags of the next scene
+WRONG = {"plain-wrong": "plain", "full-wrong": "full"}  # measured with the tags of the next scene
+MODELS = (*RUNS, *WRONG)
 IMAGE, REC = ([f"{level}, held-{half}" for half in ("in", "out")] for level in ("image level", "REC"))
-SPACE, WAYS = "counting and relation", ["REC by attributes", "REC by order", "REC by relation"]
+SPACE, WAYS = "counting, relation", ["REC, by attributes", "REC, by order", "REC, by relation"]
 COLUMNS = (*IMAGE, SPACE, "ground", *REC, *WAYS, "REG")
 COLOURS = "#c3cbdb", "#7f96c4", "#e8a86b", "#274690"
-TABLES: dict[str, tuple[list[str], dict[str, tuple[dict[str, int], list[str]]]]] = {
-    # title: its models, and what the paper claims: where (columns) which sum over the models is positive
-    "Table 3: one stage or three, without tags": (["single-stage", "no-router", "no-tags"], {
+TABLES: dict[str, tuple[dict[str, str], dict[str, tuple[dict[str, int], list[str]]]]] = {
+    # title: its models, and what the paper claims: a sum over models that is positive, in these columns
+    "Table 3, without tags": (
+        {"single-stage": "single stage", "no-router": "stage-wise", "no-tags": "with router"}, {
         "Stage-wise tuning helps both levels": ({"no-router": 1, "single-stage": -1}, [*IMAGE, *REC]),
         "The router helps held-out image level and REC": ({"no-tags": 1, "no-router": -1}, [IMAGE[1], *REC])}),
-    "Table 4: image level alone, with grounding, with tags too": (["stage-1", "no-tags", "soft-tags"], {
-        "Grounding helps, above all with space and number": ({"no-tags": 1, "stage-1": -1}, [*IMAGE, SPACE]),
-        "Tags help where the picture does not tell": ({"soft-tags": 1, "no-tags": -1}, [*IMAGE, "ground"])}),
-    "Section 3.2: plain tags and soft prompt, own and wrong tags": ([*RUNS][-2:] + [*WRONG], {
-        "Wrong tags do less harm behind the soft prompt": (
-            {"plain-tags": 1, "plain-wrong": -1, "soft-tags": -1, "soft-wrong": 1}, [*IMAGE, *REC])}),
-    "Figure 6: stage 2 without and with the aggregator": (["no-aggregator", "stage-2"], {
+    "Table 4": (
+        {"stage-1": "image level alone", "no-tags": "with grounding", "full": "and with tags"}, {
+        "Grounding helps image level, space and number above all": ({"no-tags": 1, "stage-1": -1}, [*IMAGE, SPACE]),
+        "Tags help where the picture does not tell": ({"full": 1, "no-tags": -1}, [*IMAGE, "ground"])}),
+    "Section 3.2": (
+        {"plain": "plain tags", "plain-wrong": "another picture's", "full": "soft prompt", "full-wrong": "another's"}, {
+        "Another picture's tags do less harm behind the soft prompt": (
+            {"plain": 1, "plain-wrong": -1, "full": -1, "full-wrong": 1}, [*IMAGE, *REC])}),
+    "Figure 6, stage 2": (
+        {"no-aggregator": "without aggregator", "stage-2": "with aggregator"}, {
         "The aggregator helps REC, however expressed": ({"stage-2": 1, "no-aggregator": -1}, [*REC, *WAYS])}),
 }  # fmt: skip
 
@@ -64,35 +71,37 @@ TABLES: dict[str, tuple[list[str], dict[str, tuple[dict[str, int], list[str]]]]]
 def main(args: argparse.Namespace) -> None:
     if not TRAIN.is_file():
         raise ValueError(f"{TRAIN} is missing: run this in a checkout of the project")
-    # 1. The start: the package's frozen parts alone, so that stages 1 and 2 begin with new ones.
+    # 1. Wait for a training that outlived a killed command: it inherited the lock.
+    args.out.mkdir(parents=True, exist_ok=True)
+    fcntl.flock(lock := os.open(args.out / "lock", os.O_CREAT), fcntl.LOCK_EX)
+    # 2. The start: the package's frozen parts alone, so that stages 1 and 2 begin with new ones.
     if not (start := args.out / "stage-0").exists():
         config = read_config(TINY)
         config = replace(config, stage=0, made_by=config.made_by.split("\n")[0])
         with files.atomic_write(start) as new:
             shutil.copytree(TINY, new, ignore=shutil.ignore_patterns("trained.*", "scores.*"))
             (new / "config.json").write_text(config.to_json(), encoding="utf-8")
-    for seed in range(args.seeds):
-        for name in (*RUNS, *WRONG):
-            # 2. One model, trained and measured.
-            folder = args.out / f"seed{seed}"
-            if name in RUNS:
-                train(folder, name, [*args.flags, "--seed", str(seed)])
-            measure(folder, name, args.scenes)
-            # 3. All numbers so far.
-            report(args)
+    # 3. Train and measure one model after the other; report all so far.
+    for seed, name in product(range(args.seeds), MODELS):
+        folder = args.out / f"seed{seed}"
+        if name in RUNS:
+            train(folder, name, [*args.flags, "--seed", str(seed)], lock)
+        measure(folder, name, args.scenes)
+        report(args)
 
 
-def train(folder: Path, name: str, more: Sequence[str]) -> None:
+def train(folder: Path, name: str, more: Sequence[str], lock: int) -> None:
     (starts, flags), out = RUNS[name], folder / name
     words = ["train.py", *flags.split(), *more, "--init"]
     if (out / "config.json").exists():
         if shlex.join(words) not in read_config(out).made_by.split("\n")[-1]:
             raise ValueError(f"{out} was not trained by {shlex.join(words)} ...: use the same flags, or another --out")
         return
-    words += [str(out.parents[start == "stage-0"] / start) for start in starts]
+    words += [str((folder.parent if start == "stage-0" else folder) / start) for start in starts]
     words += ["--resume", "--out", str(out)]
     say(f"python {shlex.join(words)}")
-    with subprocess.Popen([sys.executable, str(TRAIN), *words[1:]]) as process:  # at Ctrl-C it saves a checkpoint
+    # Without subprocess.run, which kills at Ctrl-C: train.py saves a checkpoint then.
+    with subprocess.Popen([sys.executable, str(TRAIN), *words[1:]], pass_fds=[lock]) as process:
         if code := process.wait():
             raise ValueError(f"{out}: train.py ended with exit code {code}; the same command continues")
 
@@ -111,8 +120,7 @@ def percents(replies: Sequence[Reply]) -> dict[str, float]:
     right: dict[str, list[bool]] = {}
     for reply in replies:
         names = [reply.kind, *levels([reply])]
-        names += [SPACE] if reply.kind in ("counting", "relation") else []
-        names += [way(reply.record["question"])] if reply.kind == "rec" else []
+        names += {"counting": [SPACE], "relation": [SPACE], "rec": [way(reply.record["question"])]}.get(reply.kind, [])
         for name in names:
             for column in (name, f"{name}, held-{'out' if reply.scene.held_out else 'in'}"):
                 right.setdefault(column, []).append(reply.right)
@@ -127,12 +135,12 @@ def way(question: str) -> str:
 
 def report(args: argparse.Namespace) -> None:
     """Write ablations.json, ablations.md and ablations.png with all that is measured so far."""
-    models, seeds, found = (*RUNS, *WRONG), range(args.seeds), dict[str, dict[int, dict[str, float]]]()
-    for name, seed in product(models, seeds):
+    seeds, found = range(args.seeds), dict[str, dict[int, dict[str, float]]]()
+    for name, seed in product(MODELS, seeds):
         path = args.out / f"seed{seed}" / f"{name}.json"
         if path.exists() and (measured := files.read_json(path))["scenes"] == args.scenes:
             found.setdefault(name, {})[seed] = measured["percent"]
-    whole = sum(all(seed in found.get(name, ()) for name in models) for seed in seeds)
+    whole = sum(all(seed in found.get(name, ()) for name in MODELS) for seed in seeds)
     values = lambda signs, column: [
         sum(sign * found[name][seed][column] for name, sign in signs.items())
         for seed in seeds
@@ -140,18 +148,17 @@ def report(args: argparse.Namespace) -> None:
     ]
     lines = ["Right answers in percent: mean ± standard deviation over the seeds. Under the tables are differences in"]
     lines += [f"points ± their standard error. {args.scenes} test scenes; {whole} of {args.seeds} seeds are complete."]
-    for title, (names, claims) in TABLES.items():
-        columns = [column for column in COLUMNS if any(values({name: 1}, column) for name in names)]
+    for title, (words, claims) in TABLES.items():
+        hidden = {SPACE, *WAYS}.difference(*(places for _, places in claims.values()))
+        columns = [name for name in COLUMNS if name not in hidden and any(values({model: 1}, name) for model in words)]
         lines += ["", f"## {title}", "", f"| | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
-        for name in names:
-            lines.append(f"| {name} | {' | '.join(spread(values({name: 1}, column)) for column in columns)} |")
+        for model, word in words.items():
+            lines.append(f"| {word} | {' | '.join(spread(values({model: 1}, column)) for column in columns)} |")
         for text, (signs, places) in claims.items():
             lines += ["", f"{text}:", "", *(f"- {column}: {verdict(values(signs, column))}" for column in places)]
-    for name, text in (
-        ("json", json.dumps({"scenes": args.scenes, "percent": found}, indent=1)),
-        ("md", "\n".join(lines)),
-    ):
-        with files.atomic_write(args.out / f"ablations.{name}") as new:
+    texts = {"json": json.dumps({"scenes": args.scenes, "percent": found}, indent=1), "md": "\n".join(lines)}
+    for ending, text in texts.items():
+        with files.atomic_write(args.out / f"ablations.{ending}") as new:
             new.write_text(text + "\n", encoding="utf-8")
     with files.atomic_write(args.out / "ablations.png") as new:
         draw(values).save(new, "png")
@@ -174,7 +181,7 @@ def verdict(values: Sequence[float]) -> str:
 def draw(values: Callable[[dict[str, int], str], list[float]]) -> Image.Image:
     """The columns of each table's claims as bars, with the standard deviation over the seeds."""
     pen = ImageDraw.Draw(picture := Image.new("RGB", (1200, 700), "white"))
-    for i, (title, (models, claims)) in enumerate(TABLES.items()):
+    for i, (title, (words, claims)) in enumerate(TABLES.items()):
         left, right, base = 45 + 600 * (i % 2), 585 + 600 * (i % 2), 300 + 350 * (i // 2)
         pen.text((left, base - 285), title, "black", font_size=17)
         for percent in (0, 50, 100):
@@ -182,21 +189,19 @@ def draw(values: Callable[[dict[str, int], str], list[float]]) -> Image.Image:
             pen.text((left - 6, base - 2 * percent), str(percent), "#666666", anchor="rm", font_size=11)
         columns = [column for column in COLUMNS if any(column in places for _, places in claims.values())]
         slot = (right - left) / len(columns)
-        for k, (model, colour) in enumerate(zip(models, COLOURS, strict=False)):
-            x, width = left + 135 * k, 0.84 * slot / len(models)
-            pen.rectangle((x, base - 251, x + 11, base - 240), colour)
-            pen.text((x + 17, base - 245), model, "black", anchor="lm", font_size=13)
+        for k, (model, colour) in enumerate(zip(words, COLOURS, strict=False)):
+            corner, width = left + 140 * k, 0.84 * slot / len(words)
+            pen.rectangle((corner, base - 251, corner + 11, base - 240), colour)
+            pen.text((corner + 17, base - 245), words[model], "black", anchor="lm", font_size=13)
             for j, column in enumerate(columns):
-                if not (shares := values({model: 1}, column)):
-                    continue
-                x, top = left + slot * (j + 0.08) + width * k, base - 2 * fmean(shares)
-                error = 2 * stdev(shares) if len(shares) > 1 else 0
-                pen.rectangle((x, top, x + width - 3, base), colour)
-                pen.line((x + width / 2 - 2, top - error, x + width / 2 - 2, top + error), "black", 2)
-                label = f"{fmean(shares):.1f}"
-                pen.text((x + width / 2 - 2, top - error - 3), label, "black", anchor="ms", font_size=11)
+                if shares := values({model: 1}, column):
+                    x, top = left + slot * (j + 0.08) + width * (k + 0.5), base - 2 * fmean(shares)
+                    error = 2 * stdev(shares) if len(shares) > 1 else 0.0
+                    pen.rectangle((x - width / 2 + 1, top, x + width / 2 - 1, base), colour)
+                    pen.line((x, top - error, x, top + error), "black", 2)
+                    pen.text((x, top - error - 3), f"{fmean(shares):.1f}", "black", anchor="ms", font_size=11)
         for j, column in enumerate(columns):
-            name = column.replace(", ", "\n").replace(" and ", "\nand ").replace(" by ", "\nby ")
+            name = column.replace(", ", "\n")
             pen.text((left + slot * (j + 0.5), base + 6), name, "black", anchor="ma", align="center", font_size=12)
     return picture
 
@@ -208,7 +213,7 @@ if __name__ == "__main__":
     parser.add_argument("--out", type=Path, default=Path("runs/ablations"), help="folder of all runs and results")
     parser.add_argument("--seeds", type=int, default=3, help="how many seeds, from 0")
     parser.add_argument("--scenes", type=int, default=1000, help="how many test scenes, every second one held out")
-    args, args.flags = parser.parse_known_args()
-    if min(args.seeds, args.scenes) < 1:
+    known, flags = parser.parse_known_args()
+    if min(known.seeds, known.scenes) < 1:
         parser.error("--seeds and --scenes must be at least 1")
-    sys.exit(files.run(main, args))
+    sys.exit(files.run(main, argparse.Namespace(**vars(known), flags=flags)))

@@ -64,7 +64,9 @@ def ask(lion: Lion, scenes: Sequence[Scene], batch_size: int = 32, tags_of: int 
         for start in range(0, len(pairs), batch_size):
             batch = pairs[start : start + batch_size]
             tags = [split_tags(record["tags"]) for _, record in batch] if lion.model.ram is None else None
-            tags = lion.tag([tagged[each].image for each, _ in batch]) if tags_of else tags
+            if tags_of:
+                scored = lion.scored_tags([tagged[each].image for each, _ in batch])
+                tags = [[tag for tag, _ in row] for row in scored]
             prompts, tasks = [record["question"] for _, record in batch], [TASK_OF[kind]] * len(batch)
             answers = lion.respond([each.image for each, _ in batch], prompts, tasks, GENERATION[SETTINGS[kind]], tags)
             together = zip(batch, answers, strict=True)
