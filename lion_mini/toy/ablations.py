@@ -50,19 +50,19 @@ COLUMNS = (*IMAGE, SPACE, "ground", *REC, *WAYS, "REG")
 COLOURS = "#c3cbdb", "#7f96c4", "#e8a86b", "#274690"
 TABLES: dict[str, tuple[dict[str, str], dict[str, tuple[dict[str, int], list[str]]]]] = {
     # title: its models, and what the paper claims: a sum over models that is positive, in these columns
-    "Table 3, without tags": (
+    "Table 3, without tags: one stage or three": (
         {"single-stage": "single stage", "no-router": "stage-wise", "no-tags": "with router"}, {
         "Stage-wise tuning helps both levels": ({"no-router": 1, "single-stage": -1}, [*IMAGE, *REC]),
         "The router helps held-out image level and REC": ({"no-tags": 1, "no-router": -1}, [IMAGE[1], *REC])}),
-    "Table 4": (
+    "Table 4: two levels of visual knowledge": (
         {"stage-1": "image level alone", "no-tags": "with grounding", "full": "and with tags"}, {
         "Grounding helps image level, space and number above all": ({"no-tags": 1, "stage-1": -1}, [*IMAGE, SPACE]),
         "Tags help where the picture does not tell": ({"full": 1, "no-tags": -1}, [*IMAGE, "ground"])}),
-    "Section 3.2": (
-        {"plain": "plain tags", "plain-wrong": "another picture's", "full": "soft prompt", "full-wrong": "another's"}, {
-        "Another picture's tags do less harm behind the soft prompt": (
+    "Section 3.2: tags behind a soft prompt": (
+        {"plain": "plain", "plain-wrong": "plain, wrong tags", "full": "soft", "full-wrong": "soft, wrong tags"}, {
+        "Another picture's tags cost less with a soft prompt (the loss without one, minus the loss with it)": (
             {"plain": 1, "plain-wrong": -1, "full": -1, "full-wrong": 1}, [*IMAGE, *REC])}),
-    "Figure 6, stage 2": (
+    "Figure 6: stage 2 without the aggregator": (
         {"no-aggregator": "without aggregator", "stage-2": "with aggregator"}, {
         "The aggregator helps REC, however expressed": ({"stage-2": 1, "no-aggregator": -1}, [*REC, *WAYS])}),
 }  # fmt: skip
