@@ -9,7 +9,6 @@ The single stage has as many steps as all three stages; stage 1 alone has fewer,
 import argparse
 import fcntl
 import json
-import os
 import re
 import shlex
 import shutil
@@ -71,23 +70,23 @@ TABLES: dict[str, tuple[dict[str, str], dict[str, tuple[dict[str, int], list[str
 def main(args: argparse.Namespace) -> None:
     if not TRAIN.is_file():
         raise ValueError(f"{TRAIN} is missing: run this in a checkout of the project")
-    # 1. Wait for a training that outlived a killed command: it inherited the lock.
-    args.out.mkdir(parents=True, exist_ok=True)
-    fcntl.flock(lock := os.open(args.out / "lock", os.O_CREAT), fcntl.LOCK_EX)
-    # 2. The start: the package's frozen parts alone, so that stages 1 and 2 begin with new ones.
+    # 1. The start: the package's frozen parts alone, so that stages 1 and 2 begin with new ones.
     if not (start := args.out / "stage-0").exists():
         config = read_config(TINY)
         config = replace(config, stage=0, made_by=config.made_by.split("\n")[0])
         with files.atomic_write(start) as new:
             shutil.copytree(TINY, new, ignore=shutil.ignore_patterns("trained.*", "scores.*"))
             (new / "config.json").write_text(config.to_json(), encoding="utf-8")
-    # 3. Train and measure one model after the other; report all so far.
-    for seed, name in product(range(args.seeds), MODELS):
-        folder = args.out / f"seed{seed}"
-        if name in RUNS:
-            train(folder, name, [*args.flags, "--seed", str(seed)], lock)
-        measure(folder, name, args.scenes)
-        report(args)
+    # 2. Wait for a training that outlived a killed command: it inherited the lock.
+    with open(args.out / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        # 3. Train and measure one model after the other; report all so far.
+        for seed, name in product(range(args.seeds), MODELS):
+            folder = args.out / f"seed{seed}"
+            if name in RUNS:
+                train(folder, name, [*args.flags, "--seed", str(seed)], lock.fileno())
+            measure(folder, name, args.scenes)
+            report(args)
 
 
 def train(folder: Path, name: str, more: Sequence[str], lock: int) -> None:
@@ -172,7 +171,7 @@ def spread(values: Sequence[float]) -> str:
 def verdict(values: Sequence[float]) -> str:
     """The mean difference of the paired seeds, and whether it is greater than its standard error."""
     if len(values) < 2:
-        return f"{len(values)} seeds are too few to say"
+        return f"too few seeds to say, {len(values)}"
     error = stdev(values) / sqrt(len(values))
     holds = "holds" if fmean(values) > error else "does not hold"
     return f"{fmean(values):+.1f} ± {error:.1f}, {len(values)} seeds: {holds}"

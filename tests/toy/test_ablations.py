@@ -3,13 +3,14 @@
 import argparse
 import json
 import os
-import random
 import signal
 import subprocess
 import sys
 import time
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import ROOT, randomise
@@ -20,8 +21,12 @@ import train
 from lion_mini import Lion, toy
 from lion_mini.config import PRESETS, QFormerConfig, T5Config, VitConfig
 from lion_mini.model.lion import LionModel
-from lion_mini.toy import ablations, scores
+from lion_mini.pipeline import Answer
+from lion_mini.text.prompts import EVAL_TEMPLATES, render
+from lion_mini.toy import ablations
+from lion_mini.toy.ablations import SPACE, WAYS, percents, report, verdict, way
 from lion_mini.toy.questions import by_attributes, by_order, by_relation
+from lion_mini.toy.scores import Reply, ask
 from lion_mini.training.stages import part_of
 
 SIZES = replace(
@@ -58,9 +63,7 @@ def test_killed_and_continued(start: argparse.Namespace, tmp_path: Path) -> None
     for moment, kill in (
         ("stage-1/checkpoints/step-00000002.pt", os.killpg),
         ("stage-2/metrics.jsonl", os.kill),
-        ("no-aggregator/config.json", os.killpg),
-        ("full/checkpoints/step-00000001.pt", os.kill),
-        ("full-wrong.json", os.killpg),
+        ("full.json", os.killpg),
     ):
         process = launch()
         while not (seed / moment).exists():
@@ -77,18 +80,72 @@ def test_killed_and_continued(start: argparse.Namespace, tmp_path: Path) -> None
     for number, init, folder in ((1, [out / "stage-0"], one), (2, [out / "stage-0"], two), (3, [one, two], three)):
         words = ["--stage", number, *FLAGS, "--seed", 0, "--init", *init, "--out", folder]
         assert train.main([str(word) for word in words]) == 0
-        assert (folder / "trained.safetensors").read_bytes() == (seed / folder.name / "trained.safetensors").read_bytes()
+        assert (folder / "trained.safetensors").read_bytes() == (
+            seed / folder.name / "trained.safetensors"
+        ).read_bytes()
     with pytest.raises(ValueError, match="stage-1 was not trained by train.py --stage 1 --steps 9 --seed 0"):
         ablations.main(argparse.Namespace(**vars(start) | {"seeds": 1, "flags": ["--steps", "9"]}))
 
 
 def test_wrong_tags_are_the_next_scenes(start: argparse.Namespace, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By pictures: also where a scene is asked twice in a row."""
-    ...
+    """Also where a scene is asked twice in a row."""
+    lion, scenes, pairs = Lion.from_pretrained(ablations.TINY), [toy.scene(seed, "test") for seed in range(3)], set()
+    number = {id(scene.image): i for i, scene in enumerate(scenes)}
+
+    def respond(images: list[Image.Image], *args: Any) -> list[Answer]:
+        pairs.update((number[id(image)], *tags) for image, tags in zip(images, args[-1], strict=True))
+        return [Answer("yes", "", [], 0.0)] * len(images)
+
+    monkeypatch.setattr(lion, "respond", respond)
+    monkeypatch.setattr(lion, "scored_tags", lambda images: [[(number[id(image)], 1.0)] for image in images])
+    ask(lion, scenes, tags_of=1)
+    assert pairs == {(0, 1), (1, 2), (2, 0)}
 
 
 def test_what_is_counted() -> None:
-    things = toy.scene(0, "test").things
-    rng = random.Random(0)
-    for place, made in enumerate((by_attributes, by_order, by_relation)):
-        ...
+    scenes = [toy.scene(seed, "test") for seed in range(2)]  # the second one is held out
+    words = render(EVAL_TEMPLATES["rec"], expression="the leftmost circle")
+    box = scenes[1].things[0].box.to_text()
+    replies = [
+        Reply(scenes[0], {"kind": "vqa", "subkind": "counting", "question": "", "answer": "2"}, "2"),
+        Reply(scenes[1], {"kind": "vqa", "subkind": "relation", "question": "", "answer": "no"}, "yes"),
+        Reply(scenes[1], {"kind": "rec", "subkind": "", "question": words, "answer": box}, box),
+    ]
+    expected = dict.fromkeys(("counting", "image level, held-in", f"{SPACE}, held-in", "rec", "REC"), 100)
+    expected |= dict.fromkeys(("counting, held-in", "rec, held-out", "REC, held-out"), 100)
+    expected |= dict.fromkeys(("REC, by order", "REC, by order, held-out"), 100)
+    expected |= {"image level": 50, SPACE: 50, "image level, held-out": 0}
+    assert percents(replies) == expected | dict.fromkeys(("relation", "relation, held-out", f"{SPACE}, held-out"), 0)
+    for name, made in zip(WAYS, (by_attributes, by_order, by_relation), strict=True):
+        texts = [text for s in scenes for thing in s.things for text in made(s.things, thing)]
+        assert {way(render(EVAL_TEMPLATES["rec"], expression=text)) for text in texts} == {name}
+
+
+@pytest.mark.parametrize(
+    ("values", "text"),
+    [
+        ([1, 2, 3], "+2.0 ± 0.6, 3 seeds: holds"),
+        ([-1, 1, 3], "+1.0 ± 1.2, 3 seeds: does not hold"),
+        ([-2, -3], "-2.5 ± 0.5, 2 seeds: does not hold"),
+        ([1], "too few seeds to say, 1"),
+    ],
+)
+def test_a_difference_greater_than_its_error_holds(values: list[float], text: str) -> None:
+    assert verdict(values) == text
+
+
+def test_only_paired_seeds_are_compared(tmp_path: Path) -> None:
+    """Wrong tags cost 20 points without a soft prompt and 5 with it. Two of four seeds lack a model."""
+    for seed, (name, score) in product(
+        range(4), {"plain": 90, "plain-wrong": 70, "full": 80, "full-wrong": 75}.items()
+    ):
+        if (seed, name) not in {(1, "plain"), (2, "full-wrong")}:
+            (folder := tmp_path / f"seed{seed}").mkdir(exist_ok=True)
+            record = {"scenes": 5, "percent": {"REC, held-in": score + seed, "ground": 7}}
+            (folder / f"{name}.json").write_text(json.dumps(record))
+    report(argparse.Namespace(out=tmp_path, seeds=4, scenes=5))
+    lines = (tmp_path / "ablations.md").read_text().splitlines()
+    assert "| plain | 7.0 ± 0.0 | 91.7 ± 1.5 |" in lines
+    assert "- REC, held-in: +15.0 ± 0.0, 2 seeds: holds" in lines
+    assert "- REC, held-out: too few seeds to say, 0" in lines
+    assert "0 of 4 seeds are complete." in lines[1]
