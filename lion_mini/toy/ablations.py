@@ -47,8 +47,7 @@ IMAGE, REC = ([f"{level}, held-{half}" for half in ("in", "out")] for level in (
 SPACE, WAYS = "counting, relation", ["REC, by attributes", "REC, by order", "REC, by relation"]
 COLUMNS = (*IMAGE, SPACE, "ground", *REC, *WAYS, "REG")
 COLOURS = "#c3cbdb", "#7f96c4", "#e8a86b", "#274690"
-TABLES: dict[str, tuple[dict[str, str], dict[str, tuple[dict[str, int], list[str]]]]] = {
-    # title: its models, and what the paper claims: a sum over models that is positive, in these columns
+TABLES = {  # per title its models, and the paper's claims: a sum over models that is positive, in these columns
     "Table 3, without tags: one stage or three": (
         {"single-stage": "single stage", "no-router": "stage-wise", "no-tags": "with router"}, {
         "Stage-wise tuning helps both levels": ({"no-router": 1, "single-stage": -1}, [*IMAGE, *REC]),
@@ -145,14 +144,17 @@ def report(args: argparse.Namespace) -> None:
         for seed in seeds
         if all(column in found.get(name, {}).get(seed, ()) for name in signs)
     ]
-    lines = ["Right answers in percent: mean ± standard deviation over the seeds. Under the tables are differences in"]
-    lines += [f"points ± their standard error. {args.scenes} test scenes; {whole} of {args.seeds} seeds are complete."]
-    for title, (words, claims) in TABLES.items():
+    lines = [f"{args.scenes} test scenes; {whole} of {args.seeds} seeds are complete. The tables show right answers in"]
+    lines += [
+        "percent, mean ± standard deviation over the seeds: captions and REG word for word, boxes that overlap by"
+    ]
+    lines += ["half. Under them are differences between models of one seed in points, mean ± standard error."]
+    for title, (labels, claims) in TABLES.items():
         hidden = {SPACE, *WAYS}.difference(*(places for _, places in claims.values()))
-        columns = [name for name in COLUMNS if name not in hidden and any(values({model: 1}, name) for model in words)]
+        columns = [name for name in COLUMNS if name not in hidden and any(values({model: 1}, name) for model in labels)]
         lines += ["", f"## {title}", "", f"| | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
-        for model, word in words.items():
-            lines.append(f"| {word} | {' | '.join(spread(values({model: 1}, column)) for column in columns)} |")
+        for model, label in labels.items():
+            lines.append(f"| {label} | {' | '.join(spread(values({model: 1}, column)) for column in columns)} |")
         for text, (signs, places) in claims.items():
             lines += ["", f"{text}:", "", *(f"- {column}: {verdict(values(signs, column))}" for column in places)]
     texts = {"json": json.dumps({"scenes": args.scenes, "percent": found}, indent=1), "md": "\n".join(lines)}
@@ -180,7 +182,7 @@ def verdict(values: Sequence[float]) -> str:
 def draw(values: Callable[[dict[str, int], str], list[float]]) -> Image.Image:
     """The columns of each table's claims as bars, with the standard deviation over the seeds."""
     pen = ImageDraw.Draw(picture := Image.new("RGB", (1200, 700), "white"))
-    for i, (title, (words, claims)) in enumerate(TABLES.items()):
+    for i, (title, (labels, claims)) in enumerate(TABLES.items()):
         left, right, base = 45 + 600 * (i % 2), 585 + 600 * (i % 2), 300 + 350 * (i // 2)
         pen.text((left, base - 285), title, "black", font_size=17)
         for percent in (0, 50, 100):
@@ -188,10 +190,10 @@ def draw(values: Callable[[dict[str, int], str], list[float]]) -> Image.Image:
             pen.text((left - 6, base - 2 * percent), str(percent), "#666666", anchor="rm", font_size=11)
         columns = [column for column in COLUMNS if any(column in places for _, places in claims.values())]
         slot = (right - left) / len(columns)
-        for k, (model, colour) in enumerate(zip(words, COLOURS, strict=False)):
-            corner, width = left + 140 * k, 0.84 * slot / len(words)
+        for k, (model, colour) in enumerate(zip(labels, COLOURS, strict=False)):
+            corner, width = left + 140 * k, 0.84 * slot / len(labels)
             pen.rectangle((corner, base - 251, corner + 11, base - 240), colour)
-            pen.text((corner + 17, base - 245), words[model], "black", anchor="lm", font_size=13)
+            pen.text((corner + 17, base - 245), labels[model], "black", anchor="lm", font_size=13)
             for j, column in enumerate(columns):
                 if shares := values({model: 1}, column):
                     x, top = left + slot * (j + 0.08) + width * (k + 0.5), base - 2 * fmean(shares)
