@@ -32,14 +32,14 @@ from .world import scene
 
 TRAIN = Path(__file__).parents[2] / "train.py"
 RUNS = {  # the folders that each starts from, and its flags
-    "stage-1": (["stage-0"], "--stage 1"),
-    "stage-2": (["stage-0"], "--stage 2"),
-    "no-aggregator": (["stage-0"], "--stage 2 --no-aggregator"),
-    "single-stage": (["stage-0"], "--stage 3 --single-stage --tags none"),
-    "no-router": (["stage-1", "stage-2"], "--stage 3 --no-router --tags none"),
-    "no-tags": (["stage-1", "stage-2"], "--stage 3 --tags none"),
-    "plain": (["stage-1", "stage-2"], "--stage 3 --tags plain"),
-    "full": (["stage-1", "stage-2"], "--stage 3"),
+    "stage1": (["stage0"], "--stage 1"),
+    "stage2": (["stage0"], "--stage 2"),
+    "no-aggregator": (["stage0"], "--stage 2 --no-aggregator"),
+    "single-stage": (["stage0"], "--stage 3 --single-stage --tags none"),
+    "no-router": (["stage1", "stage2"], "--stage 3 --no-router --tags none"),
+    "no-tags": (["stage1", "stage2"], "--stage 3 --tags none"),
+    "plain": (["stage1", "stage2"], "--stage 3 --tags plain"),
+    "full": (["stage1", "stage2"], "--stage 3"),
 }
 WRONG = {"plain-wrong": "plain", "full-wrong": "full"}  # measured with the tags of the next scene
 MODELS = (*RUNS, *WRONG)
@@ -53,16 +53,16 @@ TABLES = {  # per title its models, and the paper's claims: a sum over models th
         "Stage-wise tuning helps both levels": ({"no-router": 1, "single-stage": -1}, [*IMAGE, *REC]),
         "The router helps held-out image level and REC": ({"no-tags": 1, "no-router": -1}, [IMAGE[1], *REC])}),
     "Table 4: two levels of visual knowledge": (
-        {"stage-1": "image level alone", "no-tags": "with grounding", "full": "and with tags"}, {
-        "Grounding helps image level, space and number above all": ({"no-tags": 1, "stage-1": -1}, [*IMAGE, SPACE]),
+        {"stage1": "image level alone", "no-tags": "with grounding", "full": "and with tags"}, {
+        "Grounding helps image level, space and number above all": ({"no-tags": 1, "stage1": -1}, [*IMAGE, SPACE]),
         "Tags help where the picture does not tell": ({"full": 1, "no-tags": -1}, [*IMAGE, "ground"])}),
     "Section 3.2: tags behind a soft prompt": (
         {"plain": "plain", "plain-wrong": "plain, wrong tags", "full": "soft", "full-wrong": "soft, wrong tags"}, {
         "Another picture's tags cost less with a soft prompt (the loss without one, minus the loss with it)": (
             {"plain": 1, "plain-wrong": -1, "full": -1, "full-wrong": 1}, [*IMAGE, *REC])}),
     "Figure 6: stage 2 without the aggregator": (
-        {"no-aggregator": "without aggregator", "stage-2": "with aggregator"}, {
-        "The aggregator helps REC, however expressed": ({"stage-2": 1, "no-aggregator": -1}, [*REC, *WAYS])}),
+        {"no-aggregator": "without aggregator", "stage2": "with aggregator"}, {
+        "The aggregator helps REC, however expressed": ({"stage2": 1, "no-aggregator": -1}, [*REC, *WAYS])}),
 }  # fmt: skip
 
 
@@ -70,7 +70,7 @@ def main(args: argparse.Namespace) -> None:
     if not TRAIN.is_file():
         raise ValueError(f"{TRAIN} is missing: run this in a checkout of the project")
     # 1. The start: the package's frozen parts alone, so that stages 1 and 2 begin with new ones.
-    if not (start := args.out / "stage-0").exists():
+    if not (start := args.out / "stage0").exists():
         config = read_config(TINY)
         config = replace(config, stage=0, made_by=config.made_by.split("\n")[0])
         with files.atomic_write(start) as new:
@@ -95,13 +95,15 @@ def train(folder: Path, name: str, more: Sequence[str], lock: int) -> None:
         if shlex.join(words) not in read_config(out).made_by.split("\n")[-1]:
             raise ValueError(f"{out} was not trained by {shlex.join(words)} ...: use the same flags, or another --out")
         return
-    words += [str((folder.parent if start == "stage-0" else folder) / start) for start in starts]
+    words += [str((folder.parent if start == "stage0" else folder) / start) for start in starts]
     words += ["--resume", "--out", str(out)]
     say(f"python {shlex.join(words)}")
     # Without subprocess.run, which kills at Ctrl-C: train.py saves a checkpoint then.
     with subprocess.Popen([sys.executable, str(TRAIN), *words[1:]], pass_fds=[lock]) as process:
         if code := process.wait():
-            raise ValueError(f"{out}: train.py ended with exit code {code}, its reason stands above; run this again to continue")
+            raise ValueError(
+                f"{out}: train.py ended with exit code {code}, its reason stands above; run this again to continue"
+            )
 
 
 def measure(folder: Path, name: str, scenes: int) -> None:

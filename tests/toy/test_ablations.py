@@ -50,11 +50,11 @@ def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> argparse.Namespace
 def test_killed_and_continued(start: argparse.Namespace, tmp_path: Path) -> None:
     """Killed within and between runs, the command alone or with its training; the weights are those of one go."""
     out, seed, whole = start.out, start.out / "seed0", tmp_path / "whole"
-    assert json.loads((out / "stage-0" / "config.json").read_text())["made_by"] == "stage 0: random"
-    assert not (out / "stage-0" / "trained.safetensors").exists()
+    assert json.loads((out / "stage0" / "config.json").read_text())["made_by"] == "stage 0: random"
+    assert not (out / "stage0" / "trained.safetensors").exists()
     command = [sys.executable, "-m", "lion_mini.toy.ablations", "--out", str(out), "--seeds", "1", "--scenes", "2"]
     launch = lambda: subprocess.Popen([*command, *FLAGS], cwd=ROOT, start_new_session=True)
-    moments = {"stage-1/checkpoints/step-00000002.pt": os.killpg, "stage-2/metrics.jsonl": os.kill}
+    moments = {"stage1/checkpoints/step-00000002.pt": os.killpg, "stage2/metrics.jsonl": os.kill}
     for moment, kill in (moments | {"full.json": os.killpg}).items():
         process = launch()
         while not (seed / moment).exists():
@@ -67,12 +67,12 @@ def test_killed_and_continued(start: argparse.Namespace, tmp_path: Path) -> None
     assert Image.open(out / "ablations.png").size == (1200, 700)
     assert len(list(seed.glob("*.json"))) == len(ablations.MODELS)
 
-    for name, starts in (("stage-1", [out / "stage-0"]), ("full", [whole / "stage-1", seed / "stage-2"])):
-        words = ["--stage", 1 if name == "stage-1" else 3, *FLAGS, "--init", *starts, "--out", whole / name]
+    for name, starts in (("stage1", [out / "stage0"]), ("full", [whole / "stage1", seed / "stage2"])):
+        words = ["--stage", 1 if name == "stage1" else 3, *FLAGS, "--init", *starts, "--out", whole / name]
         assert train.main([str(word) for word in words]) == 0
         one, two = (folder / name / "trained.safetensors" for folder in (whole, seed))
         assert one.read_bytes() == two.read_bytes()
-    with pytest.raises(ValueError, match=r"stage-1 was not trained by train\.py --stage 1 --steps 9 --seed 0"):
+    with pytest.raises(ValueError, match=r"stage1 was not trained by train\.py --stage 1 --steps 9 --seed 0"):
         ablations.main(argparse.Namespace(**vars(start) | {"seeds": 1, "flags": ["--steps", "9"]}))
 
 
