@@ -101,9 +101,7 @@ def train(folder: Path, name: str, more: Sequence[str], lock: int) -> None:
     # Without subprocess.run, which kills at Ctrl-C: train.py saves a checkpoint then.
     with subprocess.Popen([sys.executable, str(TRAIN), *words[1:]], pass_fds=[lock]) as process:
         if code := process.wait():
-            raise ValueError(
-                f"{out}: train.py ended with exit code {code}, its reason stands above; run this again to continue"
-            )
+            raise ValueError(f"{out}: train.py ended with exit code {code}; run this again to continue")
 
 
 def measure(folder: Path, name: str, scenes: int) -> None:
