@@ -34,15 +34,20 @@ def changes(config: LionConfig) -> list[str]:
 
 
 class Previous:
-    """Gives each row what belongs to the row before it; the first gets the last one of the batch before."""
+    """Gives each row what belongs to the picture before it: the last earlier row that differs, also of other batches.
+    Only the very first picture has none, and gets the last one of its batch."""
 
     def __init__(self) -> None:
-        self.last: list[Tensor] = []
+        self.before: tuple[Tensor, ...] = ()
+        self.this: tuple[Tensor, ...] = ()
 
     def __call__(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        first = self.last or [tensor[-1:] for tensor in tensors]
-        self.last = [tensor[-1:] for tensor in tensors]
-        return [torch.cat((one, tensor[:-1])) for one, tensor in zip(first, tensors, strict=True)]
+        rows, taken = list(zip(*tensors, strict=True)), []
+        for row in rows:
+            if not self.this or not all(map(torch.allclose, row, self.this)):
+                self.before, self.this = self.this, row
+            taken.append(self.before or rows[-1])
+        return [torch.stack(column) for column in zip(*taken, strict=True)]
 
 
 def change(model: LionModel, name: str) -> None:
