@@ -24,6 +24,7 @@ from statistics import fmean, stdev
 from PIL import Image, ImageDraw
 
 from .. import files
+from ..evaluation.parts import change
 from ..pipeline import TINY, Lion, read_config
 from ..training.report import say
 from .questions import EXTREMES, RELATIONS
@@ -41,7 +42,7 @@ RUNS = {  # the folders that each starts from, and its flags
     "plain": (["stage1", "stage2"], "--stage 3 --tags plain"),
     "full": (["stage1", "stage2"], "--stage 3"),
 }
-WRONG = {"plain-wrong": "plain", "full-wrong": "full"}  # measured with the tags of the next scene
+WRONG = {"plain-wrong": "plain", "full-wrong": "full"}  # measured with the tags of another scene
 MODELS = (*RUNS, *WRONG)
 IMAGE, REC = ([f"{level}, held-{half}" for half in ("in", "out")] for level in ("image level", "REC"))
 SPACE, WAYS = "counting, relation", ["REC, by attributes", "REC, by order", "REC, by relation"]
@@ -108,7 +109,8 @@ def measure(folder: Path, name: str, scenes: int) -> None:
     path = folder / f"{name}.json"
     if not path.exists() or files.read_json(path)["scenes"] != scenes:
         lion = Lion.from_pretrained(folder / WRONG.get(name, name))
-        replies = ask(lion, [scene(seed, "test") for seed in range(scenes)], tags_of=int(name in WRONG))
+        change(lion.model, "tags of another picture" if name in WRONG else "none")
+        replies = ask(lion, [scene(seed, "test") for seed in range(scenes)])
         with files.atomic_write(path) as new:
             new.write_text(json.dumps({"scenes": scenes, "percent": percents(replies)}, indent=1), encoding="utf-8")
 

@@ -50,10 +50,9 @@ class ToyScore:
     count: int  # questions
 
 
-def ask(lion: Lion, scenes: Sequence[Scene], batch_size: int = 32, tags_of: int = 0) -> list[Reply]:
+def ask(lion: Lion, scenes: Sequence[Scene], batch_size: int = 32) -> list[Reply]:
     """Captions, questions of every sub-kind, REC and REG about every scene, as the benchmarks ask them. A stage-1 or
-    stage-2 model is asked only about the level it was trained for. `tags_of=1` gives each scene the next one's tags."""
-    tagged = dict(zip(scenes, [*scenes[tags_of:], *scenes[:tags_of]], strict=True))
+    stage-2 model is asked only about the level it was trained for."""
     kinds = [kind for kind in SETTINGS if lion.config.visual_input in ("all", TASK_OF[kind])]
     groups: dict[tuple[str, str], list[tuple[Scene, Record]]] = {}
     for each in scenes:
@@ -64,9 +63,6 @@ def ask(lion: Lion, scenes: Sequence[Scene], batch_size: int = 32, tags_of: int 
         for start in range(0, len(pairs), batch_size):
             batch = pairs[start : start + batch_size]
             tags = [split_tags(record["tags"]) for _, record in batch] if lion.model.ram is None else None
-            if tags_of:
-                scored = lion.scored_tags([tagged[each].image for each, _ in batch])
-                tags = [[tag for tag, _ in row] for row in scored]
             prompts, tasks = [record["question"] for _, record in batch], [TASK_OF[kind]] * len(batch)
             answers = lion.respond([each.image for each, _ in batch], prompts, tasks, GENERATION[SETTINGS[kind]], tags)
             together = zip(batch, answers, strict=True)

@@ -27,7 +27,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.optim import AdamW
 
 from ..config import IGNORE, PAD, PRESETS
-from ..files import atomic_write, reading
+from ..files import atomic_write
 from ..images import lion_transform, ram_transform
 from ..model.ram import Ram
 from ..model.t5 import T5
@@ -35,6 +35,7 @@ from ..model.vit import Vit
 from ..pipeline import TINY, pad
 from ..text.prompts import TASK_OF, tag_sentence
 from ..text.tokenizers import UnigramTokenizer
+from ..training.checkpoint import restore, save
 from ..training.report import say
 from ..training.stages import PARTS, Job, changed, groups, schedule
 from .labels import FIELDS, REFERENT, WORDS, field_loss, glimpse, one_hot, patch_labels, word_labels, word_loss
@@ -117,18 +118,12 @@ class Training:
 
     def run(self, model: nn.Module, loss: Callable[[random.Random], Tensor]) -> None:
         """AdamW in bfloat16 autocast. The rate warms up to `peak` and decays to a fiftieth of it. Each step draws from
-        a seed of its own, so that weights and optimizer are all that a checkpoint must hold."""
-        path = self.folder / f"{self.name}-{self.seed}-{self.steps}.pt"
-        optimizer = AdamW(groups(dict(model.named_parameters()), {}, 0.02), betas=(0.9, 0.98), fused=True)
-        first, mean = 0, 0.0
-        if path.exists():
-            with reading(path):
-                saved = torch.load(path, weights_only=True)
-                first, mean = saved["step"], saved["mean"]
-                model.load_state_dict(saved["model"])
-                optimizer.load_state_dict(saved["optimizer"])
+        a seed of its own, so that a killed run ends with the same weights."""
+        trained, settings = dict(model.named_parameters()), {"seed": self.seed, "steps": self.steps}
+        optimizer = AdamW(groups(trained, {}, 0.02), betas=(0.9, 0.98), fused=True)
+        state = restore(self.folder / self.name, trained, optimizer, settings, rank=0)
         model.train()
-        for step in range(first, self.steps):
+        for step in range(state.step, self.steps):
             draw = random.Random(f"{self.seed} {self.name} {step}")
             torch.manual_seed(draw.getrandbits(63))
             for group in optimizer.param_groups:
@@ -139,14 +134,11 @@ class Training:
             value.backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
-            mean = 0.98 * mean + 0.02 * value.item() if step else value.item()
-            done = step + 1
-            if done % 50 == 0 or done == self.steps:
-                say(f"stage 0, {self.name}: step {done} of {self.steps}, loss {mean:.3f}")
-            if done % 250 == 0 or done == self.steps:
-                state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": done, "mean": mean}
-                with atomic_write(path) as new:
-                    torch.save(state, new)
+            state.step, state.loss = step + 1, 0.98 * state.loss + 0.02 * value.item() if step else value.item()
+            if state.step % 50 == 0 or state.step == self.steps:
+                say(f"stage 0, {self.name}: step {state.step} of {self.steps}, loss {state.loss:.3f}")
+            if state.step % 250 == 0 or state.step == self.steps:
+                save(self.folder / self.name, trained, optimizer, state, settings, keep=2)
         model.eval()
 
 

@@ -10,7 +10,6 @@ import time
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
-from typing import Any
 
 import pytest
 from conftest import ROOT, randomise
@@ -18,15 +17,14 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import train
-from lion_mini import Lion, toy
+from lion_mini import toy
 from lion_mini.config import PRESETS
 from lion_mini.model.lion import LionModel
-from lion_mini.pipeline import Answer
 from lion_mini.text.prompts import EVAL_TEMPLATES, render
 from lion_mini.toy import ablations
 from lion_mini.toy.ablations import IMAGE, REC, SPACE, WAYS, percents, report, verdict, way
 from lion_mini.toy.questions import by_attributes, by_order, by_relation
-from lion_mini.toy.scores import Reply, ask
+from lion_mini.toy.scores import Reply
 from lion_mini.training.stages import part_of
 
 FLAGS = ["--steps", "3", "--batch", "4", "--save-every", "1", "--device", "cpu"]
@@ -74,21 +72,6 @@ def test_killed_and_continued(start: argparse.Namespace, tmp_path: Path) -> None
         assert one.read_bytes() == two.read_bytes()
     with pytest.raises(ValueError, match=r"stage1 was not trained by train\.py --stage 1 --steps 9 --seed 0"):
         ablations.main(argparse.Namespace(**vars(start) | {"seeds": 1, "flags": ["--steps", "9"]}))
-
-
-def test_wrong_tags_are_the_next_scenes(start: argparse.Namespace, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also where a scene is asked twice in a row."""
-    lion, scenes = Lion.from_pretrained(start.out.parent / "tiny"), [toy.scene(seed, "test") for seed in range(3)]
-    pairs, number = set[tuple[int, int]](), {id(scene.image): i for i, scene in enumerate(scenes)}
-
-    def respond(images: list[Image.Image], *args: Any) -> list[Answer]:
-        pairs.update((number[id(image)], *tags) for image, tags in zip(images, args[-1], strict=True))
-        return [Answer("yes", "", [], 0.0)] * len(images)
-
-    monkeypatch.setattr(lion, "respond", respond)
-    monkeypatch.setattr(lion, "scored_tags", lambda images: [[(number[id(image)], 1.0)] for image in images])
-    ask(lion, scenes, tags_of=1)
-    assert pairs == {(0, 1), (1, 2), (2, 0)}
 
 
 def test_what_is_counted() -> None:
