@@ -158,10 +158,10 @@ def test_a_glimpse_holds_what_is_mentioned(text: str, found: list[int]) -> None:
     for seed in range(30):
         question, _, answer = text.partition("? ")
         record = {"question": f"{question}?", "answer": answer}
-        chosen = stage0.glimpse(owner, scene.things, record, 4, random.Random(seed))
+        chosen = labels.glimpse(owner, scene.things, record, 4, random.Random(seed))
         assert len(chosen) == len({owner[token - 1] for token in chosen} - {-1}) == queries == 4
         assert {owner[token - 1] for token in chosen} >= {*found}
-        alone = stage0.glimpse([0 if i == 5 else -1 for i in owner], scene.things[5:], record, 4, random.Random(seed))
+        alone = labels.glimpse([0 if i == 5 else -1 for i in owner], scene.things[5:], record, 4, random.Random(seed))
         assert sorted(owner[token - 1] == 5 for token in alone) == [False] * 3 + [True]
 
 
