@@ -7,7 +7,7 @@ from itertools import permutations
 from ..box import Box
 from ..data.records import TrainingExample, split_tags
 from ..text.prompts import EVAL_TEMPLATES, TASK_OF, TEMPLATES, render
-from .world import COLOURS, SHAPES, TAGS, Scene, Split, Thing, scene
+from .world import COLOURS, LARGE, SHAPES, TAGS, Scene, Split, Thing, scene
 
 MARGIN = 3  # the least difference, in grid units, at which a thing is called left of another
 PLACES = (
@@ -96,7 +96,8 @@ def questions(scene: Scene, rng: random.Random) -> Iterator[tuple[str, str, str]
     yield "existence", f"Is there a {rng.choice(near if near and rng.random() < 0.5 else absent)} in the image?", "no"
 
     one = rng.choice(things)
-    noun = rng.choice([rng.choice(SHAPES), f"{rng.choice(tuple(COLOURS))} shape", one.shape, f"{one.colour} shape"])
+    nouns = [rng.choice(SHAPES), f"{rng.choice(tuple(COLOURS))} shape", one.shape, f"{one.colour} shape"]
+    noun = rng.choice([noun for noun in nouns if len(matching(things, noun)) <= LARGE] or [one.name])
     yield "counting", f"How many {plural(noun)} are there?", str(len(matching(things, noun)))
 
     for kind in ("colour", "shape"):

@@ -233,7 +233,7 @@ def draw_records(
     coordinates."""
     for i in draw.sample(range(len(scenes)), 32 if level == "image" else 64):
         if level == "boxes":
-            answer = ", ".join(f"{t.size} {t.name} {t.box.to_text()}" for t in scenes[i].things)
+            answer = ", ".join(f"{t.size} {t.name} {t.box.to_text()}" for t in scenes[i].things if t.size == "large")
             yield i, {"question": "Describe the image with coordinates.", "answer": answer, "tags": ""}
         elif level == "region":
             yield from ((i, record) for record in records(scenes[i], draw, ("rec", "reg"), BARE))

@@ -1,7 +1,8 @@
 """Scenes of the toy world: coloured shapes on sand, grass, water or brick, about which everything is known.
 
-A scene holds 3 to 6 things, each in a cell of its own. No two of them share both colour and shape, so "the red circle"
-is never ambiguous. Positions lie on a grid of 32 units, so a box needs only 33 coordinates to be exact.
+A scene holds 4 to 8 things, each in a cell of its own; one to three of them are large. No two of them share both colour
+and shape, so "the red circle" is never ambiguous. Positions lie on a grid of 32 units, so a box needs only 33
+coordinates to be exact.
 
 The four grounds have one mean colour and differ in a pattern of single pixels. At 96 pixels, which RAM sees, it is
 plain; halved to 48, as the ViT sees it, it averages out. So only tags can tell the ground.
@@ -11,6 +12,7 @@ import random
 import zlib
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import product
 from typing import Literal
 
 import numpy as np
@@ -28,8 +30,9 @@ SIDES = {"small": (4, 5), "large": (8, 9, 10)}  # in grid units
 TAGS = (*SHAPES, *COLOURS, *GROUNDS)
 GRID, CELL, UNIT = 32, 11, 3  # the image in units, the distance of two cells in units, a unit in pixels
 COORDINATES = tuple(f"{i / GRID:.3f}" for i in range(GRID + 1))
-MOST, LARGE = 6, 4  # things in a scene, and large ones among them
-HELD_OUT = {("circle", "purple"), ("square", "yellow"), ("triangle", "black"), ("cross", "green")}
+LEAST, MOST, LARGE = 4, 8, 3  # things in a scene, and the most large ones among them
+HELD_OUT = [("circle", "purple"), ("square", "yellow"), ("triangle", "black"), ("cross", "green")]
+SEEN = [pair for pair in product(SHAPES, COLOURS) if pair not in HELD_OUT]
 
 Split = Literal["train", "test"]
 
@@ -118,24 +121,20 @@ def scene(seed: int, split: Split) -> Scene:
     """
     if split not in ("train", "test"):
         raise ValueError(f"split must be 'train' or 'test', not {split!r}")
-    rng = random.Random(f"{split} {seed}")
-    pairs = [(shape, colour) for shape in SHAPES for colour in COLOURS]
+    rng, held_out = random.Random(f"{split} {seed}"), split == "test" and seed % 2 == 1
     while True:
-        count = rng.randint(3, MOST)
-        cells = sorted(rng.sample(range(9), count))
-        things = tuple(place(*name, cell, rng) for name, cell in zip(rng.sample(pairs, count), cells, strict=True))
+        count = rng.randint(LEAST, MOST)
+        names = rng.sample([*SEEN, *HELD_OUT] if held_out else SEEN, count)
+        cells, large = sorted(rng.sample(range(9), count)), rng.sample(range(count), rng.randint(1, LARGE))
+        things = tuple(place(*names[i], "large" if i in large else "small", cells[i], rng) for i in range(count))
         made = Scene(seed, split, rng.choice(GROUNDS), things)
         arrangement = sorted((t.shape, t.colour, t.size, t.cell) for t in things)
-        if (
-            (zlib.crc32(repr(arrangement).encode()) % 10 == 0) == (split == "test")
-            and made.held_out == (split == "test" and seed % 2 == 1)
-            and 0 < sum(thing.size == "large" for thing in things) <= LARGE
-        ):
+        if (zlib.crc32(repr(arrangement).encode()) % 10 == 0) == (split == "test") and made.held_out == held_out:
             return made
 
 
-def place(shape: str, colour: str, cell: int, rng: random.Random) -> Thing:
-    """A thing of random size and position in its cell."""
-    side = rng.choice(SIDES[size := rng.choice(tuple(SIDES))])
+def place(shape: str, colour: str, size: str, cell: int, rng: random.Random) -> Thing:
+    """A thing at a random place in its cell."""
+    side = rng.choice(SIDES[size])
     left, top = (at * CELL + rng.randint(0, GRID - 2 * CELL - side) for at in (cell % 3, cell // 3))
     return Thing(shape, colour, size, cell, left, top, side)
