@@ -57,7 +57,7 @@ from lion_mini.pipeline import TINY as TINY_FOLDER
 from lion_mini.text.prompts import EVAL_TEMPLATES, render
 from lion_mini.text.tokenizers import UnigramTokenizer, WordPieceTokenizer
 from lion_mini.text.vocabularies import Vocabularies
-from lion_mini.toy.questions import Toy
+from lion_mini.toy.training import Toy
 from lion_mini.training.stages import STAGES, unfreeze
 from train import autocast
 

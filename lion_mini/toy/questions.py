@@ -5,9 +5,8 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from itertools import permutations
 
 from ..box import Box
-from ..data.records import TrainingExample, split_tags
 from ..text.prompts import EVAL_TEMPLATES, TASK_OF, TEMPLATES, render
-from .world import COLOURS, LARGE, SHAPES, TAGS, Scene, Split, Thing, scene
+from .world import COLOURS, LARGE, SHAPES, TAGS, Scene, Thing
 
 MARGIN = 3  # the least difference, in grid units, at which a thing is called left of another
 PLACES = (
@@ -177,23 +176,3 @@ def records(
         target = rng.choice(things)
         add("reg", f"the {target.size} {target.name}", box=target.box)
     return result
-
-
-class Toy:
-    """Training examples: scene `index`, and a question about it. Every kind and sub-kind is equally likely."""
-
-    augments = False  # its questions are about left and right, and about positions
-
-    def __init__(self, tasks: Sequence[str], split: Split = "train", scenes: int = 200_000):
-        self.kinds, self.split, self.scenes = [kind for kind in KINDS if TASK_OF[kind] in tasks], split, scenes
-
-    def __len__(self) -> int:
-        return self.scenes
-
-    def read(self, index: int, rng: random.Random) -> TrainingExample:
-        this, groups = scene(index, self.split), dict[str, list[Record]]()
-        for record in records(this, rng, self.kinds):
-            groups.setdefault(f"{record['kind']} {record['subkind']}", []).append(record)
-        chosen = rng.choice(groups[rng.choice(sorted(groups))])
-        name, tags = f"toy scene {index} of {self.split}", split_tags(chosen["tags"])
-        return TrainingExample(this.image, chosen["question"], chosen["answer"], tags, TASK_OF[chosen["kind"]], name)

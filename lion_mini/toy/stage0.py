@@ -8,7 +8,6 @@ Both readings of T5 go through linear projectors, which are then discarded: the 
 to do their work. Answers alone teach too slowly, so patches and the words of a question have labels too (labels.py).
 """
 
-import argparse
 import os
 import random
 import shutil
@@ -18,7 +17,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from PIL.Image import Image
 from safetensors.torch import save_file
@@ -32,12 +30,12 @@ from ..images import lion_transform, ram_transform
 from ..model.ram import Ram
 from ..model.t5 import T5
 from ..model.vit import Vit
-from ..pipeline import TINY, pad
+from ..pipeline import pad
 from ..text.prompts import TASK_OF, tag_sentence
 from ..text.tokenizers import UnigramTokenizer
 from ..training.checkpoint import restore, save
 from ..training.report import say
-from ..training.stages import PARTS, Job, changed, groups, schedule
+from ..training.stages import groups, schedule
 from .labels import FIELDS, REFERENT, WORDS, field_loss, glimpse, one_hot, patch_labels, word_labels, word_loss
 from .questions import Record, records, tags
 from .vocab import write_vocabularies
@@ -56,25 +54,6 @@ BARE = {
     "caption": ["Describe the image."], "vqa": ["{question}"], "vqg": ["Ask for {answer}."],
     "dialogue": ["{question}"], "rec": ["Where is {expression}?"], "reg": ["What is at {box}?"],
 }  # fmt: skip
-
-
-def toy_jobs(args: argparse.Namespace) -> Iterator[Job]:
-    """What train.py does without --stage: stage 0 if asked for (on rank 0), then stages 1 to 3 or their ablations."""
-    start, (one, two, three) = TINY, (args.out / f"stage{number}" for number in (1, 2, 3))
-    if args.from_scratch or args.quick:
-        start = args.out / "stage0"
-        if not start.exists() and not (dist.is_initialized() and dist.get_rank()):
-            train_stage0(start, args.quick, args.seed)
-        if dist.is_initialized():
-            dist.barrier()
-    if args.single_stage:
-        yield Job(3, changed(3, args), [start], three)
-        return
-    for number, out in ((1, one), (2, two)):  # only the frozen parts of the package's folder are used
-        yield Job(number, replace(changed(number, args), new=tuple(PARTS)), [start], out)
-        if args.no_adapters:  # stage 1 alone is the comparison with InstructBLIP
-            return
-    yield Job(3, changed(3, args), [one, two], three)
 
 
 @torch.random.fork_rng(devices=[])

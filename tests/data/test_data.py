@@ -13,7 +13,7 @@ from lion_mini import Lion, toy
 from lion_mini.data.mixture import MicroBatches, Mixture, collate, micro_batches
 from lion_mini.data.records import Records, check_record
 from lion_mini.images import lion_transform
-from lion_mini.toy.questions import Toy
+from lion_mini.toy.training import Toy
 
 BOTH = ("image", "region")
 REGION = {"image": "0.png", "question": "where is the dog?", "answer": "[0.100,0.200,0.300,0.400]", "category": "REF"}

@@ -532,7 +532,7 @@ def test_the_toy_run_and_its_ablations(
     stage0: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: list[str], expected: dict[str, Any]
 ) -> None:
     """`python train.py` with fewer steps: through all stages to a folder that opens, and exports where it is a LION."""
-    monkeypatch.setattr("lion_mini.toy.stage0.TINY", stage0)
+    monkeypatch.setattr("lion_mini.toy.training.TINY", stage0)
     argv = ["--steps", "2", "--batch", "4", "--device", "cpu", "--out", str(tmp_path / "run"), *flags]
     assert train.main(argv) == 0
     model = Lion.from_pretrained(tmp_path / "run" / "stage3")
@@ -569,7 +569,7 @@ def test_instructblip(
     stage0: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Table 4 begins with stage 1 without adapters. Its tensors have their place in BLIP-2's files."""
-    monkeypatch.setattr("lion_mini.toy.stage0.TINY", stage0)
+    monkeypatch.setattr("lion_mini.toy.training.TINY", stage0)
     toy = ["--steps", "2", "--batch", "4", "--device", "cpu", "--no-adapters", "--out", str(tmp_path / "run")]
     assert train.main(toy) == 0
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["stage1"]
