@@ -112,7 +112,11 @@ def lit(picture: Image.Image, weights: Tensor) -> Image.Image:  # (s, s)
 
 def draw_explanation(image: Image.Image, this: Explanation, width: int = 1200) -> Image.Image:
     """One sheet: picture and maps, the queries one by one, a row per token, and the gates."""
-    sheet, small, large = Image.new("RGB", (width, 4000), "white"), ImageFont.load_default(12), ImageFont.load_default(18)
+    sheet, small, large = (
+        Image.new("RGB", (width, 4000), "white"),
+        ImageFont.load_default(12),
+        ImageFont.load_default(18),
+    )
     pen, y, left = ImageDraw.Draw(sheet), 12, 16
     write = lambda x, y, text, font=small, color="black": pen.text((x, y), plain_text(text), color, font)
 
@@ -157,7 +161,9 @@ def draw_explanation(image: Image.Image, this: Explanation, width: int = 1200) -
         for share, color in zip(shares, SOURCES.values(), strict=True):
             pen.rectangle((x, y + 1, x + 480 * share, y + 13), color)
             x += 480 * share
-        write(left + 630, y, "    ".join(f"{name.replace('▁', ' ').strip() or '▁'} {100 * p:.1f} %" for name, p in best))
+        write(
+            left + 630, y, "    ".join(f"{name.replace('▁', ' ').strip() or '▁'} {100 * p:.1f} %" for name, p in best)
+        )
     y += 36
     # 4. The gates.
     if len(this.gates):

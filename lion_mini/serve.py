@@ -32,7 +32,9 @@ from .text.prompts import DECODING, KIND, TASK_OF, render
 
 PAGE = Path(__file__).parent / "assets" / "page.html"
 LIMIT = 20 * 10**6  # bytes of a picture
-POLICY = "default-src 'none'; connect-src 'self'; img-src data: blob:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
+POLICY = (
+    "default-src 'none'; connect-src 'self'; img-src data: blob:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
+)
 
 
 def answer(lion: Lion, body: bytes, asked: dict[str, str]) -> dict[str, Any]:
@@ -136,7 +138,7 @@ class Handler(BaseHTTPRequestHandler):
             self.lock.release()
 
 
-def serve(lion: Lion, port: int) -> None:
+def serve(lion: Lion, port: int) -> int:
     """Answer until Ctrl-C."""
     with ThreadingHTTPServer(("127.0.0.1", port), partial(Handler, lion, Lock())) as server:
         print(f"http://127.0.0.1:{server.server_address[1]}  (Ctrl-C ends it)", flush=True)
