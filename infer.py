@@ -11,7 +11,7 @@
     python infer.py photos/ "more/*.png" --weights weights/xl --tags                   RAM's tags alone
     python infer.py --tags --data train.json --images coco --out tagged.jsonl --weights weights/xl     tags of records
 
-Answers are printed. `--out` (default: out) gets results.jsonl, a line per picture, and what is drawn: boxes, explanations.
+Answers are printed. `--out` (default: out) gets results.jsonl, a line per picture, and drawings of boxes and explanations.
 It replaces earlier results, but no other file. Exit code 0: all is done; 1: some pictures failed; 2: nothing is done.
 """
 

@@ -10,6 +10,7 @@ The answer is written as ever, while `layers.attention` hands out its weights: m
 layers. Attention tells where a model looks. What it needs, only an exchange tells: `eval.py --parts`.
 """
 
+import textwrap
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -112,11 +113,7 @@ def lit(picture: Image.Image, weights: Tensor) -> Image.Image:  # (s, s)
 
 def draw_explanation(image: Image.Image, this: Explanation, width: int = 1200) -> Image.Image:
     """One sheet: picture and maps, the queries one by one, a row per token, and the gates."""
-    sheet, small, large = (
-        Image.new("RGB", (width, 4000), "white"),
-        ImageFont.load_default(12),
-        ImageFont.load_default(18),
-    )
+    sheet, (small, large) = Image.new("RGB", (width, 4000), "white"), map(ImageFont.load_default, (12, 18))
     pen, y, left = ImageDraw.Draw(sheet), 12, 16
     write = lambda x, y, text, font=small, color="black": pen.text((x, y), plain_text(text), color, font)
 
@@ -130,12 +127,14 @@ def draw_explanation(image: Image.Image, this: Explanation, width: int = 1200) -
             y += 28 + max(picture.height for picture, _ in pictures)
 
     # 1. What was asked and answered.
-    write(left, y, this.answer.prompt[:150], small, "#555555")
-    write(left, y + 20, this.answer.text or "(an empty answer)", large)
-    y += 56
+    for text, font, letters in ((this.answer.prompt, small, 180), (this.answer.text or "(no words)", large, 110)):
+        for line in textwrap.wrap(text, letters)[-3:]:
+            write(left, y, line, font)
+            y += font.size + 6
+    y += 12
     # 2. The picture in patches, where the queries look together, and where the answer leads in each tap.
     fit = lambda side: ImageOps.contain(image.convert("RGB"), (side, side), Image.Resampling.BICUBIC)
-    box, picture = Box.parse(this.answer.text), fit(272)
+    box, picture = Box.parse(this.answer.text), fit(224)
     gridded, (rows, columns) = picture.copy(), this.taps.shape[-2:]
     lines = ImageDraw.Draw(gridded)
     for k in range(1, rows):
@@ -147,7 +146,7 @@ def draw_explanation(image: Image.Image, this: Explanation, width: int = 1200) -
     mean = torch.einsum("t, t k i j -> k i j", weight, this.taps)
     maps = [(gridded, f"{rows} x {columns} patches")]
     maps += [(lit(picture, this.queries.mean(0)), "all queries of the Q-Former")] * (len(this.queries) > 0)
-    tiles([*maps, *((lit(picture, one), name) for one, name in zip(mean, this.names, strict=True))], 272)
+    tiles([*maps, *((lit(picture, one), name) for one, name in zip(mean, this.names, strict=True))], 224)
     thumb = fit(64)
     tiles([(lit(thumb, one), f"query {k}") for k, one in enumerate(this.queries)], 64)
     # 3. A row per token: the shares as a bar, and the likeliest tokens.

@@ -2,7 +2,7 @@
 
     GET  /                                      the page, assets/page.html
     POST /scene                                 a new scene of the toy world, as PNG
-    POST /answer?mode=ask&text=...&tags=a, b    lines of JSON about the picture in the body: {"waiting": true} as long as
+    POST /answer?mode=ask&text=...&tags=a, b    lines of JSON about the picture in the body: {"waiting": true} while
                                                 another request is answered, then the answer or {"error": "a sentence"}
 
 For the browser on this machine alone: the server listens on 127.0.0.1, refuses other hosts' names and other pages'
