@@ -1,9 +1,8 @@
 """Labels and losses of stage 0: what every patch shows, and what every word of a question refers to.
 
 patch      shape, colour, size, row, column and box of the thing that covers most of it
-noun       the same of the thing it refers to, if it is one, and its centre; how many things it fits
+noun       the same of the thing it refers to, if it is one; how many things it fits
 box        the same of the thing in it, at its last coordinate
-relation   the vector from the noun after it to the noun before it, and its component in the relation's direction
 """
 
 import random
@@ -16,15 +15,13 @@ from torch import Tensor
 
 from ..config import IGNORE
 from ..text.tokenizers import UnigramTokenizer
-from .questions import RELATIONS, Record, matching, plural
+from .questions import Record, matching, plural
 from .world import COLOURS, COORDINATES, GRID, MOST, SHAPES, SIDES, Scene, Thing
 
 WORDS = (len(SHAPES) + 1, len(COLOURS), len(SIDES), 3, 3)  # classes of what words say; the last shape is background
 FIELDS = (*WORDS, *[GRID + 1] * 4)  # and the box
 REFERENT = (*FIELDS, MOST + 1)  # classes of a noun: the thing, and how many things fit
-UNKNOWN: list[float] = [IGNORE] * (len(REFERENT) + 5)  # 5 measures in halves of the image: a centre, a relation
 NOUNS = {form: noun for noun in (*SHAPES, "shape") for form in (noun, plural(noun))}
-DIRECTIONS = {relation.split()[0]: side for relation, side in RELATIONS.items()}
 
 
 def facts(thing: Thing) -> list[int]:
@@ -74,38 +71,26 @@ def glimpse(
     return draw.sample([draw.choice(patches[i] or patches[-1]) for i in chosen], queries)
 
 
-def word_labels(
+def noun_labels(
     pieces: UnigramTokenizer, prompt: str, record: Record, things: Sequence[Thing]
-) -> list[list[float]]:  # -> (p, fields and measures)
+) -> list[list[int]]:  # -> (p, fields)
     """A row per piece of the prompt, which the record's question ends. The tags before it have no labels.
 
     In a REC question the first noun refers to the thing sought.
     """
     target = next((thing for thing in things if thing.box.to_text() == record["answer"]), None)
-    rows, adjectives, box = list[list[float]](), list[str](), list[int]()
-    previous, relation = None, None  # the last noun's thing; the relation since then: its row, axis and sign
+    rows, adjectives, box = list[list[int]](), list[str](), list[int]()
     for id in pieces.encode(record["question"]):
-        row, word, thing = [*UNKNOWN], pieces.tokens[id].strip("▁"), None
+        word, count, thing = pieces.tokens[id].strip("▁"), IGNORE, None
         if word in COORDINATES:
             box = [*box, COORDINATES.index(word)][-4:]
             thing = next((t for t in things if [*t.edges] == box), None)
-        elif word in DIRECTIONS:
-            relation = row, *DIRECTIONS[word]
         elif word in NOUNS:
             fitting = matching(things, " ".join((*adjectives, NOUNS[word])))
-            thing = target or (fitting[0] if len(fitting) == 1 else None)
-            row[len(FIELDS)] = len(fitting)
-            if relation and previous and thing:
-                between, axis, sign = relation
-                vector = [(previous.centre(i) - thing.centre(i)) * 2 / GRID for i in (0, 1)]
-                between[-3:] = *vector, vector[axis] * sign
-            previous, relation, target = thing, None, None
+            thing, count, target = target or (fitting[0] if len(fitting) == 1 else None), len(fitting), None
         adjectives = [*adjectives, word] if word in (*COLOURS, *SIDES) else []
-        if thing:
-            row[: len(FIELDS)] = facts(thing)
-            row[len(REFERENT) : -3] = (thing.centre(axis) * 2 / GRID - 1 for axis in (0, 1))
-        rows.append(row)
-    return [UNKNOWN] * (len(pieces.encode(prompt)) - len(rows)) + rows
+        rows.append([*(facts(thing) if thing else [IGNORE] * len(FIELDS)), count])
+    return [[IGNORE] * len(REFERENT)] * (len(pieces.encode(prompt)) - len(rows)) + rows
 
 
 def field_loss(logits: Tensor, labels: Tensor, fields: Sequence[int]) -> Tensor:  # (..., classes), (..., fields) -> ()
@@ -114,14 +99,4 @@ def field_loss(logits: Tensor, labels: Tensor, fields: Sequence[int]) -> Tensor:
     for part, field in zip(logits.float().split(tuple(fields), dim=-1), labels.unbind(-1), strict=True):
         losses = F.cross_entropy(part.flatten(0, -2), field.flatten(), ignore_index=IGNORE, reduction="sum")
         total = total + losses / (field != IGNORE).sum().clamp_min(1)
-    return total
-
-
-def word_loss(predicted: Tensor, labels: Tensor) -> Tensor:  # (..., classes and measures), (..., labels) -> ()
-    """Cross-entropy for the classes, squared error for the measures: a noun's 2, then a relation's 3."""
-    total = 0.2 * field_loss(predicted[..., :-5], labels[..., :-5].long(), REFERENT)
-    for weight, measures in ((1, slice(-5, -3)), (2, slice(-3, None))):
-        known = labels[..., measures] != IGNORE
-        errors = (predicted[..., measures].float() - labels[..., measures])[known]
-        total = total + weight * errors.square().sum() / known.sum().clamp_min(1)
     return total

@@ -36,10 +36,10 @@ from ..text.tokenizers import UnigramTokenizer
 from ..training.checkpoint import restore, save
 from ..training.report import say
 from ..training.stages import groups, schedule
-from .labels import FIELDS, REFERENT, WORDS, field_loss, glimpse, one_hot, patch_labels, word_labels, word_loss
+from .labels import FIELDS, REFERENT, WORDS, field_loss, glimpse, noun_labels, one_hot, patch_labels
 from .questions import Record, records, tags
 from .vocab import write_vocabularies
-from .world import COLOURS, COORDINATES, GROUNDS, SHAPES, SIDES, TAGS, Scene, scene
+from .world import COLOURS, GROUNDS, SHAPES, SIDES, TAGS, Scene, scene
 
 CONFIG = PRESETS["tiny"]
 SIDE, DETAIL = CONFIG.vit.image_size // CONFIG.vit.patch_size, CONFIG.taps[1]  # in patches; the tap of fine detail
@@ -48,7 +48,7 @@ SHARES = {  # T5's image-level questions by kind and sub-kind
     "existence": 1.5, "counting": 2, "colour": 1, "shape": 1, "comparison": 1.5, "relation": 2, "ground": 1,
     "caption": 1.5, "vqg": 0.1, "dialogue": 0.7,
 }  # fmt: skip
-LEVELS = {"image": 0.65, "region": 0.31, "boxes": 0.04}  # shares of T5's steps
+LEVELS = {"image": 0.65, "region": 0.35}  # shares of T5's steps
 # T5 never reads the paper's instructions. To follow them is what the adapters learn.
 BARE = {
     "caption": ["Describe the image."], "vqa": ["{question}"], "vqg": ["Ask for {answer}."],
@@ -70,8 +70,8 @@ def train_stage0(out: str | Path, quick: bool = False, seed: int = 0) -> None:
     pieces = UnigramTokenizer.from_file(folder / "tokenizer.json")
     scenes = [scene(i, "train") for i in range(200 if quick else 12_000)]
     steps = dict.fromkeys(STEPS, 3) if quick else STEPS
-    vit, features = train_vit(scenes, Training(folder, "vit", seed, steps["vit"], 2e-3))
-    t5 = train_t5(scenes, features, pieces, Training(folder, "t5", seed, steps["t5"], 1e-3))
+    vit, features, codes = train_vit(scenes, Training(folder, "vit", seed, steps["vit"], 2e-3))
+    t5 = train_t5(scenes, features, codes, pieces, Training(folder, "t5", seed, steps["t5"], 1e-3))
     ram = train_ram(scenes, Training(folder, "ram", seed, steps["ram"], 3e-3))
     with atomic_write(out) as new:
         write_vocabularies(new)
@@ -126,8 +126,8 @@ def pixels_of(scenes: Sequence[Scene], transform: Callable[[Image, int], Tensor]
     return torch.stack([transform(scene(each.seed, each.split).image, size).bfloat16() for each in scenes])
 
 
-def train_vit(scenes: Sequence[Scene], training: Training) -> tuple[Vit, Tensor]:
-    """The ViT, and for every scene the tokens of its last block and of the detailed tap: (b, 1 + n, 2 d).
+def train_vit(scenes: Sequence[Scene], training: Training) -> tuple[Vit, Tensor, Tensor]:
+    """The ViT; for every scene the tokens of its last block and of the detailed tap (b, 1 + n, 2 d); the codes (·, d).
 
     The last block learns to be the sum of one code for each word that would describe the thing on the patch, as CLIP
     learns to agree with captions. What no word says, the exact box, fades there.
@@ -153,11 +153,11 @@ def train_vit(scenes: Sequence[Scene], training: Training) -> tuple[Vit, Tensor]
     vit.to(torch.bfloat16).float()  # T5 must learn from the weights as they will be stored
     with torch.inference_mode():
         parts = [vit(part.float(), (DETAIL,)) for part in pixels.split(500)]
-        return vit, torch.cat([torch.cat((last, *taps), dim=-1).bfloat16() for last, taps in parts])
+        return vit, torch.cat([torch.cat((last, *taps), dim=-1).bfloat16() for last, taps in parts]), codes
 
 
 class Reader(nn.Module):
-    """T5, projectors from the ViT's tokens to its input, and heads that predict what the words of a prompt mean.
+    """T5, projectors from the ViT's tokens to its input, and a head that predicts what the nouns of a prompt mean.
 
     Nouns are read after the encoder's second layer already, so the third can compare them.
     """
@@ -165,56 +165,39 @@ class Reader(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.t5, width, tap = T5(CONFIG.t5), CONFIG.t5.width, CONFIG.vit.width
-        self.few = nn.Sequential(nn.LayerNorm(tap), nn.Linear(tap, width))
-        self.all = nn.Sequential(nn.LayerNorm(2 * tap), nn.Linear(2 * tap, width))
-        self.nouns = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, sum(REFERENT) + 2))
-        self.relations = nn.Linear(width, 3)
+        self.words = nn.Sequential(nn.LayerNorm(tap), nn.Linear(tap, width))
+        self.detail = nn.Sequential(nn.LayerNorm(tap), nn.Linear(tap, width))
+        self.nouns = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, sum(REFERENT)))
         self.early = torch.empty(0)
         self.t5.encoder[1].register_forward_hook(lambda module, args, out: setattr(self, "early", out))
 
+    @torch.no_grad()
+    def start(self, pieces: UnigramTokenizer, codes: Tensor) -> None:
+        """Initialise so that a token of the last block, a sum of codes (·, d), becomes the sum of the embeddings of its
+        words. Rows and columns have no words, so they get random vectors. What it reads is then easy to write."""
+        embedding, width = self.t5.shared.weight, codes.shape[1]
+        shapes, others = (embedding[[pieces.encode(word)[0] for word in said]] for said in (SHAPES, (*COLOURS, *SIDES)))
+        background, places = torch.zeros(1, width), 0.5 * torch.randn(sum(WORDS[3:]), width)
+        words = torch.cat((shapes, background, others, places))
+        self.words[1].weight.copy_(words.T @ codes * len(WORDS) / width)
+        self.t5.lm_head.weight.copy_(0.1 * embedding)
+
     def forward(
         self, visual: Tensor, ids: Tensor, labels: Tensor
-    ) -> tuple[Tensor, Tensor]:  # (b, n, d), (b, p), (b, t) -> (b, t, v), (b, p, classes and measures)
+    ) -> tuple[Tensor, Tensor]:  # (b, n, d), (b, p), (b, t) -> (b, t, v), (b, p, classes)
         n, task = visual.shape[1], torch.zeros(len(ids), dtype=torch.long)
         mask = F.pad(ids != PAD, (n, 0), value=True)
         states = self.t5.encode(torch.cat((visual, self.t5.shared(ids)), dim=1), mask, task)
         logits = self.t5.predict(labels, self.t5.start(states, mask, task, labels.shape[1]))
-        return logits, torch.cat((self.nouns(self.early[:, n:]), self.relations(states[:, n:])), dim=-1)
-
-
-@torch.no_grad()
-def start_from_words(reader: Reader, pieces: UnigramTokenizer, features: Tensor, labels: Tensor) -> None:
-    """Initialise the projectors as least-squares maps from the ViT's tokens (b, 1 + n, 2 d) to the embeddings of the
-    words for what their `labels` (b, n, fields) say. Rows and columns have no words, so they get random vectors.
-
-    Coordinates are rotated, each of a box's four differently. They are three quarters of the tokens' variance, so they
-    count a quarter: else a question's "red" does not find its shape.
-    """
-    width, embedding = CONFIG.t5.width, reader.t5.shared.weight
-    numbers = embedding[[pieces.pieces[number][0] for number in COORDINATES]]
-    words = [embedding[[pieces.encode(word)[0] for word in field]] for field in (SHAPES, COLOURS, SIDES)]
-    words.insert(1, torch.zeros(1, width))  # background
-    words.append(0.5 * torch.randn(sum(WORDS[3:]), width))
-    boxes = [0.25 * numbers @ torch.linalg.qr(torch.randn(width, width))[0] for _ in range(4)]
-    for (norm, linear), fields, tables in ((reader.few, WORDS, words), (reader.all, FIELDS, words + boxes)):
-        wanted = (one_hot(labels[..., : len(fields)], fields) @ torch.cat(tables)).flatten(0, 1).double()
-        x = norm(features[:, 1:, : linear.in_features].float()).flatten(0, 1)
-        x = F.pad(x, (0, 1), value=1.0).double()
-        squares = x.T @ x + 1e-5 * len(x) * torch.eye(x.shape[1])  # ridge: LayerNorm leaves one direction empty
-        solved = torch.linalg.solve(squares, x.T @ wanted)  # lstsq is not reproducible on 2 threads
-        linear.load_state_dict({"weight": solved[:-1].T, "bias": solved[-1]})
+        return logits, self.nouns(self.early[:, n:])
 
 
 def draw_records(
     scenes: Sequence[Scene], level: str, tagged: bool, draw: random.Random
 ) -> Iterator[tuple[int, Record]]:
-    """Four questions about each of 32 scenes, or REC and REG in 64, or all of 64 scenes' boxes: one image teaches many
-    coordinates."""
+    """Four questions about each of 32 scenes, or REC and REG in 64."""
     for i in draw.sample(range(len(scenes)), 32 if level == "image" else 64):
-        if level == "boxes":
-            answer = ", ".join(f"{t.size} {t.name} {t.box.to_text()}" for t in scenes[i].things if t.size == "large")
-            yield i, {"question": "Describe the image with coordinates.", "answer": answer, "tags": ""}
-        elif level == "region":
+        if level == "region":
             yield from ((i, record) for record in records(scenes[i], draw, ("rec", "reg"), BARE))
         else:
             about = records(scenes[i], draw, [kind for kind in BARE if TASK_OF[kind] == "image"], BARE)
@@ -230,11 +213,11 @@ def prompt(record: Record, tagged: bool, draw: random.Random) -> str:
     return tag_sentence(shuffled) + record["question"] if shuffled else record["question"]
 
 
-def train_t5(scenes: Sequence[Scene], features: Tensor, pieces: UnigramTokenizer, training: Training) -> T5:
-    owners, labels = patch_labels(scenes, SIDE)
-    patches, reader = owners.tolist(), Reader()
-    start_from_words(reader, pieces, features[:2000], labels[:2000])
-    reader.t5.lm_head.weight.data.copy_(0.1 * reader.t5.shared.weight)  # words it can read are then easy to write
+def train_t5(
+    scenes: Sequence[Scene], features: Tensor, codes: Tensor, pieces: UnigramTokenizer, training: Training
+) -> T5:
+    patches, reader = patch_labels(scenes, SIDE)[0].tolist(), Reader()
+    reader.start(pieces, codes)
 
     def loss(draw: random.Random) -> Tensor:
         # 1. The records. Tags come from the first step on, or T5 mistakes them for words of the question.
@@ -244,16 +227,17 @@ def train_t5(scenes: Sequence[Scene], features: Tensor, pieces: UnigramTokenizer
         rows = [i for i, _ in drawn]
         if level == "image":
             few = [glimpse(patches[i], scenes[i].things, record, CONFIG.qformer.queries, draw) for i, record in drawn]
-            chosen = features[torch.tensor(rows)[:, None], torch.tensor(few)]  # (b, q, 2 d)
-            visual = reader.few(chosen[..., : CONFIG.vit.width].float())
+            last, _ = features[torch.tensor(rows)[:, None], torch.tensor(few)].float().chunk(2, dim=-1)  # (b, q, d)
+            visual = reader.words(last)
         else:
-            visual = reader.all(features[rows][:, torch.randperm(features.shape[1])].float())
+            last, tap = features[rows][:, torch.randperm(features.shape[1])].float().chunk(2, dim=-1)  # (b, 1 + n, d)
+            visual = reader.words(last) + reader.detail(tap)
         # 3. The losses of answers and meanings. Answers count equally, or a box would outweigh a yes.
         prompts = [prompt(record, tagged, draw) for _, record in drawn]
         ids, _ = pad([pieces.encode(text) for text in prompts], PAD)
         answers, _ = pad([pieces.encode(record["answer"]) for _, record in drawn], IGNORE)
         words = [
-            torch.tensor(word_labels(pieces, text, record, scenes[i].things), dtype=torch.float32)
+            torch.tensor(noun_labels(pieces, text, record, scenes[i].things))
             for text, (i, record) in zip(prompts, drawn, strict=True)
         ]
         meanings = pad_sequence(words, batch_first=True, padding_value=IGNORE)
@@ -261,7 +245,7 @@ def train_t5(scenes: Sequence[Scene], features: Tensor, pieces: UnigramTokenizer
             meanings[..., len(WORDS) : len(FIELDS)] = IGNORE  # the last block does not know the box
         logits, predicted = reader(visual, ids, answers)
         losses = F.cross_entropy(logits.float().transpose(1, 2), answers, ignore_index=IGNORE, reduction="none")
-        return (losses.sum(1) / (answers != IGNORE).sum(1)).mean() + word_loss(predicted, meanings)
+        return (losses.sum(1) / (answers != IGNORE).sum(1)).mean() + 0.2 * field_loss(predicted, meanings, REFERENT)
 
     training.run(reader, loss)  # at a rate of 1.6e-3 it stays on its first plateau
     return reader.t5
