@@ -50,10 +50,10 @@ def patch_labels(scenes: Sequence[Scene], side: int) -> tuple[Tensor, Tensor]:  
 
 
 def mentioned(things: Sequence[Thing], text: str) -> list[int]:
-    """The indices of the things that nouns of a text fit, "red circles" for instance."""
+    """The indices of the things that nouns of a text fit, "red circles" for instance. "What shape" fits none."""
     found, adjectives = list[Thing](), list[str]()
     for word in re.findall("[a-z]+", text):
-        if word in NOUNS:
+        if word in NOUNS and (adjectives or NOUNS[word] in SHAPES):
             found += matching(things, " ".join((*adjectives, NOUNS[word])))
         adjectives = [*adjectives, word] if word in (*COLOURS, *SIDES) else []
     return [i for i, thing in enumerate(things) if thing in found]
@@ -63,8 +63,8 @@ def glimpse(
     owner: Sequence[int], things: Sequence[Thing], record: Record, queries: int, draw: random.Random
 ) -> list[int]:
     """The few of the ViT's tokens that T5 sees of an image-level question, as the Q-Former might choose: one for each
-    thing that question or answer mentions, then of other things or the background, in any order."""
-    wanted = mentioned(things, f"{record['question']} {record['answer']}")
+    thing that the question mentions, or else the answer, then of other things or the background, in any order."""
+    wanted = mentioned(things, record["question"]) or mentioned(things, record["answer"])
     patches = {i: [1 + at for at, thing in enumerate(owner) if thing == i] for i in range(-1, len(things))}
     others = [i for i in range(len(things)) if i not in wanted]
     chosen = [*draw.sample(wanted, len(wanted)), *draw.sample(others, len(others)), *[-1] * queries][:queries]
