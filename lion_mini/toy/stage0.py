@@ -252,15 +252,15 @@ def train_t5(
 
 
 def train_ram(scenes: Sequence[Scene], training: Training) -> Ram:
-    """RAM, trained on tags with a tagger's errors, and on what every patch shows."""
+    """RAM, trained on tags with a tagger's errors, and on the ground and the colour of every patch."""
     assert CONFIG.ram
     size, rng = CONFIG.ram.image_size, random.Random(training.seed)
     side = size // CONFIG.ram.patch_size // 2 ** (len(CONFIG.ram.depths) - 1)
     pixels, (_, labels) = pixels_of(scenes, ram_transform, size), patch_labels(scenes, side)
     grounds = torch.tensor([GROUNDS.index(each.ground) for each in scenes])[:, None, None]
-    labels = torch.cat((grounds.expand(-1, side * side, 1), labels[..., :3]), dim=-1)
+    labels = torch.cat((grounds.expand(-1, side * side, 1), labels[..., 1:2]), dim=-1)
     wanted = torch.tensor([[float(tag in found) for tag in TAGS] for found in (tags(each, rng) for each in scenes)])
-    fields = (len(GROUNDS), *FIELDS[:3])
+    fields = len(GROUNDS), len(COLOURS)
     ram, head = Ram(CONFIG.ram), nn.Linear(CONFIG.ram.tag_width, sum(fields))
 
     def loss(draw: random.Random) -> Tensor:

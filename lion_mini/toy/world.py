@@ -27,7 +27,7 @@ COLOURS = {
 }  # fmt: skip
 GROUNDS = ("sand", "grass", "water", "brick")
 SIDES = {"small": (4, 5), "large": (8, 9, 10)}  # in grid units
-TAGS = (*SHAPES, *COLOURS, *GROUNDS)
+TAGS = (*COLOURS, *GROUNDS)
 GRID, CELL, UNIT = 32, 11, 3  # the image in units, the distance of two cells in units, a unit in pixels
 COORDINATES = tuple(f"{i / GRID:.3f}" for i in range(GRID + 1))
 LEAST, MOST, LARGE = 4, 8, 3  # things in a scene, and the most large ones among them
