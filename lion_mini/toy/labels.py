@@ -5,7 +5,6 @@ noun       the same of the thing it refers to, if it is one; how many things it 
 box        the same of the thing in it, at its last coordinate
 """
 
-import random
 import re
 from collections.abc import Sequence
 
@@ -59,16 +58,11 @@ def mentioned(things: Sequence[Thing], text: str) -> list[int]:
     return [i for i, thing in enumerate(things) if thing in found]
 
 
-def glimpse(
-    owner: Sequence[int], things: Sequence[Thing], record: Record, queries: int, draw: random.Random
-) -> list[int]:
-    """The few of the ViT's tokens that T5 sees of an image-level question, as the Q-Former might choose: one for each
-    thing that the question mentions, or else the answer, then of other things or the background, in any order."""
+def asked_labels(things: Sequence[Thing], record: Record, queries: int) -> list[list[int]]:  # -> (q, WORDS)
+    """What words say of the things that the question mentions, or else its answer. The rest is background."""
     wanted = mentioned(things, record["question"]) or mentioned(things, record["answer"])
-    patches = {i: [1 + at for at, thing in enumerate(owner) if thing == i] for i in range(-1, len(things))}
-    others = [i for i in range(len(things)) if i not in wanted]
-    chosen = [*draw.sample(wanted, len(wanted)), *draw.sample(others, len(others)), *[-1] * queries][:queries]
-    return draw.sample([draw.choice(patches[i] or patches[-1]) for i in chosen], queries)
+    background = [len(SHAPES), *[IGNORE] * (len(WORDS) - 1)]
+    return [*(facts(things[i])[: len(WORDS)] for i in wanted), *[background] * queries][:queries]
 
 
 def noun_labels(

@@ -1,11 +1,13 @@
-"""Stage 0, for the toy only: train small stand-ins for EVA-CLIP, FlanT5 and RAM, which a real LION downloads.
+"""Stage 0, for the toy only: train small stand-ins for what a real LION downloads.
 
-    ViT    block 3 says what every patch shows, and where exactly it ends; the last block only what words would say
-    T5     answers image-level questions from a few of the last block's tokens, region-level ones from all of both
-    RAM    says which tags apply, from pictures of twice the ViT's size
+    ViT (EVA-CLIP)        block 3 says what every patch shows, and where exactly it ends; the last block only what words
+                          would say: one code per word, added up
+    Q-Former (BLIP-2)     its queries become such sums too, of the things that a question is about
+    T5 (FlanT5)           answers image-level questions from the Q-Former's tokens, region-level ones from all patches
+    RAM                   says which tags apply, from pictures of twice the ViT's size
 
-Both readings of T5 go through linear projectors, which are then discarded: the Q-Former and the aggregator must learn
-to do their work. Answers alone teach too slowly, so patches and the words of a question have labels too (labels.py).
+Answers alone teach too slowly, so patches and the nouns of a question have labels too (labels.py). No part reads the
+paper's instructions. What T5 reads patches with is thrown away: the aggregator must learn to take its place.
 """
 
 import os
@@ -14,6 +16,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -27,29 +30,30 @@ from torch.optim import AdamW
 from ..config import IGNORE, PAD, PRESETS
 from ..files import atomic_write
 from ..images import lion_transform, ram_transform
+from ..model.qformer import QFormer
 from ..model.ram import Ram
 from ..model.t5 import T5
 from ..model.vit import Vit
 from ..pipeline import pad
 from ..text.prompts import TASK_OF, tag_sentence
-from ..text.tokenizers import UnigramTokenizer
+from ..text.tokenizers import UnigramTokenizer, WordPieceTokenizer
 from ..training.checkpoint import restore, save
 from ..training.report import say
 from ..training.stages import groups, schedule
-from .labels import FIELDS, REFERENT, WORDS, field_loss, glimpse, noun_labels, one_hot, patch_labels
+from .labels import FIELDS, REFERENT, WORDS, asked_labels, field_loss, noun_labels, one_hot, patch_labels
 from .questions import Record, records, tags
 from .vocab import write_vocabularies
 from .world import COLOURS, GROUNDS, SHAPES, SIDES, TAGS, Scene, scene
 
 CONFIG = PRESETS["tiny"]
 SIDE, DETAIL = CONFIG.vit.image_size // CONFIG.vit.patch_size, CONFIG.taps[1]  # in patches; the tap of fine detail
-STEPS = {"vit": 500, "t5": 6000, "ram": 800}
-SHARES = {  # T5's image-level questions by kind and sub-kind
+STEPS = {"vit": 500, "qformer": 4000, "t5": 6000, "ram": 800}
+SHARES = {  # image-level questions by kind and sub-kind
     "existence": 1.5, "counting": 2, "colour": 1, "shape": 1, "comparison": 1.5, "relation": 2, "ground": 1,
     "caption": 1.5, "vqg": 0.1, "dialogue": 0.7,
 }  # fmt: skip
 REGION, TAGGED = 0.35, 0.4  # shares of T5's steps
-# T5 never reads the paper's instructions. To follow them is what the adapters learn.
+# To follow the paper's instructions is what the stages learn.
 BARE = {
     "caption": ["Describe the image."], "vqa": ["{question}"], "vqg": ["Ask for {answer}."],
     "dialogue": ["{question}"], "rec": ["Where is {expression}?"], "reg": ["What is at {box}?"],
@@ -58,7 +62,7 @@ BARE = {
 
 @torch.random.fork_rng(devices=[])
 def train_stage0(out: str | Path, quick: bool = False, seed: int = 0) -> None:
-    """Train all three. Write weights under the names of `LionModel.state_dict()`, and the vocabularies.
+    """Train all four. Write weights under the names of `LionModel.state_dict()`, and the vocabularies.
 
     Checkpoints are in a folder beside `out`, so that the same command continues a killed run.
     """
@@ -68,14 +72,18 @@ def train_stage0(out: str | Path, quick: bool = False, seed: int = 0) -> None:
     folder = out.with_name(f"{out.name}-checkpoints")
     write_vocabularies(folder)
     pieces = UnigramTokenizer.from_file(folder / "tokenizer.json")
+    words = WordPieceTokenizer.from_file(folder / "vocab.txt")
     scenes = [scene(i, "train") for i in range(200 if quick else 12_000)]
     steps = dict.fromkeys(STEPS, 3) if quick else STEPS
     vit, features, codes = train_vit(scenes, Training(folder, "vit", seed, steps["vit"], 2e-3))
-    t5 = train_t5(scenes, features, codes, pieces, Training(folder, "t5", seed, steps["t5"], 1e-3))
+    qformer = train_qformer(scenes, features, codes, words, Training(folder, "qformer", seed, steps["qformer"], 2e-3))
+    see = partial(look, qformer, words)
+    t5, projection = train_t5(scenes, features, codes, see, pieces, Training(folder, "t5", seed, steps["t5"], 1e-3))
+    qformer.proj.load_state_dict(projection.state_dict())
     ram = train_ram(scenes, Training(folder, "ram", seed, steps["ram"], 3e-3))
     with atomic_write(out) as new:
         write_vocabularies(new)
-        parts = nn.ModuleDict({"vit": vit, "t5": t5, "ram": ram}).state_dict()
+        parts = nn.ModuleDict({"vit": vit, "qformer": qformer, "t5": t5, "ram": ram}).state_dict()
         save_file({name: tensor.bfloat16().contiguous() for name, tensor in parts.items()}, new / "model.safetensors")
         made_by = f"stage 0: lion_mini/toy/stage0.py (seed {seed}, {(time.perf_counter() - begun) / 60:.1f} minutes)"
         (new / "config.json").write_text(replace(CONFIG, made_by=made_by).to_json() + "\n", encoding="utf-8")
@@ -156,6 +164,29 @@ def train_vit(scenes: Sequence[Scene], training: Training) -> tuple[Vit, Tensor,
         return vit, torch.cat([torch.cat((last, *taps), dim=-1).bfloat16() for last, taps in parts]), codes
 
 
+def look(qformer: QFormer, words: WordPieceTokenizer, last: Tensor, drawn: Sequence[tuple[int, Record]]) -> Tensor:
+    """The queries' outputs (b, q, d) for the ViT's last block (b, 1 + n, d) and the questions of the records."""
+    ids, mask = pad([words.encode(record["question"]) for _, record in drawn], words.pad_id)
+    return qformer.attend(last.float(), ids, mask)[:, : CONFIG.qformer.queries]
+
+
+def train_qformer(
+    scenes: Sequence[Scene], features: Tensor, codes: Tensor, words: WordPieceTokenizer, training: Training
+) -> QFormer:
+    """The Q-Former: its queries become the codes of the things that a question is about."""
+    width, queries = CONFIG.vit.width, CONFIG.qformer.queries
+    qformer = QFormer(CONFIG.qformer, width, CONFIG.t5.width)
+
+    def loss(draw: random.Random) -> Tensor:
+        drawn = list(draw_records(scenes, False, False, draw))
+        wanted = torch.tensor([asked_labels(scenes[i].things, record, queries) for i, record in drawn])
+        found = look(qformer, words, features[[i for i, _ in drawn], :, :width], drawn)
+        return F.mse_loss(found.float(), one_hot(wanted, WORDS) @ codes)
+
+    training.run(qformer, loss)
+    return qformer
+
+
 class Reader(nn.Module):
     """T5, projectors from the ViT's tokens to its input, and a head that predicts what the nouns of a prompt mean.
 
@@ -165,7 +196,7 @@ class Reader(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.t5, width, tap = T5(CONFIG.t5), CONFIG.t5.width, CONFIG.vit.width
-        self.words = nn.Sequential(nn.LayerNorm(tap), nn.Linear(tap, width))
+        self.words = nn.Linear(tap, width)
         self.detail = nn.Sequential(nn.LayerNorm(tap), nn.Linear(tap, width))
         self.nouns = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, sum(REFERENT)))
         self.early = torch.empty(0)
@@ -173,13 +204,13 @@ class Reader(nn.Module):
 
     @torch.no_grad()
     def start(self, pieces: UnigramTokenizer, codes: Tensor) -> None:
-        """Initialise so that a token of the last block, a sum of codes (·, d), becomes the sum of the embeddings of its
-        words. Rows and columns have no words, so they get random vectors. What it reads is then easy to write."""
+        """Initialise `words` so that a sum of codes (·, d) becomes the sum of the embeddings of its words. For rows and
+        columns there are none, so they get random vectors. What T5 reads is then easy to write."""
         embedding, width = self.t5.shared.weight, codes.shape[1]
         shapes, others = (embedding[[pieces.encode(word)[0] for word in said]] for said in (SHAPES, (*COLOURS, *SIDES)))
         background, places = torch.zeros(1, width), 0.5 * torch.randn(sum(WORDS[3:]), width)
         words = torch.cat((shapes, background, others, places))
-        self.words[1].weight.copy_(words.T @ codes * len(WORDS) / width)
+        self.words.weight.copy_(words.T @ codes * len(WORDS) / width)
         self.t5.lm_head.weight.copy_(0.1 * embedding)
 
     def forward(
@@ -214,24 +245,30 @@ def prompt(record: Record, tagged: bool, draw: random.Random) -> str:
 
 
 def train_t5(
-    scenes: Sequence[Scene], features: Tensor, codes: Tensor, pieces: UnigramTokenizer, training: Training
-) -> T5:
-    patches, reader = patch_labels(scenes, SIDE)[0].tolist(), Reader()
+    scenes: Sequence[Scene],
+    features: Tensor,
+    codes: Tensor,
+    see: Callable[[Tensor, Sequence[tuple[int, Record]]], Tensor],
+    pieces: UnigramTokenizer,
+    training: Training,
+) -> tuple[T5, nn.Linear]:
+    """T5, and the projection with which it reads the Q-Former's queries."""
+    reader = Reader()
     reader.start(pieces, codes)
 
     def loss(draw: random.Random) -> Tensor:
         # 1. The records. Tags come from the first step on, or T5 mistakes them for words of the question.
         region, tagged = draw.random() < REGION, draw.random() < TAGGED
         drawn = list(draw_records(scenes, region, tagged, draw))
-        # 2. The visual tokens: few of the last block, or all, in any order.
-        rows = [i for i, _ in drawn]
-        if not region:
-            few = [glimpse(patches[i], scenes[i].things, record, CONFIG.qformer.queries, draw) for i, record in drawn]
-            last, _ = features[torch.tensor(rows)[:, None], torch.tensor(few)].float().chunk(2, dim=-1)  # (b, q, d)
-            visual = reader.words(last)
-        else:
-            last, tap = features[rows][:, torch.randperm(features.shape[1])].float().chunk(2, dim=-1)  # (b, 1 + n, d)
+        # 2. The visual tokens: the Q-Former's, or all of the ViT's in any order.
+        order = torch.randperm(features.shape[1])
+        last, tap = features[[i for i, _ in drawn]][:, order].float().chunk(2, dim=-1)  # (b, 1 + n, d)
+        if region:
             visual = reader.words(last) + reader.detail(tap)
+        else:
+            with torch.no_grad():
+                found = see(last, drawn)
+            visual = reader.words(found)
         # 3. The losses of answers and meanings. Answers count equally, or a box would outweigh a yes.
         prompts = [prompt(record, tagged, draw) for _, record in drawn]
         ids, _ = pad([pieces.encode(text) for text in prompts], PAD)
@@ -248,7 +285,7 @@ def train_t5(
         return (losses.sum(1) / (answers != IGNORE).sum(1)).mean() + 0.2 * field_loss(predicted, meanings, REFERENT)
 
     training.run(reader, loss)  # at a rate of 1.6e-3 it stays on its first plateau
-    return reader.t5
+    return reader.t5, reader.words
 
 
 def train_ram(scenes: Sequence[Scene], training: Training) -> Ram:
