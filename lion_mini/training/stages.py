@@ -73,7 +73,7 @@ STAGES = {  # Appendix A; the fourth as the release's config has it
 # captions. The paper's slow aggregator matters here too: at 2e-3, like the rest of stage 2, the loss was 0.57 after 500
 # steps; at 1e-4 it was 0.18 after 180. Stage 3 is the first to see tags: at 5e-4 it did not always learn to use them.
 TOY = {
-    1: replace(STAGES[1], batch=96, steps=1500, lr=1e-3, warmup=50, mean="samples"),
+    1: replace(STAGES[1], batch=96, steps=800, lr=1e-3, warmup=50, mean="samples"),
     2: replace(STAGES[2], batch=64, steps=900, lr=3e-3, warmup=50, mean="samples", constant={"aggregator": 4e-4}),
     3: replace(STAGES[3], batch=96, steps=800, lr=3e-4, warmup=50, mean="samples", constant={"aggregator": 1e-4}),
     4: replace(STAGES[4], batch=64, steps=300, lr=2e-4, warmup=50, mean="samples"),
