@@ -16,7 +16,6 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -36,7 +35,8 @@ from ..model.t5 import T5
 from ..model.vit import Vit
 from ..pipeline import pad
 from ..text.prompts import TASK_OF, tag_sentence
-from ..text.tokenizers import UnigramTokenizer, WordPieceTokenizer
+from ..text.tokenizers import UnigramTokenizer
+from ..text.vocabularies import Vocabularies
 from ..training.checkpoint import restore, save
 from ..training.report import say
 from ..training.stages import groups, schedule
@@ -71,15 +71,12 @@ def train_stage0(out: str | Path, quick: bool = False, seed: int = 0) -> None:
     out, begun = Path(out), time.perf_counter()
     folder = out.with_name(f"{out.name}-checkpoints")
     write_vocabularies(folder)
-    pieces = UnigramTokenizer.from_file(folder / "tokenizer.json")
-    words = WordPieceTokenizer.from_file(folder / "vocab.txt")
+    text = Vocabularies.from_folder(folder, CONFIG)
     scenes = [scene(i, "train") for i in range(200 if quick else 12_000)]
     steps = dict.fromkeys(STEPS, 3) if quick else STEPS
     vit, features, codes = train_vit(scenes, Training(folder, "vit", seed, steps["vit"], 2e-3))
-    qformer = train_qformer(scenes, features, codes, words, Training(folder, "qformer", seed, steps["qformer"], 2e-3))
-    see = partial(look, qformer, words)
-    t5, projection = train_t5(scenes, features, codes, see, pieces, Training(folder, "t5", seed, steps["t5"], 1e-3))
-    qformer.proj.load_state_dict(projection.state_dict())
+    qformer = train_qformer(scenes, features, codes, text, Training(folder, "qformer", seed, steps["qformer"], 2e-3))
+    t5 = train_t5(scenes, features, codes, qformer, text, Training(folder, "t5", seed, steps["t5"], 1e-3))
     ram = train_ram(scenes, Training(folder, "ram", seed, steps["ram"], 3e-3))
     with atomic_write(out) as new:
         write_vocabularies(new)
@@ -153,9 +150,8 @@ def train_vit(scenes: Sequence[Scene], training: Training) -> tuple[Vit, Tensor,
     def loss(draw: random.Random) -> Tensor:
         rows = torch.randint(len(pixels), (64,))
         last, (detailed,) = vit(pixels[rows].float(), (DETAIL,))
-        return field_loss(head(detailed[:, 1:]), labels[rows], FIELDS) + 10 * F.mse_loss(
-            last.float(), said[rows].float()
-        )
+        distance = F.mse_loss(last.float(), said[rows].float())
+        return field_loss(head(detailed[:, 1:]), labels[rows], FIELDS) + 10 * distance
 
     training.run(nn.ModuleList((vit, head)), loss)
     vit.to(torch.bfloat16).float()  # T5 must learn from the weights as they will be stored
@@ -164,14 +160,14 @@ def train_vit(scenes: Sequence[Scene], training: Training) -> tuple[Vit, Tensor,
         return vit, torch.cat([torch.cat((last, *taps), dim=-1).bfloat16() for last, taps in parts]), codes
 
 
-def look(qformer: QFormer, words: WordPieceTokenizer, last: Tensor, drawn: Sequence[tuple[int, Record]]) -> Tensor:
-    """The queries' outputs (b, q, d) for the ViT's last block (b, 1 + n, d) and the questions of the records."""
-    ids, mask = pad([words.encode(record["question"]) for _, record in drawn], words.pad_id)
+def look(qformer: QFormer, text: Vocabularies, last: Tensor, drawn: Sequence[tuple[int, Record]]) -> Tensor:
+    """The queries' outputs (b, q, d) for the ViT's last block (b, 1 + n, d) and the records' questions."""
+    ids, mask = pad([text.words.encode(record["question"]) for _, record in drawn], text.words.pad_id)
     return qformer.attend(last.float(), ids, mask)[:, : CONFIG.qformer.queries]
 
 
 def train_qformer(
-    scenes: Sequence[Scene], features: Tensor, codes: Tensor, words: WordPieceTokenizer, training: Training
+    scenes: Sequence[Scene], features: Tensor, codes: Tensor, text: Vocabularies, training: Training
 ) -> QFormer:
     """The Q-Former: its queries become the codes of the things that a question is about."""
     width, queries = CONFIG.vit.width, CONFIG.qformer.queries
@@ -180,7 +176,7 @@ def train_qformer(
     def loss(draw: random.Random) -> Tensor:
         drawn = list(draw_records(scenes, False, False, draw))
         wanted = torch.tensor([asked_labels(scenes[i].things, record, queries) for i, record in drawn])
-        found = look(qformer, words, features[[i for i, _ in drawn], :, :width], drawn)
+        found = look(qformer, text, features[[i for i, _ in drawn], :, :width], drawn)
         return F.mse_loss(found.float(), one_hot(wanted, WORDS) @ codes)
 
     training.run(qformer, loss)
@@ -245,15 +241,10 @@ def prompt(record: Record, tagged: bool, draw: random.Random) -> str:
 
 
 def train_t5(
-    scenes: Sequence[Scene],
-    features: Tensor,
-    codes: Tensor,
-    see: Callable[[Tensor, Sequence[tuple[int, Record]]], Tensor],
-    pieces: UnigramTokenizer,
-    training: Training,
-) -> tuple[T5, nn.Linear]:
-    """T5, and the projection with which it reads the Q-Former's queries."""
-    reader = Reader()
+    scenes: Sequence[Scene], features: Tensor, codes: Tensor, qformer: QFormer, text: Vocabularies, training: Training
+) -> T5:
+    """T5. How it reads the queries becomes the Q-Former's projection."""
+    reader, pieces = Reader(), text.pieces
     reader.start(pieces, codes)
 
     def loss(draw: random.Random) -> Tensor:
@@ -267,17 +258,15 @@ def train_t5(
             visual = reader.words(last) + reader.detail(tap)
         else:
             with torch.no_grad():
-                found = see(last, drawn)
+                found = look(qformer, text, last, drawn)
             visual = reader.words(found)
         # 3. The losses of answers and meanings. Answers count equally, or a box would outweigh a yes.
         prompts = [prompt(record, tagged, draw) for _, record in drawn]
-        ids, _ = pad([pieces.encode(text) for text in prompts], PAD)
+        ids, _ = pad([pieces.encode(asked) for asked in prompts], PAD)
         answers, _ = pad([pieces.encode(record["answer"]) for _, record in drawn], IGNORE)
-        words = [
-            torch.tensor(noun_labels(pieces, text, record, scenes[i].things))
-            for text, (i, record) in zip(prompts, drawn, strict=True)
-        ]
-        meanings = pad_sequence(words, batch_first=True, padding_value=IGNORE)
+        pairs = zip(prompts, drawn, strict=True)
+        nouns = [torch.tensor(noun_labels(pieces, asked, record, scenes[i].things)) for asked, (i, record) in pairs]
+        meanings = pad_sequence(nouns, batch_first=True, padding_value=IGNORE)
         if not region:
             meanings[..., len(WORDS) : len(FIELDS)] = IGNORE  # the last block does not know the box
         logits, predicted = reader(visual, ids, answers)
@@ -285,7 +274,8 @@ def train_t5(
         return (losses.sum(1) / (answers != IGNORE).sum(1)).mean() + 0.2 * field_loss(predicted, meanings, REFERENT)
 
     training.run(reader, loss)  # at a rate of 1.6e-3 it stays on its first plateau
-    return reader.t5, reader.words
+    qformer.proj = reader.words
+    return reader.t5
 
 
 def train_ram(scenes: Sequence[Scene], training: Training) -> Ram:

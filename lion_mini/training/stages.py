@@ -138,7 +138,10 @@ def changed(number: int, args: argparse.Namespace) -> Stage:
     if args.tags and level == "all":
         model["tags"] = args.tags
     if args.single_stage and level == "all":
-        given |= {"new": tuple(PARTS), "steps": sum(recipes[i].steps for i in (1, 2, 3))}
+        given |= {
+            "new": tuple(part for part in PARTS if part != "qformer"),
+            "steps": sum(recipes[i].steps for i in (1, 2, 3)),
+        }
     if args.quick:
         given |= {"batch": 16, "steps": 6}
     given |= {name: v for name in ("batch", "steps", "lr", "warmup", "mean") if (v := getattr(args, name)) is not None}
