@@ -35,17 +35,16 @@ def one_hot(labels: Tensor, fields: Sequence[int]) -> Tensor:  # (..., fields) -
     return torch.cat([F.one_hot(field.clamp_min(0), n) * (field >= 0)[..., None] for field, n in pairs], dim=-1).float()
 
 
-def patch_labels(scenes: Sequence[Scene], side: int) -> tuple[Tensor, Tensor]:  # -> (b, side * side), (b, ·, fields)
-    """Per patch the index of the thing that covers most of it, -1 for background; and the thing's FIELDS."""
-    owners, labels, background = list[Tensor](), list[Tensor](), [len(SHAPES), *[IGNORE] * 8]
+def patch_labels(scenes: Sequence[Scene], side: int) -> Tensor:  # -> (b, side * side, fields)
+    """Per patch the FIELDS of the thing that covers most of it, or of background."""
+    labels, background = list[Tensor](), [len(SHAPES), *[IGNORE] * (len(FIELDS) - 1)]
     for scene in scenes:
         covered = torch.zeros(len(scene.things), GRID, GRID)
         for area, thing in zip(covered, scene.things, strict=True):
             area[thing.top : thing.top + thing.side, thing.left : thing.left + thing.side] = 1
         share, owner = F.adaptive_avg_pool2d(covered, side).flatten(1).max(0)
-        owners.append(owner.where(share > 0, -1))
-        labels.append(torch.tensor([*map(facts, scene.things), background])[owners[-1]])
-    return torch.stack(owners), torch.stack(labels)
+        labels.append(torch.tensor([*map(facts, scene.things), background])[owner.where(share > 0, -1)])
+    return torch.stack(labels)
 
 
 def mentioned(things: Sequence[Thing], text: str) -> list[int]:

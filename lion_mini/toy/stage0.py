@@ -137,14 +137,14 @@ def train_vit(scenes: Sequence[Scene], training: Training) -> tuple[Vit, Tensor,
     The last block learns to be the sum of one code for each word that would describe the thing on the patch, as CLIP
     learns to agree with captions. What no word says, the exact box, fades there.
     """
-    width, (owners, labels) = CONFIG.vit.width, patch_labels(scenes, SIDE)
+    width, labels = CONFIG.vit.width, patch_labels(scenes, SIDE)
     pixels = pixels_of(scenes, lion_transform, CONFIG.vit.image_size)
     vit = Vit(CONFIG.vit)
     nn.init.normal_(vit.positions, std=0.3)
     head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, sum(FIELDS)))
     codes = torch.linalg.qr(torch.randn(width, width))[0][: sum(WORDS)] * (width / len(WORDS)) ** 0.5
     said = one_hot(labels[..., : len(WORDS)], WORDS) @ codes  # (b, n, d)
-    things = (owners >= 0)[..., None]
+    things = labels[..., :1] < len(SHAPES)
     said = torch.cat(((said * things).sum(1, keepdim=True) / things.sum(1, keepdim=True), said), dim=1).bfloat16()
 
     def loss(draw: random.Random) -> Tensor:
@@ -283,7 +283,7 @@ def train_ram(scenes: Sequence[Scene], training: Training) -> Ram:
     assert CONFIG.ram
     size, rng = CONFIG.ram.image_size, random.Random(training.seed)
     side = size // CONFIG.ram.patch_size // 2 ** (len(CONFIG.ram.depths) - 1)
-    pixels, (_, labels) = pixels_of(scenes, ram_transform, size), patch_labels(scenes, side)
+    pixels, labels = pixels_of(scenes, ram_transform, size), patch_labels(scenes, side)
     grounds = torch.tensor([GROUNDS.index(each.ground) for each in scenes])[:, None, None]
     labels = torch.cat((grounds.expand(-1, side * side, 1), labels[..., 1:2]), dim=-1)
     wanted = torch.tensor([[float(tag in found) for tag in TAGS] for found in (tags(each, rng) for each in scenes)])
