@@ -1,10 +1,9 @@
 """Stage 0, for the toy only: train small stand-ins for what a real LION downloads.
 
-    ViT (EVA-CLIP)        block 3 says what every patch shows, and where exactly it ends; the last block only what words
-                          would say: one code per word, added up
-    Q-Former (BLIP-2)     its queries become such sums too, of the things that a question is about
-    T5 (FlanT5)           answers image-level questions from the Q-Former's tokens, region-level ones from all patches
-    RAM                   says which tags apply, from pictures of twice the ViT's size
+    ViT (EVA-CLIP)       block 3 says what every patch shows and where it ends; the last block is a sum of words' codes
+    Q-Former (BLIP-2)    its queries become such sums too, of the things that a question is about
+    T5 (FlanT5)          answers image-level questions from the Q-Former's tokens, region-level ones from all patches
+    RAM                  says which tags apply, from pictures of twice the ViT's size
 
 Answers alone teach too slowly, so patches and the nouns of a question have labels too (labels.py). No part reads the
 paper's instructions. What T5 reads patches with is thrown away: the aggregator must learn to take its place.
@@ -35,7 +34,6 @@ from ..model.t5 import T5
 from ..model.vit import Vit
 from ..pipeline import pad
 from ..text.prompts import TASK_OF, tag_sentence
-from ..text.tokenizers import UnigramTokenizer
 from ..text.vocabularies import Vocabularies
 from ..training.checkpoint import restore, save
 from ..training.report import say
@@ -43,11 +41,11 @@ from ..training.stages import groups, schedule
 from .labels import FIELDS, REFERENT, WORDS, asked_labels, field_loss, noun_labels, one_hot, patch_labels
 from .questions import Record, records, tags
 from .vocab import write_vocabularies
-from .world import COLOURS, GROUNDS, SHAPES, SIDES, TAGS, Scene, scene
+from .world import COLOURS, GROUNDS, TAGS, Scene, scene
 
 CONFIG = PRESETS["tiny"]
 SIDE, DETAIL = CONFIG.vit.image_size // CONFIG.vit.patch_size, CONFIG.taps[1]  # in patches; the tap of fine detail
-STEPS = {"vit": 500, "qformer": 4000, "t5": 6000, "ram": 800}
+STEPS = {"vit": 500, "qformer": 3000, "t5": 5500, "ram": 800}
 SHARES = {  # image-level questions by kind and sub-kind
     "existence": 1.5, "counting": 2, "colour": 1, "shape": 1, "comparison": 1.5, "relation": 2, "ground": 1,
     "caption": 1.5, "vqg": 0.1, "dialogue": 0.7,
@@ -62,10 +60,8 @@ BARE = {
 
 @torch.random.fork_rng(devices=[])
 def train_stage0(out: str | Path, quick: bool = False, seed: int = 0) -> None:
-    """Train all four. Write weights under the names of `LionModel.state_dict()`, and the vocabularies.
-
-    Checkpoints are in a folder beside `out`, so that the same command continues a killed run.
-    """
+    """Train all four; write vocabularies, and weights under the names of `LionModel.state_dict()`. Checkpoints are in a
+    folder beside `out`, so that the same command continues a killed run."""
     # oneDNN caches its kernels for the last 1,024 shapes. Here every step has new shapes: half a gigabyte and more.
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256")
     out, begun = Path(out), time.perf_counter()
@@ -76,7 +72,7 @@ def train_stage0(out: str | Path, quick: bool = False, seed: int = 0) -> None:
     steps = dict.fromkeys(STEPS, 3) if quick else STEPS
     vit, features, codes = train_vit(scenes, Training(folder, "vit", seed, steps["vit"], 2e-3))
     qformer = train_qformer(scenes, features, codes, text, Training(folder, "qformer", seed, steps["qformer"], 2e-3))
-    t5 = train_t5(scenes, features, codes, qformer, text, Training(folder, "t5", seed, steps["t5"], 1e-3))
+    t5 = train_t5(scenes, features, qformer, text, Training(folder, "t5", seed, steps["t5"], 1e-3))
     ram = train_ram(scenes, Training(folder, "ram", seed, steps["ram"], 3e-3))
     with atomic_write(out) as new:
         write_vocabularies(new)
@@ -143,15 +139,12 @@ def train_vit(scenes: Sequence[Scene], training: Training) -> tuple[Vit, Tensor,
     nn.init.normal_(vit.positions, std=0.3)
     head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, sum(FIELDS)))
     codes = torch.linalg.qr(torch.randn(width, width))[0][: sum(WORDS)] * (width / len(WORDS)) ** 0.5
-    said = one_hot(labels[..., : len(WORDS)], WORDS) @ codes  # (b, n, d)
-    things = labels[..., :1] < len(SHAPES)
-    said = torch.cat(((said * things).sum(1, keepdim=True) / things.sum(1, keepdim=True), said), dim=1).bfloat16()
 
     def loss(draw: random.Random) -> Tensor:
         rows = torch.randint(len(pixels), (64,))
         last, (detailed,) = vit(pixels[rows].float(), (DETAIL,))
-        distance = F.mse_loss(last.float(), said[rows].float())
-        return field_loss(head(detailed[:, 1:]), labels[rows], FIELDS) + 10 * distance
+        said = one_hot(labels[rows, :, : len(WORDS)], WORDS) @ codes
+        return field_loss(head(detailed[:, 1:]), labels[rows], FIELDS) + 10 * F.mse_loss(last[:, 1:].float(), said)
 
     training.run(nn.ModuleList((vit, head)), loss)
     vit.to(torch.bfloat16).float()  # T5 must learn from the weights as they will be stored
@@ -170,12 +163,11 @@ def train_qformer(
     scenes: Sequence[Scene], features: Tensor, codes: Tensor, text: Vocabularies, training: Training
 ) -> QFormer:
     """The Q-Former: its queries become the codes of the things that a question is about."""
-    width, queries = CONFIG.vit.width, CONFIG.qformer.queries
-    qformer = QFormer(CONFIG.qformer, width, CONFIG.t5.width)
+    qformer, width = QFormer(CONFIG.qformer, CONFIG.vit.width, CONFIG.t5.width), CONFIG.vit.width
 
     def loss(draw: random.Random) -> Tensor:
         drawn = list(draw_records(scenes, False, False, draw))
-        wanted = torch.tensor([asked_labels(scenes[i].things, record, queries) for i, record in drawn])
+        wanted = torch.tensor([asked_labels(scenes[i].things, record, CONFIG.qformer.queries) for i, record in drawn])
         found = look(qformer, text, features[[i for i, _ in drawn], :, :width], drawn)
         return F.mse_loss(found.float(), one_hot(wanted, WORDS) @ codes)
 
@@ -197,17 +189,6 @@ class Reader(nn.Module):
         self.nouns = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, sum(REFERENT)))
         self.early = torch.empty(0)
         self.t5.encoder[1].register_forward_hook(lambda module, args, out: setattr(self, "early", out))
-
-    @torch.no_grad()
-    def start(self, pieces: UnigramTokenizer, codes: Tensor) -> None:
-        """Initialise `words` so that a sum of codes (·, d) becomes the sum of the embeddings of its words. For rows and
-        columns there are none, so they get random vectors. What T5 reads is then easy to write."""
-        embedding, width = self.t5.shared.weight, codes.shape[1]
-        shapes, others = (embedding[[pieces.encode(word)[0] for word in said]] for said in (SHAPES, (*COLOURS, *SIDES)))
-        background, places = torch.zeros(1, width), 0.5 * torch.randn(sum(WORDS[3:]), width)
-        words = torch.cat((shapes, background, others, places))
-        self.words.weight.copy_(words.T @ codes * len(WORDS) / width)
-        self.t5.lm_head.weight.copy_(0.1 * embedding)
 
     def forward(
         self, visual: Tensor, ids: Tensor, labels: Tensor
@@ -240,12 +221,9 @@ def prompt(record: Record, tagged: bool, draw: random.Random) -> str:
     return tag_sentence(shuffled) + record["question"] if shuffled else record["question"]
 
 
-def train_t5(
-    scenes: Sequence[Scene], features: Tensor, codes: Tensor, qformer: QFormer, text: Vocabularies, training: Training
-) -> T5:
+def train_t5(scenes: Sequence[Scene], features: Tensor, qformer: QFormer, text: Vocabularies, training: Training) -> T5:
     """T5. How it reads the queries becomes the Q-Former's projection."""
     reader, pieces = Reader(), text.pieces
-    reader.start(pieces, codes)
 
     def loss(draw: random.Random) -> Tensor:
         # 1. The records. Tags come from the first step on, or T5 mistakes them for words of the question.
@@ -279,22 +257,21 @@ def train_t5(
 
 
 def train_ram(scenes: Sequence[Scene], training: Training) -> Ram:
-    """RAM, trained on tags with a tagger's errors, and on the ground and the colour of every patch."""
+    """RAM, trained on tags with a tagger's errors, and on ground and colour of every patch."""
     assert CONFIG.ram
-    size, rng = CONFIG.ram.image_size, random.Random(training.seed)
+    size, rng, fields = CONFIG.ram.image_size, random.Random(training.seed), (len(GROUNDS), len(COLOURS))
     side = size // CONFIG.ram.patch_size // 2 ** (len(CONFIG.ram.depths) - 1)
-    pixels, labels = pixels_of(scenes, ram_transform, size), patch_labels(scenes, side)
-    grounds = torch.tensor([GROUNDS.index(each.ground) for each in scenes])[:, None, None]
-    labels = torch.cat((grounds.expand(-1, side * side, 1), labels[..., 1:2]), dim=-1)
+    pixels, colours = pixels_of(scenes, ram_transform, size), patch_labels(scenes, side)[..., 1]
+    grounds = torch.tensor([GROUNDS.index(each.ground) for each in scenes])[:, None].expand_as(colours)
     wanted = torch.tensor([[float(tag in found) for tag in TAGS] for found in (tags(each, rng) for each in scenes)])
-    fields = len(GROUNDS), len(COLOURS)
     ram, head = Ram(CONFIG.ram), nn.Linear(CONFIG.ram.tag_width, sum(fields))
 
     def loss(draw: random.Random) -> Tensor:
         rows = torch.randint(len(pixels), (64,))
         context = ram.image_proj(ram.swin(pixels[rows].float()))  # (b, 1 + n, d): the mean, then the patches
         found = F.binary_cross_entropy_with_logits(ram.recognise(context).float(), wanted[rows])
-        return len(TAGS) * found + field_loss(head(context[:, 1:]), labels[rows], fields)
+        labels = torch.stack((grounds[rows], colours[rows]), dim=-1)
+        return len(TAGS) * found + field_loss(head(context[:, 1:]), labels, fields)
 
     training.run(nn.ModuleList((ram, head)), loss)
     return ram

@@ -88,23 +88,6 @@ def test_one_part_resumes(tmp_path: Path) -> None:
     assert all(torch.equal(a, b) for a, b in zip(resumed, whole, strict=True))
 
 
-def test_the_projector_starts_at_the_words_for_a_patch(folder: Path) -> None:
-    """A sum of codes becomes the sum of the embeddings of its words; a background patch has none."""
-    config, pieces = PRESETS["tiny"], UnigramTokenizer.from_file(folder / "tokenizer.json")
-    torch.manual_seed(0)
-    width, reader = config.vit.width, stage0.Reader()
-    codes = torch.linalg.qr(torch.randn(width, width))[0][: sum(labels.WORDS)] * (width / len(labels.WORDS)) ** 0.5
-    reader.start(pieces, codes)
-    fields = torch.tensor([[2, 5, 1, 0, 2], [0, 0, 0, 1, 1], [4, *[-100] * 4]])  # shape, colour, size, row, column
-    *things, background = reader.words(labels.one_hot(fields, labels.WORDS) @ codes)
-    embedding = lambda word: reader.t5.shared.weight[pieces.encode(word)[0]]
-    for found, words in zip(things, (("triangle", "black", "large"), ("circle", "red", "small")), strict=True):
-        rest = found - sum(map(embedding, words))
-        assert rest.std() < 1.2  # two places of 0.5 each, and the bias
-        assert (found - rest).std() > 1.4
-    assert background.std() < 0.1
-
-
 def test_a_patch_belongs_to_the_thing_that_covers_most_of_it() -> None:
     scenes = [toy.scene(seed, "train") for seed in range(30)]
     spans = [{*range(i * 32 // 6, -(-(i + 1) * 32 // 6))} for i in range(6)]  # in grid units
