@@ -11,11 +11,9 @@ import fcntl
 import json
 import re
 import shlex
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from itertools import product
 from math import sqrt
 from pathlib import Path
@@ -25,10 +23,11 @@ from PIL import Image, ImageDraw
 
 from .. import files
 from ..evaluation.parts import change
-from ..pipeline import TINY, Lion, read_config
+from ..pipeline import Lion, read_config
 from ..training.report import say
 from .questions import EXTREMES, RELATIONS
 from .scores import Reply, ask, levels
+from .training import copy_stage0
 from .world import scene
 
 TRAIN = Path(__file__).parents[2] / "train.py"
@@ -70,13 +69,9 @@ TABLES = {  # per title its models, and the paper's claims: a sum over models th
 def main(args: argparse.Namespace) -> None:
     if not TRAIN.is_file():
         raise ValueError(f"{TRAIN} is missing: run this in a checkout of the project")
-    # 1. The start: the package's frozen parts alone, so that stages 1 and 2 begin with new ones.
+    # 1. The start.
     if not (start := args.out / "stage0").exists():
-        config = read_config(TINY)
-        config = replace(config, stage=0, made_by=config.made_by.split("\n")[0])
-        with files.atomic_write(start) as new:
-            shutil.copytree(TINY, new, ignore=shutil.ignore_patterns("trained.*", "scores.*"))
-            (new / "config.json").write_text(config.to_json(), encoding="utf-8")
+        copy_stage0(start)
     # 2. Wait for a training that outlived a killed command: it inherited the lock.
     with open(args.out / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)

@@ -132,7 +132,7 @@ def dialogue(things: Sequence[Thing], rng: random.Random) -> tuple[str, str]:
 
 
 def true_tags(scene: Scene) -> list[str]:
-    true = {scene.ground}.union(*(thing.words for thing in scene.things))
+    true = {scene.ground, *(thing.colour for thing in scene.things)}
     return [tag for tag in TAGS if tag in true]
 
 

@@ -1,11 +1,12 @@
-"""Stage 0, for the toy only: train small stand-ins for EVA-CLIP, FlanT5 and RAM, which a real LION downloads.
+"""Stage 0, for the toy only: train small stand-ins for what a real LION downloads.
 
-    ViT    block 3 says what every patch shows, and where exactly it ends; the last block only what words would say
-    T5     answers image-level questions from a few of the last block's tokens, region-level ones from all of both
-    RAM    says which tags apply, from pictures of twice the ViT's size
+    ViT (EVA-CLIP)       block 3 says what every patch shows and where it ends; the last block is a sum of words' codes
+    Q-Former (BLIP-2)    its queries become such sums too, of the things that a question is about
+    T5 (FlanT5)          answers image-level questions from the Q-Former's tokens, region-level ones from all patches
+    RAM                  says which tags apply, from pictures of twice the ViT's size
 
-Both readings of T5 go through linear projectors, which are then discarded: the Q-Former and the aggregator must learn
-to do their work. Answers alone teach too slowly, so patches and the words of a question have labels too (labels.py).
+Answers alone teach too slowly, so patches and the nouns of a question have labels too (labels.py). No part reads the
+paper's instructions. What T5 reads patches with is thrown away: the aggregator must learn to take its place.
 """
 
 import os
@@ -27,29 +28,30 @@ from torch.optim import AdamW
 from ..config import IGNORE, PAD, PRESETS
 from ..files import atomic_write
 from ..images import lion_transform, ram_transform
+from ..model.qformer import QFormer
 from ..model.ram import Ram
 from ..model.t5 import T5
 from ..model.vit import Vit
 from ..pipeline import pad
 from ..text.prompts import TASK_OF, tag_sentence
-from ..text.tokenizers import UnigramTokenizer
+from ..text.vocabularies import Vocabularies
 from ..training.checkpoint import restore, save
 from ..training.report import say
 from ..training.stages import groups, schedule
-from .labels import FIELDS, REFERENT, WORDS, field_loss, glimpse, one_hot, patch_labels, word_labels, word_loss
+from .labels import FIELDS, REFERENT, WORDS, asked_labels, field_loss, noun_labels, one_hot, patch_labels
 from .questions import Record, records, tags
 from .vocab import write_vocabularies
-from .world import COLOURS, COORDINATES, GROUNDS, SHAPES, SIDES, TAGS, Scene, scene
+from .world import COLOURS, GROUNDS, TAGS, Scene, scene
 
 CONFIG = PRESETS["tiny"]
 SIDE, DETAIL = CONFIG.vit.image_size // CONFIG.vit.patch_size, CONFIG.taps[1]  # in patches; the tap of fine detail
-STEPS = {"vit": 500, "t5": 3600, "ram": 800}
-SHARES = {  # T5's image-level questions by kind and sub-kind
+STEPS = {"vit": 500, "qformer": 3000, "t5": 5500, "ram": 800}
+SHARES = {  # image-level questions by kind and sub-kind
     "existence": 1.5, "counting": 2, "colour": 1, "shape": 1, "comparison": 1.5, "relation": 2, "ground": 1,
     "caption": 1.5, "vqg": 0.1, "dialogue": 0.7,
 }  # fmt: skip
-LEVELS = {"image": 0.65, "region": 0.31, "boxes": 0.04}  # shares of T5's steps
-# T5 never reads the paper's instructions. To follow them is what the adapters learn.
+REGION, TAGGED = 0.35, 0.4  # shares of T5's steps
+# To follow the paper's instructions is what the stages learn.
 BARE = {
     "caption": ["Describe the image."], "vqa": ["{question}"], "vqg": ["Ask for {answer}."],
     "dialogue": ["{question}"], "rec": ["Where is {expression}?"], "reg": ["What is at {box}?"],
@@ -58,24 +60,23 @@ BARE = {
 
 @torch.random.fork_rng(devices=[])
 def train_stage0(out: str | Path, quick: bool = False, seed: int = 0) -> None:
-    """Train all three. Write weights under the names of `LionModel.state_dict()`, and the vocabularies.
-
-    Checkpoints are in a folder beside `out`, so that the same command continues a killed run.
-    """
+    """Train all four; write vocabularies, and weights under the names of `LionModel.state_dict()`. Checkpoints are in a
+    folder beside `out`, so that the same command continues a killed run."""
     # oneDNN caches its kernels for the last 1,024 shapes. Here every step has new shapes: half a gigabyte and more.
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256")
     out, begun = Path(out), time.perf_counter()
     folder = out.with_name(f"{out.name}-checkpoints")
     write_vocabularies(folder)
-    pieces = UnigramTokenizer.from_file(folder / "tokenizer.json")
+    text = Vocabularies.from_folder(folder, CONFIG)
     scenes = [scene(i, "train") for i in range(200 if quick else 12_000)]
     steps = dict.fromkeys(STEPS, 3) if quick else STEPS
-    vit, features = train_vit(scenes, Training(folder, "vit", seed, steps["vit"], 2e-3))
-    t5 = train_t5(scenes, features, pieces, Training(folder, "t5", seed, steps["t5"], 1e-3))
+    vit, features, codes = train_vit(scenes, Training(folder, "vit", seed, steps["vit"], 2e-3))
+    qformer = train_qformer(scenes, features, codes, text, Training(folder, "qformer", seed, steps["qformer"], 2e-3))
+    t5 = train_t5(scenes, features, qformer, text, Training(folder, "t5", seed, steps["t5"], 1e-3))
     ram = train_ram(scenes, Training(folder, "ram", seed, steps["ram"], 3e-3))
     with atomic_write(out) as new:
         write_vocabularies(new)
-        parts = nn.ModuleDict({"vit": vit, "t5": t5, "ram": ram}).state_dict()
+        parts = nn.ModuleDict({"vit": vit, "qformer": qformer, "t5": t5, "ram": ram}).state_dict()
         save_file({name: tensor.bfloat16().contiguous() for name, tensor in parts.items()}, new / "model.safetensors")
         made_by = f"stage 0: lion_mini/toy/stage0.py (seed {seed}, {(time.perf_counter() - begun) / 60:.1f} minutes)"
         (new / "config.json").write_text(replace(CONFIG, made_by=made_by).to_json() + "\n", encoding="utf-8")
@@ -126,38 +127,56 @@ def pixels_of(scenes: Sequence[Scene], transform: Callable[[Image, int], Tensor]
     return torch.stack([transform(scene(each.seed, each.split).image, size).bfloat16() for each in scenes])
 
 
-def train_vit(scenes: Sequence[Scene], training: Training) -> tuple[Vit, Tensor]:
-    """The ViT, and for every scene the tokens of its last block and of the detailed tap: (b, 1 + n, 2 d).
+def train_vit(scenes: Sequence[Scene], training: Training) -> tuple[Vit, Tensor, Tensor]:
+    """The ViT; for every scene the tokens of its last block and of the detailed tap (b, 1 + n, 2 d); the codes (·, d).
 
     The last block learns to be the sum of one code for each word that would describe the thing on the patch, as CLIP
     learns to agree with captions. What no word says, the exact box, fades there.
     """
-    width, (owners, labels) = CONFIG.vit.width, patch_labels(scenes, SIDE)
+    width, labels = CONFIG.vit.width, patch_labels(scenes, SIDE)
     pixels = pixels_of(scenes, lion_transform, CONFIG.vit.image_size)
     vit = Vit(CONFIG.vit)
     nn.init.normal_(vit.positions, std=0.3)
     head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, sum(FIELDS)))
     codes = torch.linalg.qr(torch.randn(width, width))[0][: sum(WORDS)] * (width / len(WORDS)) ** 0.5
-    said = one_hot(labels[..., : len(WORDS)], WORDS) @ codes  # (b, n, d)
-    things = (owners >= 0)[..., None]
-    said = torch.cat(((said * things).sum(1, keepdim=True) / things.sum(1, keepdim=True), said), dim=1).bfloat16()
 
     def loss(draw: random.Random) -> Tensor:
         rows = torch.randint(len(pixels), (64,))
         last, (detailed,) = vit(pixels[rows].float(), (DETAIL,))
-        return field_loss(head(detailed[:, 1:]), labels[rows], FIELDS) + 10 * F.mse_loss(
-            last.float(), said[rows].float()
-        )
+        said = one_hot(labels[rows, :, : len(WORDS)], WORDS) @ codes
+        return field_loss(head(detailed[:, 1:]), labels[rows], FIELDS) + 10 * F.mse_loss(last[:, 1:].float(), said)
 
     training.run(nn.ModuleList((vit, head)), loss)
     vit.to(torch.bfloat16).float()  # T5 must learn from the weights as they will be stored
     with torch.inference_mode():
         parts = [vit(part.float(), (DETAIL,)) for part in pixels.split(500)]
-        return vit, torch.cat([torch.cat((last, *taps), dim=-1).bfloat16() for last, taps in parts])
+        return vit, torch.cat([torch.cat((last, *taps), dim=-1).bfloat16() for last, taps in parts]), codes
+
+
+def look(qformer: QFormer, text: Vocabularies, last: Tensor, drawn: Sequence[tuple[int, Record]]) -> Tensor:
+    """The queries' outputs (b, q, d) for the ViT's last block (b, 1 + n, d) and the records' questions."""
+    ids, mask = pad([text.words.encode(record["question"]) for _, record in drawn], text.words.pad_id)
+    return qformer.attend(last.float(), ids, mask)[:, : CONFIG.qformer.queries]
+
+
+def train_qformer(
+    scenes: Sequence[Scene], features: Tensor, codes: Tensor, text: Vocabularies, training: Training
+) -> QFormer:
+    """The Q-Former: its queries become the codes of the things that a question is about."""
+    qformer, width = QFormer(CONFIG.qformer, CONFIG.vit.width, CONFIG.t5.width), CONFIG.vit.width
+
+    def loss(draw: random.Random) -> Tensor:
+        drawn = list(draw_records(scenes, False, False, draw))
+        wanted = torch.tensor([asked_labels(scenes[i].things, record, CONFIG.qformer.queries) for i, record in drawn])
+        found = look(qformer, text, features[[i for i, _ in drawn], :, :width], drawn)
+        return F.mse_loss(found.float(), one_hot(wanted, WORDS) @ codes)
+
+    training.run(qformer, loss)
+    return qformer
 
 
 class Reader(nn.Module):
-    """T5, projectors from the ViT's tokens to its input, and heads that predict what the words of a prompt mean.
+    """T5, projectors from the ViT's tokens to its input, and a head that predicts what the nouns of a prompt mean.
 
     Nouns are read after the encoder's second layer already, so the third can compare them.
     """
@@ -165,56 +184,28 @@ class Reader(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.t5, width, tap = T5(CONFIG.t5), CONFIG.t5.width, CONFIG.vit.width
-        self.few = nn.Sequential(nn.LayerNorm(tap), nn.Linear(tap, width))
-        self.all = nn.Sequential(nn.LayerNorm(2 * tap), nn.Linear(2 * tap, width))
-        self.nouns = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, sum(REFERENT) + 2))
-        self.relations = nn.Linear(width, 3)
+        self.words = nn.Linear(tap, width)
+        self.detail = nn.Sequential(nn.LayerNorm(tap), nn.Linear(tap, width))
+        self.nouns = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, sum(REFERENT)))
         self.early = torch.empty(0)
         self.t5.encoder[1].register_forward_hook(lambda module, args, out: setattr(self, "early", out))
 
     def forward(
         self, visual: Tensor, ids: Tensor, labels: Tensor
-    ) -> tuple[Tensor, Tensor]:  # (b, n, d), (b, p), (b, t) -> (b, t, v), (b, p, classes and measures)
+    ) -> tuple[Tensor, Tensor]:  # (b, n, d), (b, p), (b, t) -> (b, t, v), (b, p, classes)
         n, task = visual.shape[1], torch.zeros(len(ids), dtype=torch.long)
         mask = F.pad(ids != PAD, (n, 0), value=True)
         states = self.t5.encode(torch.cat((visual, self.t5.shared(ids)), dim=1), mask, task)
         logits = self.t5.predict(labels, self.t5.start(states, mask, task, labels.shape[1]))
-        return logits, torch.cat((self.nouns(self.early[:, n:]), self.relations(states[:, n:])), dim=-1)
-
-
-@torch.no_grad()
-def start_from_words(reader: Reader, pieces: UnigramTokenizer, features: Tensor, labels: Tensor) -> None:
-    """Initialise the projectors as least-squares maps from the ViT's tokens (b, 1 + n, 2 d) to the embeddings of the
-    words for what their `labels` (b, n, fields) say. Rows and columns have no words, so they get random vectors.
-
-    Coordinates are rotated, each of a box's four differently. They are three quarters of the tokens' variance, so they
-    count a quarter: else a question's "red" does not find its shape.
-    """
-    width, embedding = CONFIG.t5.width, reader.t5.shared.weight
-    numbers = embedding[[pieces.pieces[number][0] for number in COORDINATES]]
-    words = [embedding[[pieces.encode(word)[0] for word in field]] for field in (SHAPES, COLOURS, SIDES)]
-    words.insert(1, torch.zeros(1, width))  # background
-    words.append(0.5 * torch.randn(sum(WORDS[3:]), width))
-    boxes = [0.25 * numbers @ torch.linalg.qr(torch.randn(width, width))[0] for _ in range(4)]
-    for (norm, linear), fields, tables in ((reader.few, WORDS, words), (reader.all, FIELDS, words + boxes)):
-        wanted = (one_hot(labels[..., : len(fields)], fields) @ torch.cat(tables)).flatten(0, 1).double()
-        x = norm(features[:, 1:, : linear.in_features].float()).flatten(0, 1)
-        x = F.pad(x, (0, 1), value=1.0).double()
-        squares = x.T @ x + 1e-5 * len(x) * torch.eye(x.shape[1])  # ridge: LayerNorm leaves one direction empty
-        solved = torch.linalg.solve(squares, x.T @ wanted)  # lstsq is not reproducible on 2 threads
-        linear.load_state_dict({"weight": solved[:-1].T, "bias": solved[-1]})
+        return logits, self.nouns(self.early[:, n:])
 
 
 def draw_records(
-    scenes: Sequence[Scene], level: str, tagged: bool, draw: random.Random
+    scenes: Sequence[Scene], region: bool, tagged: bool, draw: random.Random
 ) -> Iterator[tuple[int, Record]]:
-    """Four questions about each of 32 scenes, or REC and REG in 64, or all of 64 scenes' boxes: one image teaches many
-    coordinates."""
-    for i in draw.sample(range(len(scenes)), 32 if level == "image" else 64):
-        if level == "boxes":
-            answer = ", ".join(f"{t.size} {t.name} {t.box.to_text()}" for t in scenes[i].things if t.size == "large")
-            yield i, {"question": "Describe the image with coordinates.", "answer": answer, "tags": ""}
-        elif level == "region":
+    """REC and REG in 64 scenes, or four questions about each of 32. Only with tags T5 can tell the ground."""
+    for i in draw.sample(range(len(scenes)), 64 if region else 32):
+        if region:
             yield from ((i, record) for record in records(scenes[i], draw, ("rec", "reg"), BARE))
         else:
             about = records(scenes[i], draw, [kind for kind in BARE if TASK_OF[kind] == "image"], BARE)
@@ -230,60 +221,57 @@ def prompt(record: Record, tagged: bool, draw: random.Random) -> str:
     return tag_sentence(shuffled) + record["question"] if shuffled else record["question"]
 
 
-def train_t5(scenes: Sequence[Scene], features: Tensor, pieces: UnigramTokenizer, training: Training) -> T5:
-    owners, labels = patch_labels(scenes, SIDE)
-    patches, reader = owners.tolist(), Reader()
-    start_from_words(reader, pieces, features[:2000], labels[:2000])
-    reader.t5.lm_head.weight.data.copy_(0.1 * reader.t5.shared.weight)  # words it can read are then easy to write
+def train_t5(scenes: Sequence[Scene], features: Tensor, qformer: QFormer, text: Vocabularies, training: Training) -> T5:
+    """T5. How it reads the queries becomes the Q-Former's projection."""
+    reader, pieces = Reader(), text.pieces
 
     def loss(draw: random.Random) -> Tensor:
         # 1. The records. Tags come from the first step on, or T5 mistakes them for words of the question.
-        level, tagged = draw.choices([*LEVELS], [*LEVELS.values()])[0], draw.random() < 0.4
-        drawn = list(draw_records(scenes, level, tagged, draw))
-        # 2. The visual tokens: few of the last block, or all, in any order.
-        rows = [i for i, _ in drawn]
-        if level == "image":
-            few = [glimpse(patches[i], scenes[i].things, record, CONFIG.qformer.queries, draw) for i, record in drawn]
-            chosen = features[torch.tensor(rows)[:, None], torch.tensor(few)]  # (b, q, 2 d)
-            visual = reader.few(chosen[..., : CONFIG.vit.width].float())
+        region, tagged = draw.random() < REGION, draw.random() < TAGGED
+        drawn = list(draw_records(scenes, region, tagged, draw))
+        # 2. The visual tokens: the Q-Former's, or all of the ViT's in any order.
+        order = torch.randperm(features.shape[1])
+        last, tap = features[[i for i, _ in drawn]][:, order].float().chunk(2, dim=-1)  # (b, 1 + n, d)
+        if region:
+            visual = reader.words(last) + reader.detail(tap)
         else:
-            visual = reader.all(features[rows][:, torch.randperm(features.shape[1])].float())
+            with torch.no_grad():
+                found = look(qformer, text, last, drawn)
+            visual = reader.words(found)
         # 3. The losses of answers and meanings. Answers count equally, or a box would outweigh a yes.
         prompts = [prompt(record, tagged, draw) for _, record in drawn]
-        ids, _ = pad([pieces.encode(text) for text in prompts], PAD)
+        ids, _ = pad([pieces.encode(asked) for asked in prompts], PAD)
         answers, _ = pad([pieces.encode(record["answer"]) for _, record in drawn], IGNORE)
-        words = [
-            torch.tensor(word_labels(pieces, text, record, scenes[i].things), dtype=torch.float32)
-            for text, (i, record) in zip(prompts, drawn, strict=True)
-        ]
-        meanings = pad_sequence(words, batch_first=True, padding_value=IGNORE)
-        if level == "image":
+        pairs = zip(prompts, drawn, strict=True)
+        nouns = [torch.tensor(noun_labels(pieces, asked, record, scenes[i].things)) for asked, (i, record) in pairs]
+        meanings = pad_sequence(nouns, batch_first=True, padding_value=IGNORE)
+        if not region:
             meanings[..., len(WORDS) : len(FIELDS)] = IGNORE  # the last block does not know the box
         logits, predicted = reader(visual, ids, answers)
         losses = F.cross_entropy(logits.float().transpose(1, 2), answers, ignore_index=IGNORE, reduction="none")
-        return (losses.sum(1) / (answers != IGNORE).sum(1)).mean() + word_loss(predicted, meanings)
+        return (losses.sum(1) / (answers != IGNORE).sum(1)).mean() + 0.2 * field_loss(predicted, meanings, REFERENT)
 
     training.run(reader, loss)  # at a rate of 1.6e-3 it stays on its first plateau
+    qformer.proj = reader.words
     return reader.t5
 
 
 def train_ram(scenes: Sequence[Scene], training: Training) -> Ram:
-    """RAM, trained on tags with a tagger's errors, and on what every patch shows."""
+    """RAM, trained on tags with a tagger's errors, and on ground and colour of every patch."""
     assert CONFIG.ram
-    size, rng = CONFIG.ram.image_size, random.Random(training.seed)
+    size, rng, fields = CONFIG.ram.image_size, random.Random(training.seed), (len(GROUNDS), len(COLOURS))
     side = size // CONFIG.ram.patch_size // 2 ** (len(CONFIG.ram.depths) - 1)
-    pixels, (_, labels) = pixels_of(scenes, ram_transform, size), patch_labels(scenes, side)
-    grounds = torch.tensor([GROUNDS.index(each.ground) for each in scenes])[:, None, None]
-    labels = torch.cat((grounds.expand(-1, side * side, 1), labels[..., :3]), dim=-1)
+    pixels, colours = pixels_of(scenes, ram_transform, size), patch_labels(scenes, side)[..., 1]
+    grounds = torch.tensor([GROUNDS.index(each.ground) for each in scenes])[:, None].expand_as(colours)
     wanted = torch.tensor([[float(tag in found) for tag in TAGS] for found in (tags(each, rng) for each in scenes)])
-    fields = (len(GROUNDS), *FIELDS[:3])
     ram, head = Ram(CONFIG.ram), nn.Linear(CONFIG.ram.tag_width, sum(fields))
 
     def loss(draw: random.Random) -> Tensor:
         rows = torch.randint(len(pixels), (64,))
         context = ram.image_proj(ram.swin(pixels[rows].float()))  # (b, 1 + n, d): the mean, then the patches
         found = F.binary_cross_entropy_with_logits(ram.recognise(context).float(), wanted[rows])
-        return len(TAGS) * found + field_loss(head(context[:, 1:]), labels[rows], fields)
+        labels = torch.stack((grounds[rows], colours[rows]), dim=-1)
+        return len(TAGS) * found + field_loss(head(context[:, 1:]), labels, fields)
 
     training.run(nn.ModuleList((ram, head)), loss)
     return ram

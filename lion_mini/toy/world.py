@@ -1,8 +1,7 @@
 """Scenes of the toy world: coloured shapes on sand, grass, water or brick, about which everything is known.
 
-A scene holds 4 to 8 things, each in a cell of its own; one to three of them are large. No two of them share both colour
-and shape, so "the red circle" is never ambiguous. Positions lie on a grid of 32 units, so a box needs only 33
-coordinates to be exact.
+A scene holds 4 to 8 things, each in a cell of its own; one to three are large. No two of them share both colour and
+shape, so "the red circle" is never ambiguous. Edges lie on a grid of 32 units, so 33 coordinates describe them all.
 
 The four grounds have one mean colour and differ in a pattern of single pixels. At 96 pixels, which RAM sees, it is
 plain; halved to 48, as the ViT sees it, it averages out. So only tags can tell the ground.
@@ -27,7 +26,7 @@ COLOURS = {
 }  # fmt: skip
 GROUNDS = ("sand", "grass", "water", "brick")
 SIDES = {"small": (4, 5), "large": (8, 9, 10)}  # in grid units
-TAGS = (*SHAPES, *COLOURS, *GROUNDS)
+TAGS = (*COLOURS, *GROUNDS)
 GRID, CELL, UNIT = 32, 11, 3  # the image in units, the distance of two cells in units, a unit in pixels
 COORDINATES = tuple(f"{i / GRID:.3f}" for i in range(GRID + 1))
 LEAST, MOST, LARGE = 4, 8, 3  # things in a scene, and the most large ones among them

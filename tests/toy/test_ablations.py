@@ -21,7 +21,7 @@ from lion_mini import toy
 from lion_mini.config import PRESETS
 from lion_mini.model.lion import LionModel
 from lion_mini.text.prompts import EVAL_TEMPLATES, render
-from lion_mini.toy import ablations
+from lion_mini.toy import ablations, training
 from lion_mini.toy.ablations import IMAGE, REC, SPACE, WAYS, percents, report, verdict, way
 from lion_mini.toy.questions import by_attributes, by_order, by_relation
 from lion_mini.toy.scores import Reply
@@ -35,11 +35,13 @@ def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> argparse.Namespace
     """Arguments for a folder that holds the frozen parts of a package of random weights."""
     toy.write_vocabularies(package := tmp_path / "tiny")
     randomise(model := LionModel(config := replace(PRESETS["tiny"], stage=3, made_by="stage 0: random\nstage 1: no")))
-    for name, frozen in (("frozen", True), ("trained", False)):
-        tensors = {k: v for k, v in model.state_dict().items() if (part_of(k) is None) == frozen}
-        save_file(tensors, package / f"{name}.safetensors")
+    of = lambda part: {k: v for k, v in model.state_dict().items() if part(k)}
+    save_file(of(lambda name: part_of(name) is None), package / "frozen.safetensors")
+    save_file(of(part_of), package / "trained.safetensors")
+    save_file(of(lambda name: part_of(name) == "qformer"), tmp_path / "qformer.safetensors")
     (package / "config.json").write_text(config.to_json())
-    monkeypatch.setattr(ablations, "TINY", package)
+    monkeypatch.setattr(training, "TINY", package)
+    monkeypatch.setattr(training, "QFORMER", tmp_path / "qformer.safetensors")
     args = argparse.Namespace(out=tmp_path / "out", seeds=0, scenes=2, flags=FLAGS)
     ablations.main(args)
     return args
