@@ -12,7 +12,6 @@ paper's instructions. What T5 reads patches with is thrown away: the aggregator 
 import os
 import random
 import shutil
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -64,7 +63,7 @@ def train_stage0(out: str | Path, quick: bool = False, seed: int = 0) -> None:
     folder beside `out`, so that the same command continues a killed run."""
     # oneDNN caches its kernels for the last 1,024 shapes. Here every step has new shapes: half a gigabyte and more.
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256")
-    out, begun = Path(out), time.perf_counter()
+    out = Path(out)
     folder = out.with_name(f"{out.name}-checkpoints")
     write_vocabularies(folder)
     text = Vocabularies.from_folder(folder, CONFIG)
@@ -78,8 +77,8 @@ def train_stage0(out: str | Path, quick: bool = False, seed: int = 0) -> None:
         write_vocabularies(new)
         parts = nn.ModuleDict({"vit": vit, "qformer": qformer, "t5": t5, "ram": ram}).state_dict()
         save_file({name: tensor.bfloat16().contiguous() for name, tensor in parts.items()}, new / "model.safetensors")
-        made_by = f"stage 0: lion_mini/toy/stage0.py (seed {seed}, {(time.perf_counter() - begun) / 60:.1f} minutes)"
-        (new / "config.json").write_text(replace(CONFIG, made_by=made_by).to_json() + "\n", encoding="utf-8")
+        config = replace(CONFIG, made_by=f"stage 0: lion_mini/toy/stage0.py (seed {seed})")
+        (new / "config.json").write_text(config.to_json() + "\n", encoding="utf-8")
     shutil.rmtree(folder)
 
 
