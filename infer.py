@@ -6,12 +6,12 @@
     python infer.py photo.jpg --weights weights/xl --locate "the dog on the left"      a box, drawn
     python infer.py photo.jpg --weights weights/xl --describe 0.1,0.2,0.4,0.9          what is in the box
     python infer.py photo.jpg --weights weights/xl --prompt "Any instruction." --max-new-tokens 60
-    python infer.py photo.jpg --weights weights/xl --ask "what is he holding?" --explain   where the answer comes from
-    python infer.py --weights weights/xl --serve                                           all of this in a browser
+    python infer.py photo.jpg --weights weights/xl --ask "is he old?" --explain      where the answer comes from, drawn
+    python infer.py --weights weights/xl --serve                                     all of this in a browser
     python infer.py photos/ "more/*.png" --weights weights/xl --tags                   RAM's tags alone
     python infer.py --tags --data train.json --images coco --out tagged.jsonl --weights weights/xl     tags of records
 
-Answers are printed. `--out` (default: out) gets results.jsonl, a line per picture, and drawings of boxes and explanations.
+Answers are printed. `--out` (default: out) gets results.jsonl, a line per picture, and drawings.
 It replaces earlier results, but no other file. Exit code 0: all is done; 1: some pictures failed; 2: nothing is done.
 """
 
@@ -64,10 +64,7 @@ def check_flags(args: argparse.Namespace) -> None:
         (args.pixels and mode != "describe", "--pixels is for --describe: its four numbers are pixels then"),
         (mode and not args.images and not args.data, f"--{mode} needs a picture: name one, or a folder of them"),
         (mode == "tags" and args.explain, "--explain is about answers, and --tags asks nothing"),
-        (
-            args.serve and (mode or args.images or args.explain),
-            "--serve opens a page: choose picture and question there",
-        ),
+        (args.serve and (mode or args.images or args.explain), "--serve opens a page: choose and ask there"),
         (not 0 <= args.port < 65536, f"--port must be 0 (any free one) to 65535, not {args.port}"),
         (args.task and mode != "prompt", "--task is for --prompt: every other question has its own"),
         (mode == "tags" and asks, "--tags asks nothing: leave out --use-tags, --no-tags, --official, --max-new-tokens"),
@@ -187,7 +184,7 @@ def demonstrate(args: argparse.Namespace) -> int:
             write(file, line)
             if args.explain and mode != "tags":
                 draw_explanation(scene.image, line["explanation"]).save(
-                    unused(args.out / f"scene-{mode}-explained.png")
+                    unused(path.with_stem(f"scene-{mode}-explained"))
                 )
             print(f"{mode:9} {text:32} {readable(mode, line)}   (true: {truth})")
             if mode == "locate" and line["box"]:

@@ -107,7 +107,8 @@ def test_who_may_ask(server: ThreadingHTTPServer, png: bytes) -> None:
         for headers, status in (
             ({}, 200), ({"Host": f"localhost:{port}"}, 200), ({"Origin": f"http://127.0.0.1:{port}"}, 200),
             ({"Host": "evil.example"}, 403), ({"Host": f"evil.example:{port}"}, 403), ({"Host": "127.0.0.1"}, 403),
-            ({"Origin": "http://evil.example"}, 403), ({"Origin": "null"}, 403), ({"Origin": f"https://localhost:{port}"}, 403),
+            ({"Origin": "http://evil.example"}, 403), ({"Origin": "null"}, 403),
+            ({"Origin": f"https://localhost:{port}"}, 403),
         ):  # fmt: skip
             assert request(server, method, path, png * (method == "POST"), headers)[0] == status, (path, headers)
 
