@@ -64,10 +64,8 @@ def asked_labels(things: Sequence[Thing], record: Record, queries: int) -> list[
     return [*(facts(things[i])[: len(WORDS)] for i in wanted), *[background] * queries][:queries]
 
 
-def noun_labels(
-    pieces: UnigramTokenizer, prompt: str, record: Record, things: Sequence[Thing]
-) -> list[list[int]]:  # -> (p, fields)
-    """A row per piece of the prompt, which the record's question ends. The tags before it have no labels.
+def noun_labels(pieces: UnigramTokenizer, prompt: str, record: Record, things: Sequence[Thing]) -> list[list[int]]:
+    """(p, fields): a row per piece of the prompt, which the record's question ends. The tags before it have no labels.
 
     In a REC question the first noun refers to the thing sought.
     """

@@ -34,7 +34,7 @@ def matching(things: Sequence[Thing], phrase: str) -> list[Thing]:
 def ahead(a: Thing, b: Thing, side: tuple[int, int]) -> float:
     """How far the centre of a lies on that side of b's, in grid units."""
     axis, sign = side
-    return (a.centre(axis) - b.centre(axis)) * sign
+    return sign * ((a.left, a.top)[axis] + a.side / 2 - (b.left, b.top)[axis] - b.side / 2)
 
 
 def by_attributes(things: Sequence[Thing], target: Thing) -> list[str]:

@@ -33,6 +33,7 @@ from ..model.t5 import T5
 from ..model.vit import Vit
 from ..pipeline import pad
 from ..text.prompts import TASK_OF, tag_sentence
+from ..text.tokenizers import UnigramTokenizer
 from ..text.vocabularies import Vocabularies
 from ..training.checkpoint import restore, save
 from ..training.report import say
@@ -40,11 +41,12 @@ from ..training.stages import groups, schedule
 from .labels import FIELDS, REFERENT, WORDS, asked_labels, field_loss, noun_labels, one_hot, patch_labels
 from .questions import Record, records, tags
 from .vocab import write_vocabularies
-from .world import COLOURS, GROUNDS, TAGS, Scene, scene
+from .world import COLOURS, GROUNDS, SHAPES, SIDES, TAGS, Scene, scene
 
+Drawn = tuple[int, Record]  # a scene's index, and a record of it
 CONFIG = PRESETS["tiny"]
 SIDE, DETAIL = CONFIG.vit.image_size // CONFIG.vit.patch_size, CONFIG.taps[1]  # in patches; the tap of fine detail
-STEPS = {"vit": 500, "qformer": 3000, "t5": 5500, "ram": 800}
+STEPS = {"vit": 500, "qformer": 4000, "t5": 6000, "ram": 800}
 SHARES = {  # image-level questions by kind and sub-kind
     "existence": 1.5, "counting": 2, "colour": 1, "shape": 1, "comparison": 1.5, "relation": 2, "ground": 1,
     "caption": 1.5, "vqg": 0.1, "dialogue": 0.7,
@@ -63,17 +65,16 @@ def train_stage0(out: str | Path, quick: bool = False, seed: int = 0) -> None:
     folder beside `out`, so that the same command continues a killed run."""
     # oneDNN caches its kernels for the last 1,024 shapes. Here every step has new shapes: half a gigabyte and more.
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256")
-    out = Path(out)
-    folder = out.with_name(f"{out.name}-checkpoints")
+    folder = Path(f"{Path(out)}-checkpoints")
     write_vocabularies(folder)
     text = Vocabularies.from_folder(folder, CONFIG)
     scenes = [scene(i, "train") for i in range(200 if quick else 12_000)]
     steps = dict.fromkeys(STEPS, 3) if quick else STEPS
     vit, features, codes = train_vit(scenes, Training(folder, "vit", seed, steps["vit"], 2e-3))
     qformer = train_qformer(scenes, features, codes, text, Training(folder, "qformer", seed, steps["qformer"], 2e-3))
-    t5 = train_t5(scenes, features, qformer, text, Training(folder, "t5", seed, steps["t5"], 1e-3))
+    t5 = train_t5(scenes, features, codes, qformer, text, Training(folder, "t5", seed, steps["t5"], 1e-3))
     ram = train_ram(scenes, Training(folder, "ram", seed, steps["ram"], 3e-3))
-    with atomic_write(out) as new:
+    with atomic_write(Path(out)) as new:
         write_vocabularies(new)
         parts = nn.ModuleDict({"vit": vit, "qformer": qformer, "t5": t5, "ram": ram}).state_dict()
         save_file({name: tensor.bfloat16().contiguous() for name, tensor in parts.items()}, new / "model.safetensors")
@@ -130,7 +131,7 @@ def train_vit(scenes: Sequence[Scene], training: Training) -> tuple[Vit, Tensor,
     """The ViT; for every scene the tokens of its last block and of the detailed tap (b, 1 + n, 2 d); the codes (·, d).
 
     The last block learns to be the sum of one code for each word that would describe the thing on the patch, as CLIP
-    learns to agree with captions. What no word says, the exact box, fades there.
+    learns to agree with captions; CLS learns their mean. What no word says, the exact box, fades there.
     """
     width, labels = CONFIG.vit.width, patch_labels(scenes, SIDE)
     pixels = pixels_of(scenes, lion_transform, CONFIG.vit.image_size)
@@ -138,12 +139,14 @@ def train_vit(scenes: Sequence[Scene], training: Training) -> tuple[Vit, Tensor,
     nn.init.normal_(vit.positions, std=0.3)
     head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, sum(FIELDS)))
     codes = torch.linalg.qr(torch.randn(width, width))[0][: sum(WORDS)] * (width / len(WORDS)) ** 0.5
+    said, things = one_hot(labels[..., : len(WORDS)], WORDS) @ codes, labels[..., :1] < len(SHAPES)  # (b, n, d or 1)
+    said = torch.cat(((said * things).sum(1, keepdim=True) / things.sum(1, keepdim=True), said), dim=1).bfloat16()
 
     def loss(draw: random.Random) -> Tensor:
         rows = torch.randint(len(pixels), (64,))
         last, (detailed,) = vit(pixels[rows].float(), (DETAIL,))
-        said = one_hot(labels[rows, :, : len(WORDS)], WORDS) @ codes
-        return field_loss(head(detailed[:, 1:]), labels[rows], FIELDS) + 10 * F.mse_loss(last[:, 1:].float(), said)
+        found = F.mse_loss(last.float(), said[rows].float())
+        return field_loss(head(detailed[:, 1:]), labels[rows], FIELDS) + 10 * found
 
     training.run(nn.ModuleList((vit, head)), loss)
     vit.to(torch.bfloat16).float()  # T5 must learn from the weights as they will be stored
@@ -152,7 +155,7 @@ def train_vit(scenes: Sequence[Scene], training: Training) -> tuple[Vit, Tensor,
         return vit, torch.cat([torch.cat((last, *taps), dim=-1).bfloat16() for last, taps in parts]), codes
 
 
-def look(qformer: QFormer, text: Vocabularies, last: Tensor, drawn: Sequence[tuple[int, Record]]) -> Tensor:
+def look(qformer: QFormer, text: Vocabularies, last: Tensor, drawn: Sequence[Drawn]) -> Tensor:
     """The queries' outputs (b, q, d) for the ViT's last block (b, 1 + n, d) and the records' questions."""
     ids, mask = pad([text.words.encode(record["question"]) for _, record in drawn], text.words.pad_id)
     return qformer.attend(last.float(), ids, mask)[:, : CONFIG.qformer.queries]
@@ -175,10 +178,8 @@ def train_qformer(
 
 
 class Reader(nn.Module):
-    """T5, projectors from the ViT's tokens to its input, and a head that predicts what the nouns of a prompt mean.
-
-    Nouns are read after the encoder's second layer already, so the third can compare them.
-    """
+    """T5, projectors from the ViT's tokens to its input, and a head that predicts what the nouns of a prompt mean. It
+    reads them after the encoder's second layer already, so that the third can compare them."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -189,9 +190,17 @@ class Reader(nn.Module):
         self.early = torch.empty(0)
         self.t5.encoder[1].register_forward_hook(lambda module, args, out: setattr(self, "early", out))
 
-    def forward(
-        self, visual: Tensor, ids: Tensor, labels: Tensor
-    ) -> tuple[Tensor, Tensor]:  # (b, n, d), (b, p), (b, t) -> (b, t, v), (b, p, classes)
+    @torch.no_grad()
+    def start(self, pieces: UnigramTokenizer, codes: Tensor) -> None:  # (·, d)
+        """Let a sum of codes be read as the sum of its words' embeddings, so that what T5 reads is easy to write."""
+        embedding, width = self.t5.shared.weight, codes.shape[1]
+        shapes, others = (embedding[[pieces.encode(word)[0] for word in said]] for said in (SHAPES, (*COLOURS, *SIDES)))
+        background, places = torch.zeros(1, width), 0.5 * torch.randn(sum(WORDS[3:]), width)
+        self.words.weight.copy_(torch.cat((shapes, background, others, places)).T @ codes * len(WORDS) / width)
+        self.t5.lm_head.weight.copy_(0.1 * embedding)
+
+    def forward(self, visual: Tensor, ids: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """(b, n, d), (b, p), (b, t) -> (b, t, v), (b, p, classes)."""
         n, task = visual.shape[1], torch.zeros(len(ids), dtype=torch.long)
         mask = F.pad(ids != PAD, (n, 0), value=True)
         states = self.t5.encode(torch.cat((visual, self.t5.shared(ids)), dim=1), mask, task)
@@ -199,9 +208,7 @@ class Reader(nn.Module):
         return logits, self.nouns(self.early[:, n:])
 
 
-def draw_records(
-    scenes: Sequence[Scene], region: bool, tagged: bool, draw: random.Random
-) -> Iterator[tuple[int, Record]]:
+def draw_records(scenes: Sequence[Scene], region: bool, tagged: bool, draw: random.Random) -> Iterator[Drawn]:
     """REC and REG in 64 scenes, or four questions about each of 32. Only with tags T5 can tell the ground."""
     for i in draw.sample(range(len(scenes)), 64 if region else 32):
         if region:
@@ -220,9 +227,12 @@ def prompt(record: Record, tagged: bool, draw: random.Random) -> str:
     return tag_sentence(shuffled) + record["question"] if shuffled else record["question"]
 
 
-def train_t5(scenes: Sequence[Scene], features: Tensor, qformer: QFormer, text: Vocabularies, training: Training) -> T5:
+def train_t5(
+    scenes: Sequence[Scene], features: Tensor, codes: Tensor, qformer: QFormer, text: Vocabularies, training: Training
+) -> T5:
     """T5. How it reads the queries becomes the Q-Former's projection."""
     reader, pieces = Reader(), text.pieces
+    reader.start(pieces, codes)
 
     def loss(draw: random.Random) -> Tensor:
         # 1. The records. Tags come from the first step on, or T5 mistakes them for words of the question.
@@ -274,7 +284,3 @@ def train_ram(scenes: Sequence[Scene], training: Training) -> Ram:
 
     training.run(nn.ModuleList((ram, head)), loss)
     return ram
-
-
-if __name__ == "__main__":
-    train_stage0("out/stage0")

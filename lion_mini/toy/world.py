@@ -64,9 +64,6 @@ class Thing:
     def box(self) -> Box:
         return Box(*(round(edge / GRID, 3) for edge in self.edges))
 
-    def centre(self, axis: int) -> float:
-        return (self.left, self.top)[axis] + self.side / 2
-
 
 @dataclass(frozen=True)
 class Scene:

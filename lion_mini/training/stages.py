@@ -74,7 +74,7 @@ STAGES = {  # Appendix A; the fourth as the release's config has it
 TOY = {
     1: replace(STAGES[1], batch=96, steps=800, lr=1e-3, warmup=50, mean="samples"),
     2: replace(STAGES[2], batch=64, steps=900, lr=3e-3, warmup=50, mean="samples", constant={"aggregator": 4e-4}),
-    3: replace(STAGES[3], batch=96, steps=600, lr=3e-4, warmup=50, mean="samples", constant={"aggregator": 1e-4}),
+    3: replace(STAGES[3], batch=96, steps=800, lr=3e-4, warmup=50, mean="samples", constant={"aggregator": 1e-4}),
     4: replace(STAGES[4], batch=64, steps=300, lr=2e-4, warmup=50, mean="samples"),
 }
 LIMITS: dict[str, tuple[float, float]] = {"warmup": (0, 10**9), "workers": (0, 256), "seed": (0, 2**63 - 1)}
