@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 
 from .box import Box
@@ -90,12 +90,13 @@ def explain(
     # 4. The likeliest tokens, and the gates.
     best = logits[-1][0].float().softmax(-1).topk(1 + ALTERNATIVES)
     pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
+    name = lambda id: pieces.tokens.get(id, f"<{id}>")  # T5's table has more rows than its vocabulary
     row = lion.config.tasks.index(task)
     mixtures = [module for module in model.modules() if isinstance(module, MixtureOfAdapters) and module.gates]
     return Explanation(
         answer=answer,
-        tokens=[pieces.tokens[id] for id in answer.ids],
-        likely=[[(pieces.tokens[id], chance) for id, chance in zip(*pair, strict=True)] for pair in pairs],
+        tokens=[name(id) for id in answer.ids],
+        likely=[[(name(id), chance) for id, chance in zip(*pair, strict=True)] for pair in pairs],
         shares=torch.stack([part.sum(-1) for part in parts], dim=-1),
         queries=queries,
         taps=torch.stack(taps, dim=1) if taps else torch.zeros(len(used), 0, side, side),
@@ -113,7 +114,10 @@ def lit(picture: Image.Image, weights: Tensor) -> Image.Image:  # (s, s)
 
 def draw_explanation(image: Image.Image, this: Explanation, width: int = 1200) -> Image.Image:
     """One sheet: picture and maps, the queries one by one, a row per token, and the gates."""
-    sheet, (small, large) = Image.new("RGB", (width, 4000), "white"), map(ImageFont.load_default, (12, 18))
+    sheet, (small, large) = (
+        Image.new("RGB", (width, 3000 + 20 * len(this.tokens)), "white"),
+        map(ImageFont.load_default, (12, 18)),
+    )
     pen, y, left = ImageDraw.Draw(sheet), 12, 16
     write = lambda x, y, text, font=small, color="black": pen.text((x, y), plain_text(text), color, font)
 
@@ -133,7 +137,7 @@ def draw_explanation(image: Image.Image, this: Explanation, width: int = 1200) -
             y += font.size + 6
     y += 12
     # 2. The picture in patches, where the queries look together, and where the answer leads in each tap.
-    fit = lambda side: ImageOps.contain(image.convert("RGB"), (side, side), Image.Resampling.BICUBIC)
+    fit = lambda side: image.convert("RGB").resize([max(1, side * n // max(image.size)) for n in image.size])
     box, picture = Box.parse(this.answer.text), fit(224)
     gridded, (rows, columns) = picture.copy(), this.taps.shape[-2:]
     lines = ImageDraw.Draw(gridded)
@@ -141,7 +145,7 @@ def draw_explanation(image: Image.Image, this: Explanation, width: int = 1200) -
         lines.line((0, k * gridded.height / rows, gridded.width, k * gridded.height / rows), "#888888")
         lines.line((k * gridded.width / columns, 0, k * gridded.width / columns, gridded.height), "#888888")
     if box:
-        gridded = ImageOps.contain(draw_boxes(gridded, [(box, "")]), gridded.size)
+        gridded = draw_boxes(gridded, [(box, "")]).resize(gridded.size)
     weight = this.shares[:, 1] / this.shares[:, 1].sum().clamp_min(1e-9)
     mean = torch.einsum("t, t k i j -> k i j", weight, this.taps)
     maps = [(gridded, f"{rows} x {columns} patches")]

@@ -80,7 +80,8 @@ def test_the_numbers_are_recomputed_from_the_weights(golden_model: Lion, photo: 
     # 3. Alternatives and gates.
     chances = model.t5.lm_head(model.t5.decoder_norm(x))[0].softmax(-1)
     for row, id, best in zip(chances, found.answer.ids, found.likely, strict=True):
-        assert best[0] == (golden_model.text.pieces.tokens[id], pytest.approx(row[id].item(), abs=1e-5))  # greedy
+        name = golden_model.text.pieces.tokens.get(id, f"<{id}>")  # random weights write ids without a token
+        assert best[0] == (name, pytest.approx(row[id].item(), abs=1e-5))  # greedy
         assert [p for _, p in best] == pytest.approx(row.topk(4).values.tolist(), abs=1e-5)
     row = golden_model.config.tasks.index(task)
     gates = [layer.ff.adapters.gates for layer in (*model.t5.encoder, *model.t5.decoder)]
@@ -120,8 +121,8 @@ def test_the_sheet(golden_model: Lion, size: tuple[int, int], settings: str) -> 
     assert found.shares.shape == (len(found.tokens), len(SOURCES))
     sheet = draw_explanation(picture, found)
     assert sheet.width == 1200
-    assert 400 < sheet.height < 4000
-    assert len(set(sheet.resize((60, 60)).getdata())) > 10
+    assert 400 < sheet.height < 1000 + 20 * len(found.tokens)
+    assert len(sheet.getcolors(2**20) or ()) > 10
     assert json.loads(json.dumps(found.to_json()))["sources"] == [*SOURCES]
 
 
