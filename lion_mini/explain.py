@@ -2,7 +2,7 @@
 
     queries    where each of the Q-Former's queries looks in the picture, for this question
     taps       which region-level tokens a token of the answer uses, and where the aggregator looks for them in each tap
-    shares     how a token of the answer divides the decoder's attention: Q-Former, aggregator, tags, question
+    shares     how a token of the answer divides the decoder's attention: Q-Former, aggregator, tags, the other words
     likely     the likeliest tokens in its place
     gates      how far the router opens each adapter for this task, in every feed-forward layer
 
@@ -26,7 +26,7 @@ from .model.adapters import MixtureOfAdapters
 from .model.generate import Generation
 from .pipeline import Answer, Lion, Tags
 
-SOURCES = {"Q-Former": "#274690", "aggregator": "#e8a86b", "tags": "#3c9d5c", "question": "#b9bfca"}
+SOURCES = {"Q-Former": "#274690", "aggregator": "#e8a86b", "tags": "#3c9d5c", "words": "#b9bfca"}
 ALTERNATIVES = 3
 
 
@@ -77,27 +77,31 @@ def explain(
         [answer] = lion.respond([image], [question], [task], settings, tags)
     hook.remove()
     look, fetch, read = seen[: len(looks)], seen[len(looks) :][: len(fetches)], seen[-len(reads) :]
-    # 2. The decoder's attention by source. The question ends the prompt.
+    # 2. The decoder's attention by source. The prompt is a sentence with tags in brackets, and the question.
+    name = lambda id: pieces.tokens.get(id, f"<{id}>")  # T5's table has more rows than its vocabulary
     side, q = lion.config.vit.image_size // lion.config.vit.patch_size, lion.config.qformer.queries * bool(looks)
-    n = (side**2 + 1) * bool(model.aggregator)
-    asked, prompt = (len(pieces.encode(text)) for text in (question, answer.prompt))
-    parts = torch.stack(read).mean(0).split([q, n, prompt - asked, asked], dim=-1)  # (t, ·) each
+    n, prompt = (side**2 + 1) * bool(model.aggregator), [name(id) for id in pieces.encode(answer.prompt)]
+    sentence = prompt[: -len(pieces.encode(question))]
+    brackets = [i for i, token in enumerate(sentence) if "[" in token or "]" in token] or [-1, 0]
+    first, end = brackets[0] + 1, brackets[-1]
+    sizes = [q, n, first, end - first, len(prompt) - end]
+    image, region, before, tagged, after = torch.stack(read).mean(0).split(sizes, dim=-1)  # (t, ·) each
+    shares = [image.sum(-1), region.sum(-1), tagged.sum(-1), before.sum(-1) + after.sum(-1)]
     # 3. Maps. A token of the answer uses region-level tokens, and through them looks where the aggregator looked.
     as_map = lambda weights: weights[..., 1:].unflatten(-1, (side, side))
     queries = as_map(torch.stack(look).mean(0)) if looks else torch.zeros(0, side, side)
-    used = parts[1] / parts[1].sum(-1, keepdim=True).clamp_min(1e-9)  # (t, n)
+    used = region / region.sum(-1, keepdim=True).clamp_min(1e-9)  # (t, n)
     taps = [as_map(weights) for weights in (used, *(used @ weights for weights in fetch))] if n else []
     # 4. The likeliest tokens, and the gates.
     best = logits[-1][0].float().softmax(-1).topk(1 + ALTERNATIVES)
     pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
-    name = lambda id: pieces.tokens.get(id, f"<{id}>")  # T5's table has more rows than its vocabulary
     row = lion.config.tasks.index(task)
     mixtures = [module for module in model.modules() if isinstance(module, MixtureOfAdapters) and module.gates]
     return Explanation(
         answer=answer,
         tokens=[name(id) for id in answer.ids],
         likely=[[(name(id), chance) for id, chance in zip(*pair, strict=True)] for pair in pairs],
-        shares=torch.stack([part.sum(-1) for part in parts], dim=-1),
+        shares=torch.stack(shares, dim=-1),
         queries=queries,
         taps=torch.stack(taps, dim=1) if taps else torch.zeros(len(used), 0, side, side),
         names=[f"tap {tap}" for tap in lion.config.taps[: len(taps)]],

@@ -67,10 +67,17 @@ def test_the_numbers_are_recomputed_from_the_weights(golden_model: Lion, photo: 
         k, v = attn.keys_values(states)
         x = layer.ff(attn.cross(x, k, v, None), batch.task)
     read = torch.stack(reads).mean(0)
-    q, asked = golden_model.config.qformer.queries, len(golden_model.text.pieces.encode(ASKED))
-    n = side**2 + 1
-    parts = read.split([q, n, read.shape[1] - q - n - asked, asked], dim=1)
-    shares = torch.stack([part.sum(1) for part in parts], dim=1)
+    q, n, count = (
+        golden_model.config.qformer.queries,
+        side**2 + 1,
+        lambda text: len(golden_model.text.pieces.encode(text)),
+    )
+    before = found.answer.prompt.index("[") + 1
+    opening = count(found.answer.prompt[:before]) - 1  # without </s>
+    listed = count(found.answer.prompt[: found.answer.prompt.index("]")]) - 1 - opening
+    parts = read.split([q, n, opening, listed, read.shape[1] - q - n - opening - listed], dim=1)
+    sums = [part.sum(1) for part in parts]
+    shares = torch.stack((sums[0], sums[1], sums[3], sums[2] + sums[4]), dim=1)
     torch.testing.assert_close(found.shares, shares, atol=1e-5, rtol=0)
     torch.testing.assert_close(found.shares.sum(1), torch.ones(len(shares)), atol=1e-5, rtol=0)
     used = parts[1] / parts[1].sum(1, keepdim=True)

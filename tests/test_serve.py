@@ -207,6 +207,7 @@ def test_in_a_browser(server: ThreadingHTTPServer, tmp_path: Path, width: int) -
         assert page.evaluate("document.querySelector('#over').toDataURL()") != blank
         assert page.locator("#shares tr").count() == 4
         page.select_option("#map", "")
+        page.locator("#over").scroll_into_view_if_needed()
         area = page.locator("#over").bounding_box()
         page.mouse.move(area["x"] + 20, area["y"] + 20)
         page.mouse.down()
