@@ -203,7 +203,7 @@ def infer(args: argparse.Namespace) -> int:
         tqdm.write(f"{args.out}: {len(source)} records" + f", {lacking} of them untagged" * (lacking > 0))
         return int(lacking > 0)
     if args.serve:
-        return serve(open_lion(args), args.port)
+        return serve(open_lion(args), lambda: toy.scene(random.randrange(10**9), "test").image, args.port)
     if not args.images:
         return demonstrate(args)
     paths, lion, (mode, text) = find_images(args.images), open_lion(args), args.job or ("caption", "")

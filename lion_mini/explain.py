@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 from torch import Tensor, nn
 
 from .box import Box
@@ -44,10 +44,10 @@ class Explanation:
     gates: Tensor  # (layer, adapter), the encoder's layers first
 
     def to_json(self) -> dict[str, Any]:
-        numbers = lambda tensor: [numbers(row) for row in tensor] if tensor.ndim else round(tensor.item(), 4)
-        tensors = {name: numbers(getattr(self, name)) for name in ("shares", "queries", "taps", "gates")}
+        tensors = {"shares": self.shares, "queries": self.queries, "taps": self.taps, "gates": self.gates}
+        numbers = {name: tensor.double().numpy().round(4).tolist() for name, tensor in tensors.items()}
         likely = [[[token, round(chance, 4)] for token, chance in best] for best in self.likely]
-        return {"tokens": self.tokens, "sources": [*SOURCES], "likely": likely, "names": self.names, **tensors}
+        return {"tokens": self.tokens, "sources": [*SOURCES], "likely": likely, "names": self.names, **numbers}
 
 
 @contextmanager
@@ -67,16 +67,18 @@ def explain(
     lion: Lion, image: Image.Image, question: str, task: str, settings: Generation, tags: Tags = None
 ) -> Explanation:
     model, pieces = lion.model, lion.text.pieces
-    looks = [layer.cross_attn for layer in model.qformer.layers if layer.cross_attn] if model.qformer else []
-    fetches = [block.cross_attn for block in model.aggregator.blocks] if model.aggregator else []
-    reads = [layer.cross_attn for layer in model.t5.decoder]
+    layers: Any = model.qformer.layers if model.qformer else ()
+    blocks: Any = model.aggregator.blocks if model.aggregator else ()
+    looks, fetches = [layer.cross_attn for layer in layers if layer.cross_attn], [block.cross_attn for block in blocks]
+    decoder: Any = model.t5.decoder
+    reads = [layer.cross_attn for layer in decoder]
     # 1. Answer. The last pass of the decoder scores the whole answer at once.
     logits: list[Tensor] = []
     hook = model.t5.lm_head.register_forward_hook(lambda module, args, out: logits.append(out))
-    with recorded([*looks, *fetches, *reads]) as seen:
+    with recorded([*looks, *fetches, *reads]) as weights:
         [answer] = lion.respond([image], [question], [task], settings, tags)
     hook.remove()
-    look, fetch, read = seen[: len(looks)], seen[len(looks) :][: len(fetches)], seen[-len(reads) :]
+    look, fetch, read = weights[: len(looks)], weights[len(looks) :][: len(fetches)], weights[-len(reads) :]
     # 2. The decoder's attention by source. The prompt is a sentence with tags in brackets, and the question.
     name = lambda id: pieces.tokens.get(id, f"<{id}>")  # T5's table has more rows than its vocabulary
     side, q = lion.config.vit.image_size // lion.config.vit.patch_size, lion.config.qformer.queries * bool(looks)
@@ -85,13 +87,13 @@ def explain(
     brackets = [i for i, token in enumerate(sentence) if "[" in token or "]" in token] or [-1, 0]
     first, end = brackets[0] + 1, brackets[-1]
     sizes = [q, n, first, end - first, len(prompt) - end]
-    image, region, before, tagged, after = torch.stack(read).mean(0).split(sizes, dim=-1)  # (t, ·) each
-    shares = [image.sum(-1), region.sum(-1), tagged.sum(-1), before.sum(-1) + after.sum(-1)]
+    whole, region, before, tagged, after = torch.stack(read).mean(0).split(sizes, dim=-1)  # (t, ·) each
+    shares = [whole.sum(-1), region.sum(-1), tagged.sum(-1), before.sum(-1) + after.sum(-1)]
     # 3. Maps. A token of the answer uses region-level tokens, and through them looks where the aggregator looked.
-    as_map = lambda weights: weights[..., 1:].unflatten(-1, (side, side))
+    as_map = lambda row: row[..., 1:].unflatten(-1, (side, side))
     queries = as_map(torch.stack(look).mean(0)) if looks else torch.zeros(0, side, side)
     used = region / region.sum(-1, keepdim=True).clamp_min(1e-9)  # (t, n)
-    taps = [as_map(weights) for weights in (used, *(used @ weights for weights in fetch))] if n else []
+    taps = [as_map(weights) for weights in (used, *(used @ each for each in fetch))] if n else []
     # 4. The likeliest tokens, and the gates.
     best = logits[-1][0].float().softmax(-1).topk(1 + ALTERNATIVES)
     pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
@@ -116,14 +118,32 @@ def lit(picture: Image.Image, weights: Tensor) -> Image.Image:  # (s, s)
     return Image.composite(picture, Image.eval(picture, lambda level: level // 5), mask)
 
 
+def fitted(image: Image.Image, side: int) -> Image.Image:
+    return image.convert("RGB").resize([max(1, side * n // max(image.size)) for n in image.size])
+
+
+def maps(image: Image.Image, this: Explanation, side: int) -> list[tuple[Image.Image, str]]:
+    """The picture in patches with the answer's box, where all queries look, and where the answer leads in each tap."""
+    picture, (rows, columns) = fitted(image, side), this.taps.shape[-2:]
+    width, height = picture.size
+    lines = ImageDraw.Draw(gridded := picture.copy())
+    for k in range(1, rows):
+        lines.line((0, k * height / rows, width, k * height / rows), "#888888")
+        lines.line((k * width / columns, 0, k * width / columns, height), "#888888")
+    if box := Box.parse(this.answer.text):
+        gridded = draw_boxes(gridded, [(box, "")]).resize(picture.size)
+    used = this.shares[:, 1] / this.shares[:, 1].sum().clamp_min(1e-9)
+    mean = torch.einsum("t, t k i j -> k i j", used, this.taps)
+    found = [(gridded, f"{rows} x {columns} patches")]
+    found += [(lit(picture, this.queries.mean(0)), "all queries of the Q-Former")] if len(this.queries) else []
+    return found + [(lit(picture, one), name) for one, name in zip(mean, this.names, strict=True)]
+
+
 def draw_explanation(image: Image.Image, this: Explanation, width: int = 1200) -> Image.Image:
     """One sheet: picture and maps, the queries one by one, a row per token, and the gates."""
-    sheet, (small, large) = (
-        Image.new("RGB", (width, 3000 + 20 * len(this.tokens)), "white"),
-        map(ImageFont.load_default, (12, 18)),
-    )
+    sheet = Image.new("RGB", (width, 3000 + 20 * len(this.tokens)), "white")
     pen, y, left = ImageDraw.Draw(sheet), 12, 16
-    write = lambda x, y, text, font=small, color="black": pen.text((x, y), plain_text(text), color, font)
+    write = lambda x, y, text, size=12, color="black": pen.text((x, y), plain_text(text), color, font_size=size)
 
     def tiles(pictures: Sequence[tuple[Image.Image, str]], side: int) -> None:
         nonlocal y
@@ -135,42 +155,27 @@ def draw_explanation(image: Image.Image, this: Explanation, width: int = 1200) -
             y += 28 + max(picture.height for picture, _ in pictures)
 
     # 1. What was asked and answered.
-    for text, font, letters in ((this.answer.prompt, small, 180), (this.answer.text or "(no words)", large, 110)):
+    for text, size, letters in ((this.answer.prompt, 12, 180), (this.answer.text or "(no words)", 18, 110)):
         for line in textwrap.wrap(text, letters)[-3:]:
-            write(left, y, line, font)
-            y += font.size + 6
+            write(left, y, line, size)
+            y += size + 6
     y += 12
-    # 2. The picture in patches, where the queries look together, and where the answer leads in each tap.
-    fit = lambda side: image.convert("RGB").resize([max(1, side * n // max(image.size)) for n in image.size])
-    box, picture = Box.parse(this.answer.text), fit(224)
-    gridded, (rows, columns) = picture.copy(), this.taps.shape[-2:]
-    lines = ImageDraw.Draw(gridded)
-    for k in range(1, rows):
-        lines.line((0, k * gridded.height / rows, gridded.width, k * gridded.height / rows), "#888888")
-        lines.line((k * gridded.width / columns, 0, k * gridded.width / columns, gridded.height), "#888888")
-    if box:
-        gridded = draw_boxes(gridded, [(box, "")]).resize(gridded.size)
-    weight = this.shares[:, 1] / this.shares[:, 1].sum().clamp_min(1e-9)
-    mean = torch.einsum("t, t k i j -> k i j", weight, this.taps)
-    maps = [(gridded, f"{rows} x {columns} patches")]
-    maps += [(lit(picture, this.queries.mean(0)), "all queries of the Q-Former")] * (len(this.queries) > 0)
-    tiles([*maps, *((lit(picture, one), name) for one, name in zip(mean, this.names, strict=True))], 224)
-    thumb = fit(64)
-    tiles([(lit(thumb, one), f"query {k}") for k, one in enumerate(this.queries)], 64)
+    # 2. The maps, and each query for itself.
+    tiles(maps(image, this, 224), 224)
+    tiles([(lit(fitted(image, 64), one), f"query {k}") for k, one in enumerate(this.queries)], 64)
     # 3. A row per token: the shares as a bar, and the likeliest tokens.
+    word = lambda token: token.replace("▁", " ").strip() or "▁"
     for k, (name, color) in enumerate(SOURCES.items()):
         pen.rectangle((left + 120 + 120 * k, y + 2, left + 130 + 120 * k, y + 12), color)
         write(left + 136 + 120 * k, y, name)
     write(left + 630, y, "the likeliest tokens in its place")
     for token, shares, best in zip(this.tokens, this.shares.tolist(), this.likely, strict=True):
         y, x = y + 20, left + 120.0
-        write(left, y, token.replace("▁", " ").strip() or "▁", small)
+        write(left, y, word(token))
         for share, color in zip(shares, SOURCES.values(), strict=True):
             pen.rectangle((x, y + 1, x + 480 * share, y + 13), color)
             x += 480 * share
-        write(
-            left + 630, y, "    ".join(f"{name.replace('▁', ' ').strip() or '▁'} {100 * p:.1f} %" for name, p in best)
-        )
+        write(left + 630, y, "    ".join(f"{word(name)} {100 * chance:.1f} %" for name, chance in best))
     y += 36
     # 4. The gates.
     if len(this.gates):
@@ -182,6 +187,6 @@ def draw_explanation(image: Image.Image, this: Explanation, width: int = 1200) -
                 x, level = left + 90 + wide * i, round(255 * (1 - min(max(gate, 0), 1)))
                 pen.rectangle((x, y + 20 + 22 * k, x + wide - 2, y + 39 + 22 * k), (level, level, 255))
                 if wide > 30:
-                    write(x + 6, y + 23 + 22 * k, f"{gate:.2f}", small, "white" if level < 128 else "black")
+                    write(x + 6, y + 23 + 22 * k, f"{round(gate, 2) + 0:.2f}", 12, "white" if level < 128 else "black")
         y += 28 + 22 * this.gates.shape[1]
     return sheet.crop((0, 0, width, y + 8))

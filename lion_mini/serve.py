@@ -11,7 +11,7 @@ requests, and opens no path that a request names.
 
 import io
 import json
-import random
+from collections.abc import Callable
 from dataclasses import astuple
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -20,7 +20,8 @@ from threading import Lock
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
-from . import toy
+from PIL.Image import Image
+
 from .box import Box
 from .data.records import split_tags
 from .explain import explain
@@ -66,8 +67,8 @@ class Handler(BaseHTTPRequestHandler):
 
     timeout = 20  # seconds without a byte
 
-    def __init__(self, lion: Lion, lock: Lock, *rest: Any):
-        self.lion, self.lock = lion, lock
+    def __init__(self, lion: Lion, draw: Callable[[], Image], lock: Lock, *rest: Any):
+        self.lion, self.draw, self.lock = lion, draw, lock
         super().__init__(*rest)
 
     def log_message(self, format: str, *args: Any) -> None:
@@ -75,7 +76,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def refused(self) -> bool:
         """Answer requests that come from elsewhere: a page of another origin, or another name of this address."""
-        port = self.server.server_address[1]
+        port = self.connection.getsockname()[1]
         here = [f"{name}:{port}" for name in ("127.0.0.1", "localhost")]
         origin = self.headers.get("Origin")
         if self.headers.get("Host") in here and (origin is None or origin in [f"http://{name}" for name in here]):
@@ -120,7 +121,7 @@ class Handler(BaseHTTPRequestHandler):
             return self.say(400, {"error": "the request ended too soon"})
         # 2. A scene, or an answer as soon as the model is free.
         if where.path == "/scene":
-            toy.scene(random.randrange(10**9), "test").image.save(png := io.BytesIO(), "png")
+            self.draw().save(png := io.BytesIO(), "png")
             return self.reply("image/png", png.getvalue())
         if where.path != "/answer":
             return self.say(404, {"error": "there are only /scene and /answer"})
@@ -138,8 +139,9 @@ class Handler(BaseHTTPRequestHandler):
             self.lock.release()
 
 
-def serve(lion: Lion, port: int) -> int:
-    """Answer until Ctrl-C."""
-    with ThreadingHTTPServer(("127.0.0.1", port), partial(Handler, lion, Lock())) as server:
+def serve(lion: Lion, draw: Callable[[], Image], port: int) -> int:
+    """Answer until Ctrl-C. `draw` makes a new scene."""
+    with ThreadingHTTPServer(("127.0.0.1", port), partial(Handler, lion, draw, Lock())) as server:
         print(f"http://127.0.0.1:{server.server_address[1]}  (Ctrl-C ends it)", flush=True)
         server.serve_forever()
+    return 0

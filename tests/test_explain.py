@@ -34,7 +34,8 @@ def softmax(q: Tensor, k: Tensor, heads: int, scale: float) -> Tensor:  # (1, t,
 @pytest.mark.parametrize("task", ["image", "region"])
 def test_the_numbers_are_recomputed_from_the_weights(golden_model: Lion, photo: Image.Image, task: str) -> None:
     """By hand from what goes into every layer: shares, maps, likeliest tokens and gates."""
-    model, calls = golden_model.model, dict[Any, list[tuple]]()
+    model: Any = golden_model.model
+    calls = dict[Any, list[tuple]]()
     keep = lambda module, args: calls.setdefault(module, []).append(args)
     looks = [layer.cross_attn for layer in model.qformer.layers if layer.cross_attn is not None]
     fetches = [block.cross_attn for block in model.aggregator.blocks]
@@ -87,8 +88,9 @@ def test_the_numbers_are_recomputed_from_the_weights(golden_model: Lion, photo: 
     # 3. Alternatives and gates.
     chances = model.t5.lm_head(model.t5.decoder_norm(x))[0].softmax(-1)
     for row, id, best in zip(chances, found.answer.ids, found.likely, strict=True):
-        name = golden_model.text.pieces.tokens.get(id, f"<{id}>")  # random weights write ids without a token
-        assert best[0] == (name, pytest.approx(row[id].item(), abs=1e-5))  # greedy
+        name: Any = golden_model.text.pieces.tokens.get(id, f"<{id}>")  # random weights write ids without a token
+        assert best[0][0] == name  # greedy
+        assert best[0][1] == pytest.approx(row[id].item(), abs=1e-5)
         assert [p for _, p in best] == pytest.approx(row.topk(4).values.tolist(), abs=1e-5)
     row = golden_model.config.tasks.index(task)
     gates = [layer.ff.adapters.gates for layer in (*model.t5.encoder, *model.t5.decoder)]
@@ -96,7 +98,8 @@ def test_the_numbers_are_recomputed_from_the_weights(golden_model: Lion, photo: 
 
 
 def test_weights_times_values_are_the_layers_output(golden_model: Lion, photo: Image.Image) -> None:
-    block = golden_model.model.aggregator.blocks[0].cross_attn
+    model: Any = golden_model.model
+    block = model.aggregator.blocks[0].cross_attn
     inputs: list[tuple] = []
     block.register_forward_hook(lambda module, args, out: inputs.append((*args, out)))
     whole: list[Tensor] = []
@@ -114,7 +117,8 @@ def test_the_answer_is_the_usual_one_and_nothing_stays(golden_model: Lion, photo
     assert (found.answer.text, found.answer.tags) == (usual.text, usual.tags)
     assert not golden_model.model.t5.lm_head._forward_hooks
     assert all(getattr(module, "record", None) is None for module in golden_model.model.modules())
-    with pytest.raises(ZeroDivisionError), recorded([block := golden_model.model.aggregator.blocks[0].cross_attn]):
+    model: Any = golden_model.model
+    with pytest.raises(ZeroDivisionError), recorded([block := model.aggregator.blocks[0].cross_attn]):
         1 / 0  # noqa: B018
     assert block.record is None
 

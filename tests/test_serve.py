@@ -29,8 +29,8 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shuti
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[ThreadingHTTPServer]:
-    lion = Lion.from_pretrained("tiny")
-    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, lion, Lock())) as server:
+    lion, draw = Lion.from_pretrained("tiny"), lambda: toy.scene(7, "test").image
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, lion, draw, Lock())) as server:
         thread = threading.Thread(target=server.serve_forever, daemon=True)
         thread.start()
         yield server
