@@ -12,13 +12,14 @@ requests, and opens no path that a request names.
 import io
 import json
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import astuple
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Lock
 from typing import Any
-from urllib.parse import parse_qs, urlsplit
+from urllib.parse import parse_qsl, urlsplit
 
 from PIL.Image import Image
 
@@ -33,9 +34,7 @@ from .text.prompts import DECODING, KIND, TASK_OF, render
 
 PAGE = Path(__file__).parent / "assets" / "page.html"
 LIMIT = 20 * 10**6  # bytes of a picture
-POLICY = (
-    "default-src 'none'; connect-src 'self'; img-src data: blob:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
-)
+POLICY = "default-src 'self' 'unsafe-inline' data: blob:"  # nothing from elsewhere
 
 
 def answer(lion: Lion, body: bytes, asked: dict[str, str]) -> dict[str, Any]:
@@ -71,8 +70,12 @@ class Handler(BaseHTTPRequestHandler):
         self.lion, self.draw, self.lock = lion, draw, lock
         super().__init__(*rest)
 
+    def handle(self) -> None:
+        with suppress(ConnectionError):  # the tab was closed
+            super().handle()
+
     def log_message(self, format: str, *args: Any) -> None:
-        print(printable(f"{self.command} {urlsplit(self.path).path}"))
+        print(printable(format % args))
 
     def refused(self) -> bool:
         """Answer requests that come from elsewhere: a page of another origin, or another name of this address."""
@@ -84,16 +87,15 @@ class Handler(BaseHTTPRequestHandler):
         self.say(403, {"error": f"this server answers {' and '.join(here)} alone"})
         return True
 
-    def start(self, status: int, kind: str, length: int | None = None) -> None:
+    def start(self, status: int, kind: str) -> None:
         self.send_response(status)
         headers = {"Content-Type": kind, "Content-Security-Policy": POLICY, "X-Content-Type-Options": "nosniff"}
-        headers |= {"Cache-Control": "no-store"} | ({} if length is None else {"Content-Length": str(length)})
         for name, value in headers.items():
             self.send_header(name, value)
         self.end_headers()
 
     def reply(self, kind: str, body: bytes, status: int = 200) -> None:
-        self.start(status, kind, len(body))
+        self.start(status, kind)
         self.wfile.write(body)
 
     def say(self, status: int, what: dict[str, Any]) -> None:
@@ -131,9 +133,8 @@ class Handler(BaseHTTPRequestHandler):
             line({"waiting": True})
             self.lock.acquire()
         try:
-            asked = {name: values[-1] for name, values in parse_qs(where.query, keep_blank_values=True).items()}
-            line(answer(self.lion, body, asked))
-        except ValueError as error:
+            line(answer(self.lion, body, dict(parse_qsl(where.query, keep_blank_values=True))))
+        except (ValueError, RuntimeError) as error:  # PyTorch's, out of memory for instance
             line({"error": str(error)})
         finally:
             self.lock.release()
@@ -141,7 +142,9 @@ class Handler(BaseHTTPRequestHandler):
 
 def serve(lion: Lion, draw: Callable[[], Image], port: int) -> int:
     """Answer until Ctrl-C. `draw` makes a new scene."""
-    with ThreadingHTTPServer(("127.0.0.1", port), partial(Handler, lion, draw, Lock())) as server:
+    with reading(f"--port {port}"):
+        server = ThreadingHTTPServer(("127.0.0.1", port), partial(Handler, lion, draw, Lock()))
+    with server:
         print(f"http://127.0.0.1:{server.server_address[1]}  (Ctrl-C ends it)", flush=True)
         server.serve_forever()
     return 0

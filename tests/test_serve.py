@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 import socket
+import struct
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -140,6 +141,25 @@ def test_bodies_that_are_too_long_or_too_short(server: ThreadingHTTPServer, png:
     assert b'"text"' in raw(f"Content-Length: {len(png)}\r\n", png)  # and it still answers
 
 
+def test_people_who_go_away(server: ThreadingHTTPServer, png: bytes, capfd: pytest.CaptureFixture) -> None:
+    """They close the connection before, in and after the request. Nobody else notices."""
+    port = server.server_address[1]
+    head = f"POST /answer?mode=caption HTTP/1.0\r\nHost: 127.0.0.1:{port}\r\nContent-Length: {len(png)}\r\n\r\n"
+    for sent in (b"", head.encode()[:30], head.encode() + png[:99], head.encode() + png, b"\xff\x00\r\n\r\n"):
+        connection = socket.create_connection(("127.0.0.1", port))
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # a reset, not a good-bye
+        connection.sendall(sent)
+        connection.close()
+    assert ask(server, png, mode="caption")[-1]["text"]
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def test_a_port_in_use(server: ThreadingHTTPServer, capsys: pytest.CaptureFixture) -> None:
+    port = str(server.server_address[1])
+    assert infer.main(["--serve", "--port", port]) == 2
+    assert capsys.readouterr().err.splitlines()[-1] == f"infer.py: --port {port}: Address already in use"
+
+
 def test_ten_at_once(server: ThreadingHTTPServer, png: bytes) -> None:
     """They wait for each other, and are told so."""
     with ThreadPoolExecutor(10) as pool:
@@ -223,6 +243,24 @@ def test_in_a_browser(server: ThreadingHTTPServer, tmp_path: Path, width: int) -
         shot = Image.open(io.BytesIO(page.screenshot(full_page=True)))
         assert len(shot.getcolors(2**24) or ()) > 200
         assert page.evaluate("document.documentElement.scrollWidth") <= width
+
+        # A dropped picture, and a pasted one.
+        for kind, event, holder in (
+            ("drop", "DragEvent", "dataTransfer"),
+            ("paste", "ClipboardEvent", "clipboardData"),
+        ):
+            page.evaluate(
+                """async ([kind, event, holder]) => {
+                const files = new DataTransfer();
+                files.items.add(new File([await (await fetch("/scene", {method: "POST"})).blob()], "a.png"));
+                document.dispatchEvent(new window[event](kind, {[holder]: files, bubbles: true, cancelable: true}));
+            }""",
+                [kind, event, holder],
+            )
+            see("#status").to_contain_text("Ask, or choose")
+            page.click("text=Caption")
+            page.click("#go")
+            see("#answer").to_have_text(re.compile("a "))
 
         # No picture.
         (tmp_path / "bad.png").write_bytes(b"no picture")
