@@ -238,7 +238,7 @@ def batches(args: argparse.Namespace) -> Iterator[Case]:
 
 def largest(args: argparse.Namespace, recompute: bool) -> list[Row]:
     config, words = (bench.TINY, (12, 4)) if args.quick else (PRESETS["xl"], (128, 128))
-    config, text = replace(config, ram=None), bench.vocabularies()
+    text = bench.vocabularies()
     a, b = memory.bytes_by_batch(config, text, recompute, words)
     room = a + 4 * b if args.quick else torch.cuda.get_device_properties(args.device).total_memory - 2**30
     size = (room - a) // b
