@@ -52,7 +52,7 @@ def answer(lion: Lion, body: bytes, asked: dict[str, str]) -> dict[str, Any]:
             box = Box.checked(*map(float, text.split(",")))
     kind = KIND[mode]
     question = render(lion.instruction(kind), question=text, expression=text, box=box or "")
-    tags = [split_tags(asked["tags"])] if "tags" in asked else None
+    tags = [split_tags(asked["tags"])] if "tags" in asked and lion.config.tags != "none" else None
     this = explain(lion, image, question, TASK_OF[kind], GENERATION[DECODING[kind]], tags)
     found = Box.parse(this.answer.text) if mode == "locate" else box
     return {
