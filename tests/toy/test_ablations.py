@@ -27,7 +27,7 @@ from lion_mini.toy.questions import by_attributes, by_order, by_relation
 from lion_mini.toy.scores import Reply
 from lion_mini.training.stages import part_of
 
-FLAGS = ["--steps", "3", "--batch", "4", "--save-every", "1", "--device", "cpu"]
+FLAGS = ["--steps", "3", "--batch", "32", "--save-every", "1", "--device", "cpu"]
 
 
 @pytest.fixture
