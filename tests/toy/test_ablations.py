@@ -53,7 +53,8 @@ def test_killed_and_continued(start: argparse.Namespace, tmp_path: Path) -> None
     assert json.loads((out / "stage0" / "config.json").read_text())["made_by"] == "stage 0: random"
     assert not (out / "stage0" / "trained.safetensors").exists()
     command = [sys.executable, "-m", "lion_mini.toy.ablations", "--out", str(out), "--seeds", "1", "--scenes", "2"]
-    launch = lambda: subprocess.Popen([*command, *FLAGS], cwd=ROOT, start_new_session=True)
+    one_thread = os.environ | {"OMP_NUM_THREADS": "1"}  # as in this process: the weights are compared bit by bit
+    launch = lambda: subprocess.Popen([*command, *FLAGS], cwd=ROOT, env=one_thread, start_new_session=True)
     moments = {"stage1/checkpoints/step-00000002.pt": os.killpg, "stage2/metrics.jsonl": os.kill}
     for moment, kill in (moments | {"full.json": os.killpg}).items():
         process = launch()
