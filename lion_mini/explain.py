@@ -44,6 +44,7 @@ class Explanation:
     gates: Tensor  # (layer, adapter), the encoder's layers first
 
     def to_json(self) -> dict[str, Any]:
+        """All but the answer, rounded to four decimals."""
         tensors = {"shares": self.shares, "queries": self.queries, "taps": self.taps, "gates": self.gates}
         numbers = {name: tensor.double().numpy().round(4).tolist() for name, tensor in tensors.items()}
         likely = [[[token, round(chance, 4)] for token, chance in best] for best in self.likely]
@@ -52,7 +53,7 @@ class Explanation:
 
 @contextmanager
 def recorded(modules: Sequence[nn.Module]) -> Iterator[list[Tensor]]:
-    """The attention weights (t, n) of each call of these modules on one sample."""
+    """The attention weights (t, n) of each call of these modules on one sample, mean over heads."""
     seen: list[Tensor] = []
     for module in modules:
         module.record = lambda weights: seen.append(weights[0].float().mean(0).cpu())  # type: ignore[assignment]
@@ -66,6 +67,10 @@ def recorded(modules: Sequence[nn.Module]) -> Iterator[list[Tensor]]:
 def explain(
     lion: Lion, image: Image.Image, question: str, task: str, settings: Generation, tags: Tags = None
 ) -> Explanation:
+    """Answer as `Lion.respond`, with the same errors, and say where the answer comes from. `tags` has one entry.
+
+    Parts that a stage lacks have no maps, no share and no gates.
+    """
     model, pieces = lion.model, lion.text.pieces
     layers: Any = model.qformer.layers if model.qformer else ()
     blocks: Any = model.aggregator.blocks if model.aggregator else ()
@@ -74,10 +79,9 @@ def explain(
     reads = [layer.cross_attn for layer in decoder]
     # 1. Answer. The last pass of the decoder scores the whole answer at once.
     logits: list[Tensor] = []
-    hook = model.t5.lm_head.register_forward_hook(lambda module, args, out: logits.append(out))
-    with recorded([*looks, *fetches, *reads]) as weights:
+    keep = model.t5.lm_head.register_forward_hook(lambda module, args, out: logits.append(out))
+    with keep, recorded([*looks, *fetches, *reads]) as weights:
         [answer] = lion.respond([image], [question], [task], settings, tags)
-    hook.remove()
     look, fetch, read = weights[: len(looks)], weights[len(looks) :][: len(fetches)], weights[-len(reads) :]
     # 2. The decoder's attention by source. The prompt is a sentence with tags in brackets, and the question.
     name = lambda id: pieces.tokens.get(id, f"<{id}>")  # T5's table has more rows than its vocabulary

@@ -116,6 +116,8 @@ def test_the_answer_is_the_usual_one_and_nothing_stays(golden_model: Lion, photo
     [usual] = golden_model.respond([photo], [ASKED], ["image"], GENERATION["answer"])
     found = explain(golden_model, photo, ASKED, "image", GENERATION["answer"])
     assert (found.answer.text, found.answer.tags) == (usual.text, usual.tags)
+    with pytest.raises(ValueError, match="soft prompt"):
+        explain(golden_model, photo, "a <extra_id_0>", "image", GENERATION["answer"])
     assert not golden_model.model.t5.lm_head._forward_hooks
     assert all(getattr(module, "record", None) is None for module in golden_model.model.modules())
     model: Any = golden_model.model
