@@ -838,10 +838,12 @@ def test_disk_full(
 
 def test_stages_with_frozen_parts_in_int8(whole: Path, data: Path, tmp_path: Path) -> None:
     """Every stage runs, resumes and exports. The first losses are nearly those of the folder that was rounded."""
-    start = shutil.copytree(whole, tmp_path / "start", ignore=shutil.ignore_patterns("*.safetensors"))
+    start, plain = tmp_path / "int8", tmp_path / "bfloat16"
     model = Lion.from_pretrained(whole, dtype=torch.bfloat16).model
-    to_int8(model)  # all linear layers, as weights.py convert does
-    save_file(model.state_dict(), start / "model.safetensors")
+    for folder in (plain, start):
+        shutil.copytree(whole, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+        save_file(model.state_dict(), folder / "model.safetensors")
+        to_int8(model)  # all linear layers, as weights.py convert does
     inits = {1: [start], 2: [start], 3: [tmp_path / "1", tmp_path / "2"], 4: [tmp_path / "3"]}
     for number, init in inits.items():
         out, flags = tmp_path / str(number), ["--steps", 4, *["--bf16", "--recompute"] * (number % 2)]
@@ -859,13 +861,13 @@ def test_stages_with_frozen_parts_in_int8(whole: Path, data: Path, tmp_path: Pat
         assert weights.main(["export", str(out), "--out", str(tmp_path / f"{number}.pth")]) == 0
         assert len(torch.load(tmp_path / f"{number}.pth", weights_only=True)["model"]) == len(ends) + (number != 2)
         if number < 3:
-            assert train.main(command(number, whole, data, tmp_path / "float" / str(number), *flags)) == 0
-            lines = logged(out)[0], logged(tmp_path / "float" / str(number))[0]
+            assert train.main(command(number, plain, data, plain / str(number), *flags)) == 0
+            lines = logged(out)[0], logged(plain / str(number))[0]
             for fact, bound in (("loss", 0.005), ("norm", 0.03)):  # the gradient's, which came through FlanT5
                 assert lines[0][fact] == pytest.approx(lines[1][fact], rel=bound)
     assert (tmp_path / "4" / "frozen.safetensors").stat().st_nlink == 3  # shared with stages 2 and 3
     with pytest.raises(ValueError, match=r"2 and .*1 differ in t5\.lm_head\.weight: frozen parts and their dtype must"):
-        begin(STAGES[3], [tmp_path / "1", tmp_path / "float" / "2"], seed=0)
+        begin(STAGES[3], [tmp_path / "1", plain / "2"], seed=0)
 
 
 # --- many processes
