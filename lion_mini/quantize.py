@@ -35,7 +35,7 @@ class Int8Linear(nn.Module):
 
 
 class Int8Product(torch.autograd.Function):
-    """y = (x W^T) * scale. Both passes convert W to x's dtype, 8192 rows at a time; nothing keeps it in between."""
+    """y = (x W^T) * scale. Each pass converts W to x's dtype, 8192 rows at a time; only its int8 form is kept."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:  # (..., d), (out, d), (out,)

@@ -31,7 +31,8 @@ def begin(
     """A stage's model, and for each part the folder of `init` it comes from, or "new".
 
     Several folders are the results of one stage per task, in any order. Parts in `stage.new` are initialised even if a
-    folder has them, and so are the adapters if their number changes without a merge. `dtype` is the frozen parts'.
+    folder has them, and so are the adapters if their number changes without a merge. `dtype` is the frozen parts';
+    int8 stays int8.
     """
     configs = by_task(stage, init)
     init, before = [*configs], next(iter(configs.values()))
@@ -79,7 +80,7 @@ def begin(
 
 
 def read_init(folder: Path) -> dict[str, Tensor]:
-    """Every tensor, memory-mapped. In an int8 folder the frozen parts stay int8; what LION trains is dequantised."""
+    """Every tensor, memory-mapped. What LION trains is dequantised; the frozen parts stay int8."""
     source = Tensors(folder)
     tensors = {name: source.read(name) for name in source.where}
     with reading(folder):
