@@ -226,10 +226,15 @@ def test_ctrl_c_leaves_no_traceback(tmp_path: Path, command: str) -> None:
 
 
 def test_ctrl_c_is_handled_again_after_the_imports() -> None:
-    """A script gives SIGINT to the system while it imports; without `run` it would kill this process."""
+    """A script gives SIGINT to the system while it imports. `run` takes it back before anything else."""
     before = signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    def main(_: None) -> None:
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler  # or the signal would end the tests
+        signal.raise_signal(signal.SIGINT)
+
     try:
-        assert run(lambda _: signal.raise_signal(signal.SIGINT), None) == 130
+        assert run(main, None) == 130
     finally:
         signal.signal(signal.SIGINT, before)
 
