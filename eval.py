@@ -1,10 +1,11 @@
 """Measure LION as the paper does: Tables 1, 2, 5 and 6, on the data sets of Table 8, with the instructions of B.2.
 
-    python eval.py                                    the built-in tiny model on held-out scenes of the shapes world
+    python eval.py                                    the built-in tiny model on test scenes of the shapes world
     python eval.py coco --weights weights/xl --ann coco_karpathy_test.json --images coco
     python eval.py refcoco_testA --weights weights/xl --ann "refs(unc).p" instances.json --images coco
     python eval.py okvqa --ann questions.json annotations.json --score results/okvqa.jsonl       without a model
     python eval.py table results                      all results of a folder as Markdown
+    python eval.py --parts                            what each part contributes; also with a benchmark
     torchrun --nproc_per_node 4 eval.py visdial ...   the same predictions from four processes
 
     captions   flickr30k coco textcaps      boxes        refcoco_val _testA _testB, refcoco+_..., refcocog_val _test
@@ -38,17 +39,18 @@ import torch.distributed as dist
 from PIL import Image
 from tqdm import trange
 
-from lion_mini import GENERATION, Box, Lion, toy
+from lion_mini import GENERATION, Lion, toy
 from lion_mini.distributed import distributed
-from lion_mini.evaluation.benchmarks import BENCHMARKS, best, load, read, report, score, table
+from lion_mini.evaluation.benchmarks import BENCHMARKS, best, draw_worst, load, read, report, score, table
+from lion_mini.evaluation.parts import change, changes, parts_table
 from lion_mini.evaluation.readers import Example, Line
 from lion_mini.files import atomic_write, reading, run
-from lion_mini.images import ImageFolder, draw_boxes, draw_sheet, lion_transform, open_image
+from lion_mini.images import ImageFolder, lion_transform, open_image
 from lion_mini.pipeline import DTYPES, TINY, read_config
 from lion_mini.quantize import best_dtype
 from lion_mini.text.prompts import DECODING, EVAL_TEMPLATES, TASK_OF, load_templates, render
 from lion_mini.text.vocabularies import Vocabularies
-from lion_mini.toy.scores import toy_scores
+from lion_mini.toy.scores import ask, levels, score_table
 
 Examples = Sequence[Example]
 as_line = lambda line: json.dumps(line, ensure_ascii=False) + "\n"
@@ -73,13 +75,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--limit", type=int, help="only the first so many examples")
     parser.add_argument("--skip-missing", action="store_true", help="leave out examples whose picture cannot be opened")
     parser.add_argument("--no-tags", action="store_true", help="ask without RAM's tags")
+    parser.add_argument("--parts", action="store_true", help="score each part's contribution: exchange or empty it")
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--segment", type=int, default=32, help="candidates scored at a time; less memory, same scores")
     parser.add_argument("--sheet", type=int, default=12, help="REC: how many of the worst to draw")
     parser.add_argument("--scenes", type=int, default=200, help="held-out scenes of the shapes world")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", default="auto", choices=DTYPES, help="auto: bfloat16 where it is fast")
-    return run(evaluate, parser.parse_args(argv))
+    return run(evaluate, parser.parse_args(argv, Namespace(change="none")))  # "none": but for --parts
 
 
 def evaluate(args: Namespace) -> None:
@@ -90,9 +93,10 @@ def evaluate(args: Namespace) -> None:
     if args.task not in (None, "table", *BENCHMARKS):
         raise ValueError(f"the task {args.task!r} is unknown; there are {', '.join(BENCHMARKS)}, and table")
     kind = BENCHMARKS[args.task].kind if args.task in BENCHMARKS else None
+    asks = args.score is None and args.task != "table"
     for names, useful, what in (
         ("--ann --score --official --template --templates --limit --skip-missing", kind, "a benchmark, such as coco"),
-        ("--official --template --templates --no-tags", args.score is None, "a model to ask, but --score asks none"),
+        ("--official --template --templates --no-tags --parts", asks, "a model to ask, not --score or table"),
         ("--templates", kind == "rec" and args.template is None, "a task of boxes, and no --template beside it"),
         ("--rounds", args.rounds == "all" or args.task == "visdial", "the task visdial"),
         ("folder", args.task == "table", "the task table"),
@@ -105,13 +109,13 @@ def evaluate(args: Namespace) -> None:
     if args.task == "table":
         print(table(Path(args.folder or args.out)))
     elif kind is None:
-        measure_toy(args)
+        measure_parts(args) if args.parts else measure_toy(args)
     elif not args.ann:
         raise ValueError(f"{args.task} needs its official annotation file: name it with --ann")
     elif args.weights is None and args.score is None:
         raise ValueError("no weights: name their folder with --weights, or a file of predictions with --score")
     else:
-        measure(args)
+        measure_parts(args) if args.parts else measure(args)
 
 
 def templates(args: Namespace) -> list[str]:
@@ -177,8 +181,8 @@ def answers(lion: Lion, args: Namespace, batch: Examples, prompts: list[str], im
 
 def predict(args: Namespace, examples: Examples, ids: list[str], path: Path, images: ImageFolder) -> tuple[Line, Line]:
     """Answer the remaining examples; `ids` are the whole file's. Header and predictions by id, empty if rank > 0."""
-    examples = [*compress(examples, images.without_missing([e.image for e in examples], args.skip_missing))]
-    choices = templates(args)
+    choices, there = templates(args), images.without_missing([e.image for e in examples], args.skip_missing)
+    examples = [*compress(examples, there)]
     prompts = [prompt_of(example, choices, args.seed) for example in examples]
     rank, world, device = distributed(args.device)
     args.dtype = str(best_dtype(device)).removeprefix("torch.") if args.dtype == "auto" else args.dtype
@@ -225,14 +229,20 @@ def gather(value: Any, world: int) -> list[Any]:
 def open_lion(args: Namespace, device: str | torch.device) -> Lion:
     lion = Lion.from_pretrained(args.weights or TINY, device, DTYPES[args.dtype])
     lion.config = replace(lion.config, tags="none" if args.no_tags else lion.config.tags)
+    change(lion.model, args.change)
     return lion
+
+
+def wanted(args: Namespace) -> tuple[list[str], Examples]:
+    """The ids of the whole file, and the examples to ask."""
+    examples = [e for e in read(args.task, args.ann) if args.rounds == "all" or e.group == "last"]
+    return [example.id for example in examples], examples[: args.limit]
 
 
 def measure(args: Namespace) -> None:
     benchmark, images = BENCHMARKS[args.task], ImageFolder(*args.images, prefer=args.task)
     path, lost = args.score or args.out / f"{args.task}.jsonl", "prediction" if args.score else "picture"
-    examples = [e for e in read(args.task, args.ann) if args.rounds == "all" or e.group == "last"]
-    ids, asked = [example.id for example in examples], examples[: args.limit]
+    ids, asked = wanted(args)
 
     # 1. Predict, or load predictions.
     if args.score is None:
@@ -264,8 +274,8 @@ def measure(args: Namespace) -> None:
         "no image tags": made.get("tags") is False,
         "only the last rounds": made.get("rounds") == "last",
     }  # fmt: skip
-    differs = [note for note, holds in notes.items() if holds]
-    result = {"task": args.task, "count": len(examples), "scores": scores, "differs": differs}
+    result = {"task": args.task, "count": len(examples), "scores": scores}
+    result["differs"] = [note for note, holds in notes.items() if holds]
     with atomic_write(args.out / f"{args.task}.json") as new:
         new.write_text(json.dumps(result, indent=1, ensure_ascii=False), encoding="utf-8")
     print(report(result))
@@ -283,26 +293,30 @@ def measure(args: Namespace) -> None:
         print(f"the worst are drawn in {sheet}: the truth green, the prediction red")
 
 
-def draw_worst(examples: Examples, predictions: Line, images: ImageFolder, count: int) -> Image.Image:
-    """A sheet of the answers that overlap the truth least, four in a row."""
-    rows = list[tuple[float, Path, list[Any], str]]()
-    for example in examples:
-        path, box = images.path(str(example.image)), Box.parse(predictions[example.id]["text"])
-        if path and example.box:
-            iou = box.iou(example.box) if box else -1.0
-            label = f"{example.fields['expression']} ({f'IoU {iou:.2f}' if box else 'no box'})"
-            rows.append((iou, path, [(example.box, "true", "green")] + [(box, "model", "red")] * bool(box), label))
-    worst = sorted(rows, key=lambda row: row[0])[:count]
-    return draw_sheet([(draw_boxes(open_image(path), boxes), label) for _, path, boxes, label in worst], columns=4)
-
-
 def measure_toy(args: Namespace) -> None:
     lion = open_lion(args, args.device)
-    rows = toy_scores(lion, [toy.scene(i, "test") for i in range(args.scenes)])
-    print(f"{args.scenes} held-out scenes of the shapes world, computed in {str(lion.dtype).removeprefix('torch.')}")
-    print(f"{'':22}{'LION':>7}{'blind':>8}   the blind guess")
-    for row in rows:
-        print(f"{row.name:22}{row.score:7.1%}{row.baseline:8.1%}   {row.blind} ({row.count} questions)")
+    print(f"{args.scenes} test scenes of the shapes world, computed in {str(lion.dtype).removeprefix('torch.')}")
+    print(score_table(ask(lion, [toy.scene(i, "test") for i in range(args.scenes)])))
+
+
+def measure_parts(args: Namespace) -> None:
+    """Score a benchmark or the shapes world as usual, and again after each change to one of the model's parts."""
+    config, name = read_config(args.weights or TINY), args.task or "toy"
+    rows, images = dict[str, dict[str, float]](), ImageFolder(*args.images, prefer=name)
+    for each in changes(replace(config, tags="none") if args.no_tags else config):
+        args.change = each
+        if args.task is None:
+            replies = ask(open_lion(args, args.device), [toy.scene(i, "test") for i in range(args.scenes)])
+            rows[each] = {level: 100 * share for level, share in levels(replies).items()}
+        else:
+            ids, asked = wanted(args)
+            known = predict(args, asked, ids, args.out / f"{name}{f', {each}' * (each != 'none')}.jsonl", images)[1]
+            if examples := [e for e in asked if e.id in known]:  # on rank 0
+                rows[each] = dict(score(name, examples, [known[e.id] for e in examples]))
+    if rows:
+        with atomic_write(args.out / f"{name}-parts.json") as new:
+            new.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+        print(parts_table(rows))
 
 
 if __name__ == "__main__":

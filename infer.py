@@ -6,10 +6,12 @@
     python infer.py photo.jpg --weights weights/xl --locate "the dog on the left"      a box, drawn
     python infer.py photo.jpg --weights weights/xl --describe 0.1,0.2,0.4,0.9          what is in the box
     python infer.py photo.jpg --weights weights/xl --prompt "Any instruction." --max-new-tokens 60
+    python infer.py photo.jpg --weights weights/xl --ask "is he old?" --explain      where the answer comes from, drawn
+    python infer.py --weights weights/xl --serve                                     all of this in a browser
     python infer.py photos/ "more/*.png" --weights weights/xl --tags                   RAM's tags alone
     python infer.py --tags --data train.json --images coco --out tagged.jsonl --weights weights/xl     tags of records
 
-Answers are printed. `--out` (default: out) gets results.jsonl, a line per picture, and the pictures with their boxes.
+Answers are printed. `--out` (default: out) gets results.jsonl, a line per picture, and drawings.
 It replaces earlier results, but no other file. Exit code 0: all is done; 1: some pictures failed; 2: nothing is done.
 """
 
@@ -24,6 +26,7 @@ from dataclasses import astuple, replace
 from functools import cache, partial
 from itertools import count
 from pathlib import Path
+from typing import IO
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback while PyTorch is imported; `run` handles it again
@@ -35,12 +38,13 @@ from tqdm import tqdm, trange
 from lion_mini import GENERATION, Box, Lion, toy
 from lion_mini.data.convert import tag_records
 from lion_mini.data.records import Records, split_tags
+from lion_mini.explain import Explanation, draw_explanation, explain
 from lion_mini.files import printable, reading, run
 from lion_mini.images import ENDING, draw_boxes, open_image
 from lion_mini.pipeline import DTYPES, Answer
-from lion_mini.text.prompts import DECODING, TASK_OF, render
+from lion_mini.serve import serve
+from lion_mini.text.prompts import DECODING, KIND, TASK_OF, render
 
-KIND = {"caption": "caption", "ask": "vqa", "locate": "rec", "describe": "reg"}  # of the prompt
 Picture = tuple[Path, Image.Image, Box | None]  # the box to describe
 
 
@@ -59,6 +63,9 @@ def check_flags(args: argparse.Namespace) -> None:
         (args.use_tags == [], "--use-tags is empty: for no tags at all say --no-tags"),
         (args.pixels and mode != "describe", "--pixels is for --describe: its four numbers are pixels then"),
         (mode and not args.images and not args.data, f"--{mode} needs a picture: name one, or a folder of them"),
+        (mode == "tags" and args.explain, "--explain is about answers, and --tags asks nothing"),
+        (args.serve and (mode or args.images or args.explain), "--serve opens a page: choose and ask there"),
+        (not 0 <= args.port < 65536, f"--port must be 0 (any free one) to 65535, not {args.port}"),
         (args.task and mode != "prompt", "--task is for --prompt: every other question has its own"),
         (mode == "tags" and asks, "--tags asks nothing: leave out --use-tags, --no-tags, --official, --max-new-tokens"),
     ):
@@ -102,6 +109,7 @@ def open_lion(args: argparse.Namespace) -> Lion:
 def ask(lion: Lion, mode: str, text: str, pictures: Sequence[Picture], args: argparse.Namespace) -> list[dict]:
     """A line of results.jsonl for each picture; boxes in fractions, and in pixels of the upright picture."""
     paths, images, boxes = map(list, zip(*pictures, strict=True))
+    explained: list[Explanation] = []
     if mode == "tags":
         answers = [Answer(", ".join(tag for tag, _ in tags), "", tags, 0.0) for tags in lion.scored_tags(images)]
     else:
@@ -111,10 +119,16 @@ def ask(lion: Lion, mode: str, text: str, pictures: Sequence[Picture], args: arg
         template = "{question}" if mode == "prompt" else lion.instruction(kind)
         prompts = [render(template, question=text, expression=text, box=box or "") for box in boxes]
         tags = args.use_tags and [args.use_tags] * len(images)
-        answers = lion.respond(images, prompts, [args.task or TASK_OF[kind]] * len(images), settings, tags)
+        task = args.task or TASK_OF[kind]
+        if args.explain:
+            pairs = zip(images, prompts, strict=True)
+            explained = [explain(lion, *pair, task, settings, tags and tags[:1]) for pair in pairs]
+            answers = [one.answer for one in explained]
+        else:
+            answers = lion.respond(images, prompts, [task] * len(images), settings, tags)
     if mode in ("locate", "prompt"):
         boxes = [Box.parse(answer.text) for answer in answers]
-    return [
+    lines = [
         {
             "image": str(path), "tags": [[tag, round(score, 4)] for tag, score in answer.tags],
             "prompt": answer.prompt, "text": answer.text, "score": round(answer.score, 4),
@@ -123,6 +137,11 @@ def ask(lion: Lion, mode: str, text: str, pictures: Sequence[Picture], args: arg
         }
         for path, image, box, answer in zip(paths, images, boxes, answers, strict=True)
     ]  # fmt: skip
+    return [line | {"explanation": one} for line, one in zip(lines, explained, strict=True)] if explained else lines
+
+
+def write(file: IO[str], line: dict) -> None:
+    file.write(json.dumps(line, ensure_ascii=False, default=Explanation.to_json) + "\n")
 
 
 def readable(mode: str, line: dict) -> str:
@@ -148,19 +167,25 @@ def demonstrate(args: argparse.Namespace) -> int:
     scene.image.save(path := unused(args.out / "scene.png"))
     print(f"scene {seed}, drawn to {path}")
     thing = rng.choice(scene.things)
-    _, question, answer = rng.choice(list(toy.questions(scene.things, rng)))
+    (_, *ground), *others = toy.questions(scene, rng)  # only tags tell the ground
+    _, *other = rng.choice(others)
     expression = toy.expression(scene.things, thing, rng)
     box, boxes = thing.box, [(thing.box, "true", "#3cb44b")]
     with open(unused(args.out / "results.jsonl"), "w", encoding="utf-8") as file:
         for mode, text, truth in (
-            ("tags", "", ", ".join(sorted(set().union(*(each.words for each in scene.things))))),
+            ("tags", "", ", ".join(toy.true_tags(scene))),
             ("caption", "", toy.caption(scene.things)),
-            ("ask", question, answer),
+            ("ask", *ground),
+            ("ask", *other),
             ("locate", expression, box.to_text()),
             ("describe", box.to_text(), f"the {thing.size} {thing.name}"),
         ):
             [line] = ask(lion, mode, text, [(path, scene.image, box if mode == "describe" else None)], args)
-            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+            write(file, line)
+            if args.explain and mode != "tags":
+                draw_explanation(scene.image, line["explanation"]).save(
+                    unused(path.with_stem(f"scene-{mode}-explained"))
+                )
             print(f"{mode:9} {text:32} {readable(mode, line)}   (true: {truth})")
             if mode == "locate" and line["box"]:
                 boxes.append((Box(*line["box"]), expression, "#e6194b"))
@@ -177,6 +202,8 @@ def infer(args: argparse.Namespace) -> int:
         lacking = tag_records(source, args.out, args.batch_size, lambda images: opened().tag(images))
         tqdm.write(f"{args.out}: {len(source)} records" + f", {lacking} of them untagged" * (lacking > 0))
         return int(lacking > 0)
+    if args.serve:
+        return serve(open_lion(args), lambda: toy.scene(random.randrange(10**9), "test").image, args.port)
     if not args.images:
         return demonstrate(args)
     paths, lion, (mode, text) = find_images(args.images), open_lion(args), args.job or ("caption", "")
@@ -200,13 +227,15 @@ def infer(args: argparse.Namespace) -> int:
         for (path, image, _), line in zip(pictures, lines, strict=True):
             args.out.mkdir(parents=True, exist_ok=True)
             with open(file, "a" if done else "w", encoding="utf-8", errors="backslashreplace") as out:
-                out.write(json.dumps(line, ensure_ascii=False) + "\n")
+                write(out, line)
             done += 1
             tqdm.write(printable(f"{path}: {readable(mode, line)}"))
 
-            # 3. Draw the box. A long name is cut to make room.
+            # 3. Draw box and explanation. A long name is cut to make room.
+            stem = path.stem.encode(errors="ignore")[:200].decode(errors="ignore")
+            if args.explain:
+                draw_explanation(image, line["explanation"]).save(unused(args.out / f"{stem}-explained.png"))
             if line["box"]:
-                stem = path.stem.encode(errors="ignore")[:200].decode(errors="ignore")
                 label = line["answer"] if mode == "describe" else text
                 draw_boxes(image, [(Box(*line["box"]), label)]).save(unused(args.out / f"{stem}-box.png"))
     if not done:
@@ -235,6 +264,9 @@ def main(argv: list[str] | None = None) -> int:
     tags = parser.add_mutually_exclusive_group()
     tags.add_argument("--use-tags", metavar='"A, B"', type=split_tags, help="these tags in place of RAM's")
     tags.add_argument("--no-tags", action="store_true", help="ask without tags")
+    add("--explain", action="store_true", help="draw where each answer comes from, and write the numbers")
+    add("--serve", action="store_true", help="a page on this machine to choose pictures and ask in")
+    add("--port", type=int, default=8000, help="of --serve")
     add("--official", action="store_true", help="the release's settings: 5 beams, repetition penalty 1.5")
     add("--weights", type=Path, default=Path("tiny"), help="a folder of weights.py or train.py")
     add("--seed", type=int, help="which scene to draw where no picture is given; default: a new one")

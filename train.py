@@ -48,8 +48,7 @@ from lion_mini.data.mixture import MicroBatches, Mixture, Samples, collate, micr
 from lion_mini.data.records import Records, Source, TrainingExample
 from lion_mini.distributed import distributed
 from lion_mini.pipeline import TINY, Lion
-from lion_mini.toy.questions import Toy
-from lion_mini.toy.stage0 import toy_jobs
+from lion_mini.toy.training import Toy, toy_jobs
 from lion_mini.training.checkpoint import State, restore, save, weight_files, write_result
 from lion_mini.training.report import draw_loss, draw_samples, first_examples, log_step, overview, say, trim
 from lion_mini.training.stages import STAGES, Job, Stage, changed, check_flags, groups, schedule, unfreeze

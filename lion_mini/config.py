@@ -168,11 +168,11 @@ PRESETS = {
     "xxl": LionConfig(t5=T5Config(width=4096, heads=64, mlp_width=10240)),
     "tiny": LionConfig(
         vit=VitConfig(image_size=48, patch_size=8, width=128, depth=6, heads=4, mlp_width=512),
-        taps=(5, 4, 2),
-        qformer=QFormerConfig(width=128, depth=3, heads=4, mlp_width=256, queries=12, vocab_size=512, max_positions=64),
+        taps=(5, 3, 2),
+        qformer=QFormerConfig(width=128, depth=3, heads=4, mlp_width=256, queries=3, vocab_size=512, max_positions=64),
         aggregator=AggregatorConfig(heads=4, mlp_width=256),
         t5=T5Config(width=128, head_width=32, heads=4, mlp_width=256, encoder_depth=3, decoder_depth=3, vocab_size=512),
-        ram=RamConfig(image_size=64, width=24, depths=(2, 2), heads=(2, 4), window=4, tag_width=48, tags=12,
+        ram=RamConfig(image_size=96, width=24, depths=(2, 2), heads=(2, 4), window=4, tag_width=48, tags=10,
                       head=TagHeadConfig(width=48, depth=1, heads=4, mlp_width=96)),
     ),
 }  # fmt: skip

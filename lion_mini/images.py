@@ -135,9 +135,14 @@ def draw_sheet(pictures: Sequence[tuple[Image.Image, str]], columns: int = 3, si
         x, y = i % columns * side + 4, i // columns * height + 4
         sheet.paste(ImageOps.contain(picture, (side - 8, side - 8)), (x, y))
         lines = [line for part in text.split("\n") for line in textwrap.wrap(part, side // 6)[:2]]
-        plain = "\n".join(lines).encode("latin-1", "replace").decode("latin-1")  # PIL's font has no other letters
-        ImageDraw.Draw(sheet).multiline_text((x, y + side - 4), plain, fill="black", font=font, spacing=1)
+        text = plain_text("\n".join(lines))
+        ImageDraw.Draw(sheet).multiline_text((x, y + side - 4), text, fill="black", font=font, spacing=1)
     return sheet
+
+
+def plain_text(text: str) -> str:
+    """With ? for letters that PIL's own font lacks."""
+    return text.encode("latin-1", "replace").decode("latin-1")
 
 
 def _fitting(label: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: float) -> str:

@@ -46,6 +46,7 @@ class Answer:
     prompt: str
     tags: Scored  # 1.0 for tags that were given
     score: float  # mean log-probability of the answer's tokens
+    ids: Sequence[int] = ()  # T5's
 
 
 class Lion:
@@ -235,7 +236,7 @@ class Lion:
         written = [row[1 : row.index(EOS) + 1] if EOS in row else row[1:] for row in ids]
         sums = log_likelihoods(self.model.t5, *encoded, [[row] for row in written])
         return [
-            Answer(self.text.pieces.decode(row), prompt, tags, total / len(row))
+            Answer(self.text.pieces.decode(row), prompt, tags, total / len(row), row)
             for row, prompt, tags, [total] in zip(written, self.prompts(questions, names), scored, sums, strict=True)
         ]
 

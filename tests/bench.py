@@ -42,7 +42,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import bench_memory as memory
 import bench_work as work
 import peers
-from bench_measure import DTYPES, HEAD, Case, Row, Run, draw, halved, in_turns, line, machine, race
+from bench_measure import DTYPES, HEAD, Case, Device, Row, Run, draw, halved, in_turns, line, machine, race
 from conftest import OFFICIAL, randomise
 
 from lion_mini import Generation, Lion, LionConfig
@@ -50,14 +50,14 @@ from lion_mini.config import EOS, PAD, PRESETS, AggregatorConfig, QFormerConfig,
 from lion_mini.data.mixture import MicroBatches, Mixture, Samples, collate
 from lion_mini.data.records import Records
 from lion_mini.model.generate import generate
-from lion_mini.model.lion import Batch, LionModel, skeleton
+from lion_mini.model.lion import Batch, LionModel, NoInit, skeleton
 from lion_mini.model.ram import Ram
 from lion_mini.model.t5 import T5, Attention
 from lion_mini.pipeline import TINY as TINY_FOLDER
 from lion_mini.text.prompts import EVAL_TEMPLATES, render
 from lion_mini.text.tokenizers import UnigramTokenizer, WordPieceTokenizer
 from lion_mini.text.vocabularies import Vocabularies
-from lion_mini.toy.questions import Toy
+from lion_mini.toy.training import Toy
 from lion_mini.training.stages import STAGES, unfreeze
 from train import autocast
 
@@ -95,21 +95,21 @@ def vocabularies(tags: int = 0) -> Vocabularies:
     return Vocabularies(words, pieces, [f"tag {i}" for i in range(tags)], thresholds)
 
 
-def fill(module: nn.Module, dtype: str) -> None:
+def fill(module: nn.Module, dtype: str, device: Device = "cpu") -> None:
     """Random parameters, frozen. T5 does not divide scores by sqrt(e), so its queries are small, as T5 starts them.
 
     Otherwise one score dominates, and rounding to bfloat16 moves the states by a sixth, in transformers too.
     """
+    module.to(DTYPES[dtype]).to_empty(device=device)
     randomise(module.eval().requires_grad_(False), std=0.03)
     for layer in module.modules():
         if isinstance(layer, Attention):
             layer.q.weight.div_((layer.q.out_features // layer.heads) ** 0.5)
-    module.to(DTYPES[dtype])
 
 
-def build(config: LionConfig, dtype: str) -> Lion:
-    lion = Lion(LionModel(config), vocabularies(config.ram.tags if config.ram else 0))
-    fill(lion.model, dtype)
+def build(config: LionConfig, dtype: str, device: Device = "cpu") -> Lion:
+    lion = Lion(skeleton(config), vocabularies(config.ram.tags if config.ram else 0))
+    fill(lion.model, dtype, device)
     never_write(lion.model.t5, len(lion.text.pieces))
     return lion
 
@@ -120,10 +120,11 @@ def never_write(t5: T5, known: int) -> None:
     t5.lm_head.weight[EOS] = 0
 
 
-def build_t5(config: T5Config, dtype: str) -> tuple[T5, Any]:
+def build_t5(config: T5Config, dtype: str, device: Device = "cpu") -> tuple[T5, Any]:
     """A T5 without adapters, and transformers' with the same parameters."""
-    ours = T5(config)
-    fill(ours, dtype)
+    with torch.device("meta"), NoInit():
+        ours = T5(config)
+    fill(ours, dtype, device)
     return ours, peers.available() and peers.t5(ours, config)
 
 
@@ -163,31 +164,25 @@ def vit(args: argparse.Namespace, dtype: str) -> list[Row]:
     their_vit: Any = peers.available() and peers.vit(model.vit, config.vit)
     their_former: Any = peers.available() and peers.qformer(former, config.qformer)
 
-    def see() -> Tensor:  # without the final norm, which LION does not have
-        return their_vit.encoder(inputs_embeds=their_vit.embeddings(image)).last_hidden_state
-
-    def read(x: Tensor) -> Tensor:
-        q = config.qformer.queries
-        mask, x = torch.ones(1, q + t, dtype=torch.long), former.image_norm(x)
-        out = their_former(input_ids=ids, attention_mask=mask, query_embeds=former.queries, encoder_hidden_states=x)
-        return former.proj(out.last_hidden_state[:, :q])
-
+    look = lambda: peers.look(their_vit, image)
+    read = lambda x: peers.read(their_former, former, x, ids)
     works = work.vit(model, 1), work.qformer(model, 1, t), work.aggregator(model, 1)
     cases = [
-        Case("ViT", lambda: model.vit(image)[0], see, works[0]),
+        Case("ViT", lambda: model.vit(image)[0], look, works[0]),
         Case(f"Q-Former, {t} words", lambda: former(states, ids), lambda: read(states), works[1]),
-        Case("ViT + Q-Former", lambda: former(model.vit(image)[0], ids), lambda: read(see()), [*works[0], *works[1]]),
+        Case("ViT + Q-Former", lambda: former(model.vit(image)[0], ids), lambda: read(look()), [*works[0], *works[1]]),
         Case("aggregator", lambda: aggregator(taps), None, works[2]),
     ]
     return race("vit", dtype, cases, args)
 
 
-def t5(args: argparse.Namespace, dtype: str) -> list[Row]:
+def t5(args: argparse.Namespace, dtype: str, config: T5Config = BASE.t5, device: Device = "cpu") -> list[Row]:
     """The encoder, and 20 tokens of one sample with five beams and greedily."""
-    config, n, new = (TINY.t5, 20, 4) if args.quick else (BASE.t5, 330, 20)
-    ours, theirs = build_t5(config, dtype)
+    config, n, new = (TINY.t5, 20, 4) if args.quick else (config, 330, 20)
+    ours, theirs = build_t5(config, dtype, device)
     never_write(ours, config.vocab_size)
-    x, task = torch.randn(1, n, config.width).to(DTYPES[dtype]), torch.zeros(1, dtype=torch.long)
+    x = torch.randn(1, n, config.width).to(device, DTYPES[dtype])
+    task = torch.zeros(1, dtype=torch.long, device=device)
     encoder = work.encoder(ours, 1, n)
 
     def write(beams: int, tokens: int) -> Tensor:
@@ -207,7 +202,7 @@ def t5(args: argparse.Namespace, dtype: str) -> list[Row]:
         case(1, "greedy"),
         *(Case(f"{k * new // 2} tokens", partial(write, 5, k * new // 2)) for k in (1, 4, 8)),
     ]
-    first, five, one, half, double, fourfold = race("t5", dtype, cases, args)
+    first, five, one, half, double, fourfold = race("t5", dtype, cases, args, device=device)
     each = lambda row: combined(row, lambda a, b: (a - b) / new, first, f"a token, {row.what.split(', ')[1]}")
     growth = (five.ours - half.ours) / (new / 2) / ((fourfold.ours - double.ours) / (2 * new))
     early = Row("t5", f"a token up to {new} / beyond {2 * new}", dtype, growth, unit="x")

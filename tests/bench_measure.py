@@ -24,13 +24,14 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 COLORS = ("#274690", "#c44536", "#3a7d44", "#7d5ba6", "#d98324", "#5b8fb9")
 INSTRUCTIONS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "amx_int8")
 
+Device = torch.device | str
 Run = Callable[[], object]
 Curves = Sequence[tuple[str, list[tuple[float, float]]]]  # color, points
 
 
 @dataclass(frozen=True)
 class Row:
-    """A line of the table. Units: s, B, samples, or x for a ratio."""
+    """A line of the table. Units: s, B, samples, error, or x for a ratio."""
 
     part: str
     what: str
@@ -61,6 +62,12 @@ def machine() -> str:
     return ", ".join([name[1] if name else platform.processor(), f"{os.cpu_count()} cores", *sets])
 
 
+def wait_for_gpu() -> None:
+    """Until its queue is empty, if one is in use."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+
+
 def in_turns(runs: dict[str, Run], rounds: int, yardsticks: Sequence[str] = ()) -> dict[str, float]:
     """The median seconds of each run. They take turns, so that the machine's other load falls on all alike.
 
@@ -73,26 +80,32 @@ def in_turns(runs: dict[str, Run], rounds: int, yardsticks: Sequence[str] = ()) 
         for name, run in runs.items():
             if name in yardsticks:
                 run()
+            wait_for_gpu()
             start = time.perf_counter()
             run()
+            wait_for_gpu()
             times[name].append(time.perf_counter() - start)
     return {name: statistics.median(values) for name, values in times.items()}
 
 
 @cache
-def fastest_product(dtype: torch.dtype, quick: bool) -> tuple[Run, float]:
+def fastest_product(dtype: torch.dtype, quick: bool, device: Device = "cpu") -> tuple[Run, float]:
     """The matrix product with the highest rate among PyTorch's public ways, and its multiplications and additions.
 
     `linear` in float32 calls MKL, which is slow on AMD processors. A 1x1 convolution and oneDNN's tensors call oneDNN.
     """
+    cpu = torch.device(device).type == "cpu"
     shapes = [(1024, 2048, 2048), (2048, 1024, 4096), (2048, 2048, 2048), (512, 4096, 4096)]
+    shapes = shapes if cpu else [(8192, 8192, 8192)]
     runs: dict[str, Run] = {}
     operations: dict[str, float] = {}
     for rows, width, out in [(64, 64, 64)] if quick else shapes:
-        x, weight = torch.randn(rows, width).to(dtype), torch.randn(out, width).to(dtype)
+        x, weight = (torch.randn(n, width, device=device).to(dtype) for n in (rows, out))
         image = x.view(1, rows, 1, width).permute(0, 3, 1, 2)  # channels last
-        ways: list[Run] = [partial(F.linear, x, weight), partial(F.conv2d, image, weight[..., None, None])]
-        if dtype == torch.float32 and torch.backends.mkldnn.is_available():
+        ways: list[Run] = [partial(F.linear, x, weight)]
+        if cpu:
+            ways.append(partial(F.conv2d, image, weight[..., None, None]))
+        if cpu and dtype == torch.float32 and torch.backends.mkldnn.is_available():
             ways.append(partial(F.linear, x.to_mkldnn(), weight.to_mkldnn()))
         for i, way in enumerate(ways):
             name = f"{i} {rows} {width} {out}"
@@ -104,14 +117,18 @@ def fastest_product(dtype: torch.dtype, quick: bool) -> tuple[Run, float]:
 
 
 @cache
-def large_tensor(quick: bool) -> Tensor:
+def large_tensor(quick: bool, device: Device = "cpu") -> Tensor:
     """Far larger than any cache."""
-    return torch.ones(2**20 if quick else 2**27)
+    size = 2**27 if torch.device(device).type == "cpu" else 2**29
+    return torch.ones(2**20 if quick else size, device=device)
 
 
-def race(part: str, dtype: str, cases: Sequence[Case], args: argparse.Namespace, rounds: int = 99) -> list[Row]:
+def race(
+    part: str, dtype: str, cases: Sequence[Case], args: argparse.Namespace, rounds: int = 99, device: Device = "cpu"
+) -> list[Row]:
     """One row per case. Ours, theirs, a large product and a large read take turns."""
-    (product, operations), large = fastest_product(DTYPES[dtype], args.quick), large_tensor(args.quick)
+    product, operations = fastest_product(DTYPES[dtype], args.quick, device)
+    large = large_tensor(args.quick, device)
     runs: dict[str, Run] = {"product": product, "read": large.sum}
     with torch.inference_mode():
         for case in cases:
@@ -148,16 +165,18 @@ HEAD = f"{'':10} {'':36} {'':9} {'ours':>14} {'transformers':>14} {'/ ours':>7} 
 def line(row: Row) -> str:
     """A row of the table, with transformers' time over ours, and ours over the limit."""
     faster = f"{row.theirs / row.ours:.2f}" if row.theirs and row.unit == "s" else ""
-    above = f"{row.ours / row.limit:.2f}" if row.limit else ""
+    above = f"{row.ours / row.limit:.2f}" if row.limit and row.ours else ""
     ours, theirs, limit = (amount(value, row.unit) for value in (row.ours, row.theirs, row.limit))
     return f"{row.part:10} {row.what:36} {row.dtype:9} {ours:>14} {theirs:>14} {faster:>7} {limit:>14} {above:>7}"
 
 
 def amount(value: float | None, unit: str) -> str:
-    if value is None:
+    if value is None or (unit == "B" and not value):  # a CPU counts no bytes
         return ""
     if unit == "B":
         return f"{value / 1e6:,.1f} MB"
+    if unit == "error":
+        return f"{value:.1e}"
     return f"{value:,.0f}" if unit == "samples" else f"{value:.4f} {unit}"
 
 

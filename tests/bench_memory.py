@@ -78,14 +78,15 @@ def peak_bytes(run: Callable[[], object]) -> int:
 
 
 def training(
-    config: LionConfig, text: Vocabularies, number: int, half: bool, card: bool = False
+    config: LionConfig, text: Vocabularies, number: int, half: bool, card: bool = False, device: torch.device = CPU
 ) -> tuple[Lion, Callable[[Batch], None], Callable[[Batch], None]]:
     """A stage's model, the two passes of a micro-batch, and a whole step, as in train.py. `half` is autocast.
 
     On a `card` the frozen matrices are bfloat16.
     """
     stage = STAGES[number]
-    model = LionModel(replace(config, **stage.model))
+    with device:
+        model = LionModel(replace(config, **stage.model))
     trained = unfreeze(model, stage)
     for name, parameter in model.named_parameters():
         if card and part_of(name) is None and parameter.ndim > 1 and name != "t5.shared.weight":
@@ -95,7 +96,7 @@ def training(
     optimizer = AdamW(groups(trained, stage.constant), lr=0.0, fused=True)
 
     def passes(batch: Batch) -> None:
-        with autocast(CPU, half):
+        with autocast(device, half):
             loss = model(batch, stage.mean)
         loss.backward()
 
@@ -146,11 +147,13 @@ def fused(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, scale: fl
     return rearrange(x, "b h t e -> b t (h e)")
 
 
-def step_bytes(config: LionConfig, text: Vocabularies, size: int, recompute: bool, words: tuple[int, int]) -> int:
-    """All that stage 3 takes on a card: weights, gradients, moments, and the peak of the two passes."""
+def step_bytes(
+    config: LionConfig, text: Vocabularies, size: int, recompute: bool, words: tuple[int, int], number: int = 3
+) -> int:
+    """All that a stage takes on a card: weights, gradients, moments, and the peak of the two passes."""
     with FakeTensorMode() as mode:
-        lion, passes, _ = training(config, text, 3, half=True, card=True)
-    real = lion.batch(*made_up(lion, 3, size, words))
+        lion, passes, _ = training(config, text, number, half=True, card=True)
+    real = lion.batch(*made_up(lion, number, size, words))
     with mode, ExitStack() as stack:
         for module in (bert, t5, vit):
             stack.enter_context(patch.object(module, "attention", fused))

@@ -36,7 +36,10 @@ def renamed(module: nn.Module, prefix: str, table: weights.Table, theirs: dict[s
     return found
 
 
-def loaded(theirs: Any, state: dict[str, Tensor]) -> Any:
+def loaded(kind: Any, sizes: Any, state: dict[str, Tensor]) -> Any:
+    """Made where the tensors are: buffers are not among them."""
+    with next(iter(state.values())).device:
+        theirs = kind(sizes)
     theirs.load_state_dict(state, strict=True, assign=True)
     return theirs.eval()
 
@@ -70,7 +73,7 @@ def vit(ours: Vit, config: VitConfig) -> Any:
         num_attention_heads=config.heads, image_size=config.image_size, patch_size=config.patch_size,
         layer_norm_eps=config.norm_eps, hidden_act="gelu", qkv_bias=True,
     )  # fmt: skip
-    return loaded(transformers.InstructBlipVisionModel(sizes), state)
+    return loaded(transformers.InstructBlipVisionModel, sizes, state)
 
 
 def qformer(ours: QFormer, config: QFormerConfig) -> Any:
@@ -89,7 +92,24 @@ def qformer(ours: QFormer, config: QFormerConfig) -> Any:
         max_position_embeddings=config.max_positions, encoder_hidden_size=ours.image_norm.normalized_shape[0],
         cross_attention_frequency=config.cross_every, layer_norm_eps=config.norm_eps,
     )  # fmt: skip
-    return loaded(transformers.InstructBlipQFormerModel(sizes), state)
+    return loaded(transformers.InstructBlipQFormerModel, sizes, state)
+
+
+def look(theirs: Any, image: Tensor) -> Tensor:  # (b, 3, s, s) -> (b, n, d)
+    """Their ViT without its final norm, which LION does not have."""
+    return theirs.encoder(inputs_embeds=theirs.embeddings(image)).last_hidden_state
+
+
+def read(theirs: Any, ours: QFormer, states: Tensor, ids: Tensor) -> Tensor:  # (b, n, ·), (b, t) -> (b, q, out)
+    """Their Q-Former between our norm and our projection. No row is padded."""
+    (b, t), q = ids.shape, ours.config.queries
+    out = theirs(
+        input_ids=ids,
+        attention_mask=torch.ones(b, q + t, dtype=torch.long, device=ids.device),
+        query_embeds=ours.queries.expand(b, -1, -1),
+        encoder_hidden_states=ours.image_norm(states),
+    )
+    return ours.proj(out.last_hidden_state[:, :q])
 
 
 def t5(ours: T5, config: T5Config) -> Any:
@@ -107,7 +127,7 @@ def t5(ours: T5, config: T5Config) -> Any:
     sizes.decoder_start_token_id = 0
     state = renamed(ours, "t5.", weights.T5, {})
     state |= {f"{stack}.embed_tokens.weight": state["shared.weight"] for stack in ("encoder", "decoder")}
-    return loaded(transformers.T5ForConditionalGeneration(sizes), state)
+    return loaded(transformers.T5ForConditionalGeneration, sizes, state)
 
 
 SWIN_NAMES = {
@@ -136,4 +156,4 @@ def swin(ours: Swin, config: RamConfig) -> Any:
         image_size=config.image_size, patch_size=config.patch_size, embed_dim=config.width,
         depths=list(config.depths), num_heads=list(config.heads), window_size=config.window,
     )  # fmt: skip
-    return loaded(transformers.SwinModel(sizes), state)
+    return loaded(transformers.SwinModel, sizes, state)

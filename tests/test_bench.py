@@ -7,6 +7,7 @@ from typing import Any
 
 import bench
 import bench_memory
+import gpu_check
 import pytest
 import torch
 from conftest import oracle
@@ -75,3 +76,12 @@ def test_recomputing_keeps_one_tensor_of_each_layer() -> None:
         peaks[encoder, decoder] = bench_memory.peak_bytes(run)
     assert peaks[6, 2] - peaks[2, 2] <= 4 * (4 * n * width) * 1.1
     assert peaks[2, 6] - peaks[2, 2] <= 4 * (4 * answer * width) * 1.1
+
+
+def test_the_check_of_a_gpu_runs_on_a_cpu(tmp_path: Path) -> None:
+    """All but the golden tests, which run by themselves."""
+    out, parts = tmp_path / "gpu_check.json", [part for part in gpu_check.PARTS if part != "golden"]
+    assert gpu_check.main(["--device", "cpu", "--quick", "--out", str(out), "--parts", *parts]) == 0
+    report = json.loads(out.read_text())
+    assert {row["part"] for row in report["rows"]} == set(parts)
+    assert report["faults"] == report["left out"] == []

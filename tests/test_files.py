@@ -208,7 +208,7 @@ SCRIPTS = [
 ]
 
 
-@pytest.mark.parametrize("command", [*SCRIPTS, "-m lion_mini.toy", "-m lion_mini.toy.stage0"])
+@pytest.mark.parametrize("command", [*SCRIPTS, "-m lion_mini.toy"])
 def test_ctrl_c_leaves_no_traceback(tmp_path: Path, command: str) -> None:
     """Also while PyTorch is imported, which takes most of these times."""
     first, *rest = command.split()

@@ -242,7 +242,7 @@ def test_no_file_of_others_is_overwritten(run: Run, tmp_path: Path) -> None:
     (out / "results.jsonl").write_bytes(b"mine")
     assert infer.main(["--seed", "3", "--out", str(out), "--dtype", "float32"]) == 0
     assert all(path.read_bytes() == data for path, data in mine.items())
-    assert len((out / "results-1.jsonl").read_text().splitlines()) == 5
+    assert len((out / "results-1.jsonl").read_text().splitlines()) == 6
     assert {"scene.png", "scene-box.png"} <= {path.name for path in out.iterdir()}
 
 

@@ -59,4 +59,4 @@ def test_the_example_of_attention_runs(tmp_path: Path) -> None:
     assert block
     (tmp_path / "example.py").write_text(block[1])
     done = subprocess.run([sys.executable, "example.py"], cwd=tmp_path, capture_output=True, text=True)
-    assert done.stdout.startswith("torch.Size([1, 4, 12, 37])\n"), done.stderr
+    assert done.stdout.startswith("torch.Size([1, 4, 3, 37])\n"), done.stderr

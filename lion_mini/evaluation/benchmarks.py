@@ -13,7 +13,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
+from ..box import Box
 from ..files import json_lines, need, read_json, reading
+from ..images import ImageFolder, draw_boxes, draw_sheet, open_image
 from . import metrics, readers
 from .readers import Example, Line
 
@@ -222,3 +226,16 @@ def table(folder: Path) -> str:
 def paper_averages(model: str) -> Scores:
     numbers = {entry.name: row[model] for entry in BENCHMARKS.values() for row in entry.paper.values() if model in row}
     return metrics.averages(numbers)
+
+
+def draw_worst(examples: Sequence[Example], predictions: Line, images: ImageFolder, count: int) -> Image.Image:
+    """A sheet of the answers that overlap the truth least, four in a row."""
+    rows = list[tuple[float, Path, list[Any], str]]()
+    for example in examples:
+        path, box = images.path(str(example.image)), Box.parse(predictions[example.id]["text"])
+        if path and example.box:
+            iou = box.iou(example.box) if box else -1.0
+            label = f"{example.fields['expression']} ({f'IoU {iou:.2f}' if box else 'no box'})"
+            rows.append((iou, path, [(example.box, "true", "green")] + [(box, "model", "red")] * bool(box), label))
+    worst = sorted(rows, key=lambda row: row[0])[:count]
+    return draw_sheet([(draw_boxes(open_image(path), boxes), label) for _, path, boxes, label in worst], columns=4)

@@ -75,6 +75,7 @@ EVAL_TEMPLATES: dict[str, str] = {
 
 # What the release's weights are asked instead (its notebook): `<image>` is text that they have learned.
 RELEASE = {"rec": "In the image <image>, can you locate {expression} and let me know its coordinates?"}
+KIND = {"caption": "caption", "ask": "vqa", "locate": "rec", "describe": "reg"}  # of instruction, by what a user does
 # Which row of the router a kind of instruction uses, and which entry of GENERATION decodes its answer.
 TASK_OF = {kind: "region" if kind in ("rec", "reg") else "image" for kind in [*TEMPLATES, *EVAL_TEMPLATES]}
 DECODING = dict.fromkeys(TASK_OF, "answer") | {"caption": "caption", "rec": "locate", "reg": "describe"}

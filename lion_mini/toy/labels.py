@@ -1,11 +1,11 @@
 """Labels and losses of stage 0: what every patch shows, and what every word of a question refers to.
 
-patch      shape, colour, size and box of the thing that covers most of it
-noun       the same of the thing it refers to, if it is one, and its centre; how many things it fits
+patch      shape, colour, size, row, column and box of the thing that covers most of it
+noun       the same of the thing it refers to, if it is one; how many things it fits
 box        the same of the thing in it, at its last coordinate
-relation   the vector from the noun after it to the noun before it, and its component in the relation's direction
 """
 
+import re
 from collections.abc import Sequence
 
 import torch
@@ -14,66 +14,74 @@ from torch import Tensor
 
 from ..config import IGNORE
 from ..text.tokenizers import UnigramTokenizer
-from .questions import RELATIONS, Record, matching, plural
+from .questions import Record, matching, plural
 from .world import COLOURS, COORDINATES, GRID, MOST, SHAPES, SIDES, Scene, Thing
 
-FIELDS = (len(SHAPES) + 1, len(COLOURS), len(SIDES), *[GRID + 1] * 4)  # classes; the last shape is background
+WORDS = (len(SHAPES) + 1, len(COLOURS), len(SIDES), 3, 3)  # classes of what words say; the last shape is background
+FIELDS = (*WORDS, *[GRID + 1] * 4)  # and the box
 REFERENT = (*FIELDS, MOST + 1)  # classes of a noun: the thing, and how many things fit
-UNKNOWN: list[float] = [IGNORE] * (len(REFERENT) + 5)  # 5 measures in halves of the image: a centre, a relation
 NOUNS = {form: noun for noun in (*SHAPES, "shape") for form in (noun, plural(noun))}
-DIRECTIONS = {relation.split()[0]: side for relation, side in RELATIONS.items()}
 
 
 def facts(thing: Thing) -> list[int]:
-    """Shape, colour, size and box, as classes of FIELDS."""
-    return [SHAPES.index(thing.shape), [*COLOURS].index(thing.colour), [*SIDES].index(thing.size), *thing.edges]
+    """What is true of the thing, as classes of FIELDS."""
+    said = SHAPES.index(thing.shape), [*COLOURS].index(thing.colour), [*SIDES].index(thing.size)
+    return [*said, thing.cell // 3, thing.cell % 3, *thing.edges]
 
 
-def patch_labels(scenes: Sequence[Scene], side: int) -> tuple[Tensor, Tensor]:  # -> (b, side * side), (b, ·, fields)
-    """Per patch the index of the thing that covers most of it, -1 for background; and the thing's FIELDS."""
-    owners, labels, background = list[Tensor](), list[Tensor](), [len(SHAPES), *[IGNORE] * 6]
+def one_hot(labels: Tensor, fields: Sequence[int]) -> Tensor:  # (..., fields) -> (..., classes)
+    """Side by side for each field; zeros where it is unknown."""
+    pairs = zip(labels.unbind(-1), fields, strict=True)
+    return torch.cat([F.one_hot(field.clamp_min(0), n) * (field >= 0)[..., None] for field, n in pairs], dim=-1).float()
+
+
+def patch_labels(scenes: Sequence[Scene], side: int) -> Tensor:  # -> (b, side * side, fields)
+    """Per patch the FIELDS of the thing that covers most of it, or of background."""
+    labels, background = list[Tensor](), [len(SHAPES), *[IGNORE] * (len(FIELDS) - 1)]
     for scene in scenes:
         covered = torch.zeros(len(scene.things), GRID, GRID)
         for area, thing in zip(covered, scene.things, strict=True):
             area[thing.top : thing.top + thing.side, thing.left : thing.left + thing.side] = 1
         share, owner = F.adaptive_avg_pool2d(covered, side).flatten(1).max(0)
-        owners.append(owner.where(share > 0, -1))
-        labels.append(torch.tensor([*map(facts, scene.things), background])[owners[-1]])
-    return torch.stack(owners), torch.stack(labels)
+        labels.append(torch.tensor([*map(facts, scene.things), background])[owner.where(share > 0, -1)])
+    return torch.stack(labels)
 
 
-def word_labels(
-    pieces: UnigramTokenizer, prompt: str, record: Record, things: Sequence[Thing]
-) -> list[list[float]]:  # -> (p, fields and measures)
-    """A row per piece of the prompt, which the record's question ends. The tags before it have no labels.
+def mentioned(things: Sequence[Thing], text: str) -> list[int]:
+    """The indices of the things that nouns of a text fit, "red circles" for instance. "What shape" fits none."""
+    found, adjectives = list[Thing](), list[str]()
+    for word in re.findall("[a-z]+", text):
+        if word in NOUNS and (adjectives or NOUNS[word] in SHAPES):
+            found += matching(things, " ".join((*adjectives, NOUNS[word])))
+        adjectives = [*adjectives, word] if word in (*COLOURS, *SIDES) else []
+    return [i for i, thing in enumerate(things) if thing in found]
+
+
+def asked_labels(things: Sequence[Thing], record: Record, queries: int) -> list[list[int]]:  # -> (q, WORDS)
+    """What words say of the things that the question mentions, or else its answer. The rest is background."""
+    wanted = mentioned(things, record["question"]) or mentioned(things, record["answer"])
+    background = [len(SHAPES), *[IGNORE] * (len(WORDS) - 1)]
+    return [*(facts(things[i])[: len(WORDS)] for i in wanted), *[background] * queries][:queries]
+
+
+def noun_labels(pieces: UnigramTokenizer, prompt: str, record: Record, things: Sequence[Thing]) -> list[list[int]]:
+    """(p, fields): a row per piece of the prompt, which the record's question ends. The tags before it have no labels.
 
     In a REC question the first noun refers to the thing sought.
     """
     target = next((thing for thing in things if thing.box.to_text() == record["answer"]), None)
-    rows, adjectives, box = list[list[float]](), list[str](), list[int]()
-    previous, relation = None, None  # the last noun's thing; the relation since then: its row, axis and sign
+    rows, adjectives, box = list[list[int]](), list[str](), list[int]()
     for id in pieces.encode(record["question"]):
-        row, word, thing = [*UNKNOWN], pieces.tokens[id].strip("▁"), None
+        word, count, thing = pieces.tokens[id].strip("▁"), IGNORE, None
         if word in COORDINATES:
             box = [*box, COORDINATES.index(word)][-4:]
             thing = next((t for t in things if [*t.edges] == box), None)
-        elif word in DIRECTIONS:
-            relation = row, *DIRECTIONS[word]
         elif word in NOUNS:
             fitting = matching(things, " ".join((*adjectives, NOUNS[word])))
-            thing = target or (fitting[0] if len(fitting) == 1 else None)
-            row[len(FIELDS)] = len(fitting)
-            if relation and previous and thing:
-                between, axis, sign = relation
-                vector = [(previous.centre(i) - thing.centre(i)) * 2 / GRID for i in (0, 1)]
-                between[-3:] = *vector, vector[axis] * sign
-            previous, relation, target = thing, None, None
+            thing, count, target = target or (fitting[0] if len(fitting) == 1 else None), len(fitting), None
         adjectives = [*adjectives, word] if word in (*COLOURS, *SIDES) else []
-        if thing:
-            row[: len(FIELDS)] = facts(thing)
-            row[len(REFERENT) : -3] = (thing.centre(axis) * 2 / GRID - 1 for axis in (0, 1))
-        rows.append(row)
-    return [UNKNOWN] * (len(pieces.encode(prompt)) - len(rows)) + rows
+        rows.append([*(facts(thing) if thing else [IGNORE] * len(FIELDS)), count])
+    return [[IGNORE] * len(REFERENT)] * (len(pieces.encode(prompt)) - len(rows)) + rows
 
 
 def field_loss(logits: Tensor, labels: Tensor, fields: Sequence[int]) -> Tensor:  # (..., classes), (..., fields) -> ()
@@ -83,21 +91,3 @@ def field_loss(logits: Tensor, labels: Tensor, fields: Sequence[int]) -> Tensor:
         losses = F.cross_entropy(part.flatten(0, -2), field.flatten(), ignore_index=IGNORE, reduction="sum")
         total = total + losses / (field != IGNORE).sum().clamp_min(1)
     return total
-
-
-def word_loss(predicted: Tensor, labels: Tensor) -> Tensor:  # (..., classes and measures), (..., labels) -> ()
-    """Cross-entropy for the classes, squared error for the measures: a noun's 2, then a relation's 3."""
-    total = 0.2 * field_loss(predicted[..., :-5], labels[..., :-5].long(), REFERENT)
-    for weight, measures in ((1, slice(-5, -3)), (2, slice(-3, None))):
-        known = labels[..., measures] != IGNORE
-        errors = (predicted[..., measures].float() - labels[..., measures])[known]
-        total = total + weight * errors.square().sum() / known.sum().clamp_min(1)
-    return total
-
-
-def tag_loss(logits: Tensor, labels: Tensor, focus: float = 2.0, margin: float = 0.05) -> Tensor:  # 2 x (b, c) -> ()
-    """RAM's asymmetric loss (arXiv 2009.14119): cross-entropy in which a negative below the margin costs nothing."""
-    yes = logits.sigmoid()
-    no = (yes - margin).clamp_min(0)
-    losses = labels * yes.clamp_min(1e-6).log() + (1 - labels) * no**focus * (1 - no).clamp_min(1e-6).log()
-    return -losses.sum(-1).mean()

@@ -5,9 +5,8 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from itertools import permutations
 
 from ..box import Box
-from ..data.records import TrainingExample, split_tags
-from ..text.prompts import EVAL_TEMPLATES, RELEASE, TASK_OF, TEMPLATES, render
-from .world import COLOURS, SHAPES, TAGS, Scene, Split, Thing, scene
+from ..text.prompts import EVAL_TEMPLATES, TASK_OF, TEMPLATES, render
+from .world import COLOURS, LARGE, SHAPES, TAGS, Scene, Thing
 
 MARGIN = 3  # the least difference, in grid units, at which a thing is called left of another
 PLACES = (
@@ -18,25 +17,10 @@ RELATIONS = {"left of": (0, -1), "right of": (0, 1), "above": (1, -1), "below": 
 EXTREMES = {"leftmost": (0, -1), "rightmost": (0, 1), "topmost": (1, -1), "bottommost": (1, 1)}
 MISSED, INVENTED = 0.1, 0.03  # a tagger's error rates: per true tag, and per false tag
 KINDS = ("caption", "vqa", "vqg", "dialogue", "rec", "reg")
-OWN = {
-    "rec": (
-        "Where in the image is {expression}? Answer with its box.",
-        "Find {expression} and give the coordinates of its bounding box.",
-        "Give the box [x1,y1,x2,y2] around {expression}.",
-        "Which region of the picture shows {expression}? Write down its coordinates.",
-        "Point out {expression} with one bounding box.",
-        "I am looking for {expression}. What are its coordinates in this image?"),
-    "reg": (
-        "Describe the region {box} of the image so that it cannot be mistaken for another.",
-        "What is inside the box {box}?", "Name the object at {box} in a few words.",
-        "Write a short phrase that refers to the area {box} of this picture only.",
-        "Which object do the coordinates {box} mark?", "Tell me what the region {box} shows."),
-}  # fmt: skip
 # Training draws from these. The last is the one that evaluation asks.
 INSTRUCTIONS = {
     kind: (*texts, *([EVAL_TEMPLATES[kind]] if kind in EVAL_TEMPLATES else [])) for kind, texts in TEMPLATES.items()
 }
-INSTRUCTIONS |= {"rec": (*OWN["rec"], RELEASE["rec"]), "reg": (*OWN["reg"], OWN["reg"][0])}
 
 Record = dict[str, str]
 Instructions = Mapping[str, Sequence[str]]
@@ -50,7 +34,7 @@ def matching(things: Sequence[Thing], phrase: str) -> list[Thing]:
 def ahead(a: Thing, b: Thing, side: tuple[int, int]) -> float:
     """How far the centre of a lies on that side of b's, in grid units."""
     axis, sign = side
-    return (a.centre(axis) - b.centre(axis)) * sign
+    return sign * ((a.left, a.top)[axis] + a.side / 2 - (b.left, b.top)[axis] - b.side / 2)
 
 
 def by_attributes(things: Sequence[Thing], target: Thing) -> list[str]:
@@ -87,28 +71,32 @@ def expression(things: Sequence[Thing], target: Thing, rng: random.Random) -> st
 
 
 def caption(things: Sequence[Thing]) -> str:
-    *most, last = [f"a {thing.name}" for thing in things]
-    return f"{', '.join(most)} and {last}"
+    """The large things."""
+    *most, last = [f"a {thing.name}" for thing in things if thing.size == "large"]
+    return f"{', '.join(most)} and {last}" if most else last
 
 
 def plural(noun: str) -> str:
     return f"{noun}es" if noun.endswith("s") else f"{noun}s"
 
 
-def questions(things: Sequence[Thing], rng: random.Random) -> Iterator[tuple[str, str, str]]:
+def questions(scene: Scene, rng: random.Random) -> Iterator[tuple[str, str, str]]:
     """(sub-kind, question, answer): one question per sub-kind, but existence once with yes and once with no.
 
     Half of the noes are near misses: both words occur, but not together. A sub-kind without an unambiguous question in
     this scene is left out.
     """
+    things = scene.things
     names, words = {thing.name for thing in things}, set().union(*(thing.words for thing in things))
+    yield "ground", "What is the ground?", scene.ground
     yield "existence", f"Is there a {rng.choice(sorted(names))} in the image?", "yes"
     absent = [name for colour in COLOURS for shape in SHAPES if (name := f"{colour} {shape}") not in names]
     near = sorted(name for name in absent if set(name.split()) <= words)
     yield "existence", f"Is there a {rng.choice(near if near and rng.random() < 0.5 else absent)} in the image?", "no"
 
-    present = sorted(words & {*SHAPES})
-    noun = rng.choice(["shape", rng.choice(SHAPES), f"{rng.choice(tuple(COLOURS))} shape", rng.choice(present)])
+    one = rng.choice(things)
+    nouns = [rng.choice(SHAPES), f"{rng.choice(tuple(COLOURS))} shape", one.shape, f"{one.colour} shape"]
+    noun = rng.choice([noun for noun in nouns if len(matching(things, noun)) <= LARGE] or [one.name])
     yield "counting", f"How many {plural(noun)} are there?", str(len(matching(things, noun)))
 
     for kind in ("colour", "shape"):
@@ -143,9 +131,14 @@ def dialogue(things: Sequence[Thing], rng: random.Random) -> tuple[str, str]:
     return f"What do you see {PLACES[cell]}?", replies[0] if replies else "There is nothing."
 
 
-def tags(things: Sequence[Thing], rng: random.Random) -> list[str]:
+def true_tags(scene: Scene) -> list[str]:
+    true = {scene.ground, *(thing.colour for thing in scene.things)}
+    return [tag for tag in TAGS if tag in true]
+
+
+def tags(scene: Scene, rng: random.Random) -> list[str]:
     """A tagger's output: the true tags, of which it misses some, and a few false ones."""
-    true = set().union(*(thing.words for thing in things))
+    true = true_tags(scene)
     return [tag for tag in TAGS if rng.random() >= (MISSED if tag in true else 1 - INVENTED)]
 
 
@@ -157,14 +150,14 @@ def records(
     `rng` chooses each instruction among the paper's for training and for evaluation. `subkind` is empty except for vqa.
     """
     things, result = scene.things, list[Record]()
-    joined = ", ".join(tags(things, rng))
+    joined = ", ".join(tags(scene, rng))
 
     def add(kind: str, answer: str, subkind: str = "", /, **fields: str | Box) -> None:
         question = render(rng.choice(instructions[kind]), **fields)
         result.append({"question": question, "answer": answer, "category": f"{TASK_OF[kind]}_level"})
         result[-1] |= {"kind": kind, "subkind": subkind, "tags": joined}
 
-    asked = list(questions(things, rng)) if {"vqa", "vqg"} & set(kinds) else []
+    asked = list(questions(scene, rng)) if {"vqa", "vqg"} & set(kinds) else []
     if "caption" in kinds:
         add("caption", caption(things))
     if "vqa" in kinds:
@@ -183,23 +176,3 @@ def records(
         target = rng.choice(things)
         add("reg", f"the {target.size} {target.name}", box=target.box)
     return result
-
-
-class Toy:
-    """Training examples: scene `index`, and a question about it. Every kind and sub-kind is equally likely."""
-
-    augments = False  # its questions are about left and right, and about positions
-
-    def __init__(self, tasks: Sequence[str], split: Split = "train", scenes: int = 200_000):
-        self.kinds, self.split, self.scenes = [kind for kind in KINDS if TASK_OF[kind] in tasks], split, scenes
-
-    def __len__(self) -> int:
-        return self.scenes
-
-    def read(self, index: int, rng: random.Random) -> TrainingExample:
-        this, groups = scene(index, self.split), dict[str, list[Record]]()
-        for record in records(this, rng, self.kinds):
-            groups.setdefault(f"{record['kind']} {record['subkind']}", []).append(record)
-        chosen = rng.choice(groups[rng.choice(sorted(groups))])
-        name, tags = f"toy scene {index} of {self.split}", split_tags(chosen["tags"])
-        return TrainingExample(this.image, chosen["question"], chosen["answer"], tags, TASK_OF[chosen["kind"]], name)

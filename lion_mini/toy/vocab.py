@@ -4,6 +4,7 @@ import json
 import random
 import re
 import string
+from itertools import chain
 from pathlib import Path
 
 from ..text.prompts import EVAL_TEMPLATES, PLACEHOLDER, tag_sentence
@@ -20,8 +21,7 @@ def write_vocabularies(folder: str | Path) -> None:
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    templates = [text for kind, text in EVAL_TEMPLATES.items() if kind not in INSTRUCTIONS]
-    templates += [text for texts in INSTRUCTIONS.values() for text in texts]
+    templates = [*EVAL_TEMPLATES.values(), *chain.from_iterable(INSTRUCTIONS.values())]
     rng = random.Random(0)
     texts = [f"{r['question']} {r['answer']}" for seed in range(400) for r in records(scene(seed, "train"), rng)]
     texts += [re.sub(r"\{\w+\}", " ", text) for text in templates] + [tag_sentence(TAGS), *PLACES]

@@ -13,7 +13,7 @@ from lion_mini import Lion, toy
 from lion_mini.data.mixture import MicroBatches, Mixture, collate, micro_batches
 from lion_mini.data.records import Records, check_record
 from lion_mini.images import lion_transform
-from lion_mini.toy.questions import Toy
+from lion_mini.toy.training import Toy
 
 BOTH = ("image", "region")
 REGION = {"image": "0.png", "question": "where is the dog?", "answer": "[0.100,0.200,0.300,0.400]", "category": "REF"}
@@ -259,7 +259,7 @@ def test_ram_tags_the_whole_picture_of_samples_without_tags(tmp_path: Path) -> N
     image.save(tmp_path / "a.png")
     record = {"image": "a.png", "question": "what is it?", "answer": "red"}
     (tmp_path / "r.json").write_text(json.dumps([record, record | {"tags": ["cross"]}]))
-    samples: Any = MicroBatches(Mixture([Records(tmp_path / "r.json", tmp_path)], None, 0), 2, 48, 64)[0]
+    samples: Any = MicroBatches(Mixture([Records(tmp_path / "r.json", tmp_path)], None, 0), 2, 48, 96)[0]
     batch = collate(lion, samples)
     prompts = [lion.text.pieces.decode(row) for row in batch.prompt.tolist()]
     tagged: Any = lion.tag([image])[0]

@@ -521,6 +521,8 @@ def test_bad_input_is_one_sentence(run: Run, tmp_path: Path) -> None:
         (["pope_random", "folder", "--ann", path], "folder needs the task table"),
         (["pope_random", "--ann", path, "--rounds", "last"], "--rounds needs the task visdial"),
         (["pope_random", "--ann", path, "--score", last, "--official"], "--official needs a model to ask"),
+        (["pope_random", "--ann", path, "--score", last, "--parts"], "--parts needs a model to ask, not --score"),
+        (["table", "--parts"], "--parts needs a model to ask"),
         (["pope_random", "--ann", path, "--score", deep], "deep.json, line 1: it is nested too deeply"),
         (["pope_random", "--ann", blank], "the question of 0 is empty or lost in '{question}'"),
         (["pope_random", "--ann", sentinel], "the batch 0 to 0: question 0 or its tags hold <extra_id_0>"),
@@ -603,11 +605,25 @@ def test_toy_scores_of_one_who_knows(golden_model: Lion, monkeypatch: pytest.Mon
         return [Answer(text, "", [], 0.0) for text in texts]
 
     monkeypatch.setattr(Lion, "respond", respond)
-    rows = {row.name: row for row in scores.toy_scores(golden_model, scenes)}
-    assert {"REC, Acc@0.5", "REG, exact", "VQA, counting", "VQA, existence", "POPE, F1"} < set(rows)
-    assert all(row.score == pytest.approx(1) for name, row in rows.items() if "CIDEr" not in name)
+    replies = scores.ask(golden_model, scenes)
+    rows = {row.name: row for row in scores.toy_scores(replies)}
+    assert {"REC, Acc@0.5", "REG, exact", "VQA, counting", "VQA, existence", "VQA, ground", "POPE, F1"} < set(rows)
+    assert all(row.score == row.held_out == pytest.approx(1) for name, row in rows.items() if "CIDEr" not in name)
     assert rows["captions, CIDEr / 10"].score > rows["captions, CIDEr / 10"].baseline + 0.5
     assert all(0 <= row.baseline < 1 for row in rows.values())
     assert rows["VQA, existence"].baseline == pytest.approx(0.5)
     assert rows["POPE, F1"].baseline == pytest.approx(2 / 3)
     assert sum("Short answer:" in question for question in asked) > 12
+    assert scores.levels(replies) == dict.fromkeys(("image level", "ground", "REC", "REG"), 1)
+
+    # Of one who knows only the usual pairs of colours and shapes, and no ground.
+    some = [
+        replace(r, text="[0.000,0.000,0.100,0.100]") if r.scene.held_out or r.kind == "ground" else r for r in replies
+    ]
+    rows = {row.name: row for row in scores.toy_scores(some)}
+    assert [rows["REC, Acc@0.5"].score, rows["VQA, ground"].score, rows["REG, exact"].held_out] == [0.5, 0, 0]
+    assert scores.levels(some) | {"image level": 0} == {"image level": 0, "ground": 0, "REC": 0.5, "REG": 0.5}
+    assert "REC, Acc@0.5            50.0%      0.0%" in scores.score_table(some)
+    golden_model.config = replace(golden_model.config, visual_input="region")  # as stage 2 leaves it
+    monkeypatch.setattr(Lion, "respond", lambda self, pictures, *more: [Answer("", "", [], 0.0)] * len(pictures))
+    assert {reply.kind for reply in scores.ask(golden_model, scenes)} == {"rec", "reg"}

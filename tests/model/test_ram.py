@@ -43,7 +43,7 @@ def test_golden_tags(numbers: dict[str, Tensor], facts: dict, golden_model: Lion
     """With every tag's own threshold the tags are the release's: joined by bars from RAM, by commas from LION."""
     assert golden_model.ram is not None
     text = golden_model.text
-    chosen = select(golden_model.ram(numbers["ram.image"]).sigmoid(), torch.tensor(text.thresholds))
+    chosen = select(golden_model.ram(numbers["ram.image"]).sigmoid().cpu(), torch.tensor(text.thresholds))
     found = [[text.tags[tag] for tag, _ in tags] for tags in chosen]
     assert [" | ".join(tags) for tags in found] == facts["ram"]["tags_raw"]
     assert [", ".join(tags) for tags in found] == facts["ram"]["tags"]
@@ -55,7 +55,7 @@ def test_lion_tags_pictures(golden_model: Lion) -> None:
     tags: Any = golden_model.tag([image, image.rotate(90)], threshold=0.3)
     scored: Any = golden_model.tag([image, image.rotate(90)], threshold=0.3, return_scores=True)
     assert tags == [[tag for tag, _ in one] for one in scored]
-    pixels = ram_transform(image, 64)[None]
+    pixels = ram_transform(image, 64)[None].to(golden_model.device)
     assert golden_model.ram is not None
     scores = golden_model.ram(pixels)[0].sigmoid()
     assert tags[0] == [golden_model.text.tags[i] for i in range(len(scores)) if scores[i] > 0.3]

@@ -2,6 +2,7 @@
 
 import random
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 from lion_mini import toy
 from lion_mini.box import Box
 from lion_mini.config import PRESETS
+from lion_mini.images import lion_transform
 from lion_mini.text.tokenizers import UnigramTokenizer, WordPieceTokenizer
 from lion_mini.toy import Record, Scene, Thing, records, scene
 from lion_mini.toy.__main__ import show
@@ -23,7 +25,7 @@ ENDS = {"leftmost": (0, -1), "rightmost": (0, 1), "topmost": (1, -1), "bottommos
 def named(things: tuple[Thing, ...], phrase: str) -> list[Thing]:
     """The things that a phrase such as "small red shapes" fits."""
     words = [re.sub("(?<=cross)es$|(?<=[a-z])s$", "", w) if w != "cross" else w for w in phrase.split()]
-    assert set(words) <= {*toy.TAGS, "shape"}, phrase
+    assert set(words) <= {*toy.SHAPES, *toy.COLOURS, "small", "large", "shape"}, phrase
     return [t for t in things if all(w in (t.shape, t.colour, t.size, "shape") for w in words)]
 
 
@@ -39,14 +41,13 @@ def resolve(things: tuple[Thing, ...], expression: str) -> list[Thing]:
         if f" {relation} the " in phrase:
             noun, anchor = phrase.split(f" {relation} the ")
             (fixed,) = named(things, anchor)
-            return [
-                t for t in named(things, noun) if t is not fixed and sign * (middle(t, axis) - middle(fixed, axis)) > 0
-            ]
+            start, others = sign * middle(fixed, axis) + 0.001, [t for t in named(things, noun) if t is not fixed]
+            return [t for t in others if sign * middle(t, axis) > start]
     first, _, rest = phrase.partition(" ")
     if first in ENDS:
         axis, sign = ENDS[first]
         best = max(sign * middle(t, axis) for t in named(things, rest))
-        return [t for t in named(things, rest) if sign * middle(t, axis) > best - 0.1]
+        return [t for t in named(things, rest) if sign * middle(t, axis) > best - 0.09]
     return named(things, phrase)
 
 
@@ -67,7 +68,10 @@ def content(record: Record) -> str:
     return min(found, key=len)
 
 
-def true_answer(things: tuple[Thing, ...], question: str) -> str:
+def true_answer(scene: Scene, question: str) -> str:
+    things = scene.things
+    if question == "What is the ground?":
+        return scene.ground
     if found := re.fullmatch(r"Is there a (.*) in the image\?", question):
         return "yes" if named(things, found[1]) else "no"
     if found := re.fullmatch(r"How many (.*) are there\?", question):
@@ -77,11 +81,11 @@ def true_answer(things: tuple[Thing, ...], question: str) -> str:
         return one.colour if found[1] == "colour" else one.shape
     if found := re.fullmatch(r"Is the (.*) larger than the (.*)\?", question):
         (a,), (b,) = named(things, found[1]), named(things, found[2])
-        return "yes" if a.side > b.side + 1 else "no"
+        return "yes" if a.side > b.side + 2 else "no"
     found = re.fullmatch(r"Is the (.*) (left of|right of|above|below) the (.*)\?", question)
     assert found, question
     (a,), (b,), (axis, sign) = named(things, found[1]), named(things, found[3]), SIDES[found[2]]
-    assert abs(middle(a, axis) - middle(b, axis)) > 0.1, "too close to call"
+    assert abs(middle(a, axis) - middle(b, axis)) > 0.09, "too close to call"
     return "yes" if sign * (middle(a, axis) - middle(b, axis)) > 0 else "no"
 
 
@@ -116,34 +120,48 @@ def test_images_fit_the_model() -> None:
     assert width % PRESETS["tiny"].vit.image_size == 0
     assert PRESETS["tiny"].ram is not None
     assert PRESETS["tiny"].ram.tags == len(toy.TAGS)
+    assert PRESETS["tiny"].ram.image_size == width  # the ground's pattern must reach RAM as it is
 
 
 def test_scenes_are_as_promised() -> None:
     for s in SCENES:
-        assert 2 <= len(s.things) <= 5
+        assert 4 <= len(s.things) <= 8
+        assert 1 <= sum(t.size == "large" for t in s.things) <= 3
         assert len({t.name for t in s.things}) == len(s.things)
         assert [t.cell for t in s.things] == sorted({t.cell for t in s.things})
-    overlapping = sum(any(a.box.iou(b.box) > 0 for a in s.things for b in s.things if a is not b) for s in SCENES)
-    assert 0.02 * len(SCENES) < overlapping < 0.5 * len(SCENES)
+        assert not any(a.box.iou(b.box) for a in s.things for b in s.things if a is not b)
+        new = {t.name for t in s.things} & {"purple circle", "yellow square", "black triangle", "green cross"}
+        assert bool(new) == s.held_out == (s.split == "test" and s.seed % 2 == 1)
 
 
 def test_boxes_are_where_the_colour_is() -> None:
-    """The last thing is drawn on top, so its pixels fill its box exactly."""
     for s in SCENES:
-        pixels = np.asarray(s.image).astype(int)
-        thing = s.things[-1]
-        far = np.abs(pixels - np.array(toy.COLOURS[thing.colour])).max(-1) < 60
-        x1, y1, x2, y2 = (round(v) for v in thing.box.to_pixels(*s.image.size))
-        rows, columns = np.nonzero(far[y1:y2, x1:x2])
-        assert rows.min() <= 1
-        assert rows.max() >= y2 - y1 - 2
-        assert columns.min() <= 1
-        assert columns.max() >= x2 - x1 - 2
-        ground = np.ones(far.shape, bool)
-        for other in s.things:
-            a, b, c, d = (round(v) for v in other.box.to_pixels(*s.image.size))
-            ground[b:d, a:c] = False
-        assert pixels[ground].min() > 180, "something is drawn outside of every box"
+        pixels, ground = np.asarray(s.image).astype(int), np.ones(s.image.size, bool)
+        for thing in s.things:
+            x1, y1, x2, y2 = (round(v) for v in thing.box.to_pixels(*s.image.size))
+            near = np.abs(pixels[y1:y2, x1:x2] - np.array(toy.COLOURS[thing.colour])).max(-1) < 60
+            rows, columns = np.nonzero(near)
+            assert rows.min() <= 1
+            assert rows.max() >= y2 - y1 - 2
+            assert columns.min() <= 1
+            assert columns.max() >= x2 - x1 - 2
+            ground[y1:y2, x1:x2] = False
+        assert pixels[ground].min() > 150, "something is drawn outside of every box"
+
+
+def test_only_at_full_size_the_ground_can_be_told() -> None:
+    """The four grounds with the same noise: plainly different images, but the same one at half the size."""
+    contrasts = []
+    for s in SCENES[:40]:
+        images = [replace(s, ground=ground, things=()).image for ground in ("sand", "grass", "water", "brick")]
+        full = np.stack([np.asarray(image) for image in images]).astype(float)
+        halved = full.reshape(4, 48, 2, 48, 2, 3).mean((2, 4))
+        seen = np.stack([lion_transform(image, 48).numpy()[:, 1:-1, 1:-1] for image in images])  # without the edge
+        for i, j in ((0, 1), (0, 2), (0, 3), (1, 2), (1, 3), (2, 3)):
+            contrasts.append(np.abs(full[i] - full[j]).mean())
+            assert np.abs(halved[i] - halved[j]).max() < 1
+            assert np.abs(seen[i] - seen[j]).mean() < 0.01
+    assert min(np.mean(contrasts[i::6]) for i in range(6)) > 3  # the pattern is faint in some scenes
 
 
 def test_records_of_every_kind() -> None:
@@ -151,7 +169,7 @@ def test_records_of_every_kind() -> None:
     assert {r["kind"] for r in found} == set(toy.KINDS)
     assert [r["kind"] for r in records(SCENES[0], random.Random(0), ("rec", "caption"))] == ["caption", "rec"]
     kinds = {r["subkind"] for _, r in said("vqa")}
-    assert kinds == {"existence", "counting", "colour", "shape", "comparison", "relation"}
+    assert kinds == {"ground", "existence", "counting", "colour", "shape", "comparison", "relation"}
     for r in found:
         assert r["category"] == ("region_level" if r["kind"] in ("rec", "reg") else "image_level")
         assert set(r["tags"].split(", ")) <= set(toy.TAGS)
@@ -182,18 +200,18 @@ def test_a_region_has_one_name() -> None:
 def test_answers_are_true_and_balanced() -> None:
     yes = {kind: [0, 0] for kind in ("existence", "comparison", "relation")}
     for s, r in said("vqa"):
-        assert r["answer"] == true_answer(s.things, content(r)), r
+        assert r["answer"] == true_answer(s, content(r)), r
         if r["subkind"] in yes:
             yes[r["subkind"]][r["answer"] == "yes"] += 1
     for kind, (no, aye) in yes.items():
         assert 0.3 < aye / (aye + no) < 0.7, (kind, no, aye)
     for s, r in said("vqg"):
-        assert true_answer(s.things, r["answer"]) == content(r)
+        assert true_answer(s, r["answer"]) == content(r)
 
 
 def test_captions_and_dialogue_are_true() -> None:
     for s, r in said("caption"):
-        assert re.findall(r"a (\w+ \w+)", r["answer"]) == [t.name for t in s.things]
+        assert re.findall(r"a (\w+ \w+)", r["answer"]) == [t.name for t in s.things if t.size == "large"]
     for s, r in said("dialogue"):
         if found := re.fullmatch(r"Tell me about the (.*)\.", r["question"]):
             (one,) = named(s.things, found[1])
@@ -207,8 +225,9 @@ def test_captions_and_dialogue_are_true() -> None:
 def test_tags_have_the_errors_of_a_tagger() -> None:
     missed, invented, true, false = 0, 0, 0, 0
     for i, s in enumerate(SCENES):
-        words = {w for t in s.things for w in (t.shape, t.colour, t.size)}
-        found = set(toy.tags(s.things, random.Random(i)))
+        words = {s.ground, *(t.colour for t in s.things)}
+        assert toy.true_tags(s) == [tag for tag in toy.TAGS if tag in words]
+        found = set(toy.tags(s, random.Random(i)))
         missed, true = missed + len(words - found), true + len(words)
         invented, false = invented + len(found - words), false + len(toy.TAGS) - len(words)
     assert 0.05 < missed / true < 0.15

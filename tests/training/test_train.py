@@ -48,6 +48,7 @@ from lion_mini.distributed import distributed
 from lion_mini.images import lion_transform, open_image
 from lion_mini.model.generate import GENERATION
 from lion_mini.model.lion import Batch, LionModel
+from lion_mini.model.qformer import QFormer
 from lion_mini.training.checkpoint import history
 from lion_mini.training.report import log_step, right
 from lion_mini.training.stages import PARTS, STAGES, TOY, Stage, groups, part_of, schedule, unfreeze
@@ -81,6 +82,16 @@ def stage0(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_file(frozen, folder / "frozen.safetensors")
     (folder / "config.json").write_text(SIZES.to_json())
     return folder
+
+
+@pytest.fixture
+def package(stage0: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The package has these weights, and a Q-Former of stage 0."""
+    qformer = QFormer(SIZES.qformer, SIZES.vit.width, SIZES.t5.width)
+    file = tmp_path / "qformer.safetensors"
+    save_file({f"qformer.{name}": tensor for name, tensor in qformer.state_dict().items()}, file)
+    monkeypatch.setattr("lion_mini.toy.training.TINY", stage0)
+    monkeypatch.setattr("lion_mini.toy.training.QFORMER", file)
 
 
 @pytest.fixture(scope="session")
@@ -528,11 +539,9 @@ def test_stages_of_different_frozen_parts_do_not_merge(two_stages: tuple[Path, P
         (["--single-stage"], {"visual_input": "all", "adapters": 2, "tags": "soft"}),
     ],
 )
-def test_the_toy_run_and_its_ablations(
-    stage0: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: list[str], expected: dict[str, Any]
-) -> None:
+@pytest.mark.usefixtures("package")
+def test_the_toy_run_and_its_ablations(tmp_path: Path, flags: list[str], expected: dict[str, Any]) -> None:
     """`python train.py` with fewer steps: through all stages to a folder that opens, and exports where it is a LION."""
-    monkeypatch.setattr("lion_mini.toy.stage0.TINY", stage0)
     argv = ["--steps", "2", "--batch", "4", "--device", "cpu", "--out", str(tmp_path / "run"), *flags]
     assert train.main(argv) == 0
     model = Lion.from_pretrained(tmp_path / "run" / "stage3")
@@ -565,14 +574,12 @@ def test_without_the_aggregators_blocks(
     assert {part_of(name) for name in trained(three)} == {*PARTS} - {"aggregator"}
 
 
-def test_instructblip(
-    stage0: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+@pytest.mark.usefixtures("package")
+def test_instructblip(stage0: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Table 4 begins with stage 1 without adapters. Its tensors have their place in BLIP-2's files."""
-    monkeypatch.setattr("lion_mini.toy.stage0.TINY", stage0)
     toy = ["--steps", "2", "--batch", "4", "--device", "cpu", "--no-adapters", "--out", str(tmp_path / "run")]
     assert train.main(toy) == 0
-    assert [path.name for path in (tmp_path / "run").iterdir()] == ["stage1"]
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {"stage0", "stage1"}
     out = tmp_path / "out"
     assert train.main(command(1, stage0, data, out, "--no-adapters")) == 0
     assert {part_of(name) for name in trained(out)} == {"qformer"}
