@@ -16,12 +16,16 @@ Predictions go to OUT/TASK.jsonl as they come, below a header with all settings.
 and ends with the same file, because batches are fixed. Exit code 0: measured; 2: an error, in one sentence.
 """
 
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback while PyTorch is imported; `run` handles it again
+
 import csv
 import io
 import json
 import os
 import random
-import signal
 import sys
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Sequence
@@ -30,9 +34,6 @@ from dataclasses import replace
 from itertools import chain, compress
 from pathlib import Path
 from typing import Any
-
-if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback while PyTorch is imported; `run` handles it again
 
 import torch
 import torch.distributed as dist

@@ -15,11 +15,15 @@ Answers are printed. `--out` (default: out) gets results.jsonl, a line per pictu
 It replaces earlier results, but no other file. Exit code 0: all is done; 1: some pictures failed; 2: nothing is done.
 """
 
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback while PyTorch is imported; `run` handles it again
+
 import argparse
 import glob
 import json
 import random
-import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import astuple, replace
@@ -27,9 +31,6 @@ from functools import cache, partial
 from itertools import count
 from pathlib import Path
 from typing import IO
-
-if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback while PyTorch is imported; `run` handles it again
 
 import torch
 from PIL import Image

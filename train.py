@@ -18,12 +18,16 @@ A run's folder gets metrics.jsonl, loss.png, samples.png and checkpoints/, and a
 a score: short answers are equal, boxes overlap by half. Ctrl-C and SIGTERM save a checkpoint first (not in stage 0).
 """
 
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback while PyTorch is imported; `run` handles it again
+
 import argparse
 import json
 import math
 import random
 import shlex
-import signal
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -32,9 +36,6 @@ from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
-
-if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback while PyTorch is imported; `run` handles it again
 
 import torch
 import torch.distributed as dist

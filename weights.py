@@ -13,18 +13,19 @@ Without `--lion` the result is the start of stage 1: the Q-Former comes from `--
 `--bert` folder, all else that LION trains is initialised. Without `--ram` tags must be given at run time.
 """
 
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback while PyTorch is imported; `run` handles it again
+
 import argparse
 import re
-import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import cache, reduce
 from itertools import cycle, product
 from pathlib import Path
-
-if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback while PyTorch is imported; `run` handles it again
 
 import torch
 from torch import Tensor

@@ -225,6 +225,20 @@ def test_ctrl_c_leaves_no_traceback(tmp_path: Path, command: str) -> None:
         assert process.returncode in (-signal.SIGINT, 130, 0, 2)
 
 
+def test_ctrl_c_is_handled_again_after_the_imports() -> None:
+    """A script gives SIGINT to the system while it imports. `run` takes it back before anything else."""
+    before = signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    def main(_: None) -> None:
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler  # or the signal would end the tests
+        signal.raise_signal(signal.SIGINT)
+
+    try:
+        assert run(main, None) == 130
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.parametrize(("out", "words"), [("/dev/full", "No space left on device"), (None, "Broken pipe")])
 def test_nobody_reads_stdout(tmp_path: Path, out: str | None, words: str) -> None:
     """One sentence, at once: Python itself would find out at exit, after the exit code."""
