@@ -133,7 +133,8 @@ def test_bodies_that_are_too_long_or_too_short(server: ThreadingHTTPServer, png:
             return b"".join(iter(lambda: connection.recv(65536), b""))
 
     assert b" 413 " in raw("Content-Length: 20000001\r\n")
-    assert b" 413 " in raw(f"Content-Length: {'9' * 50}\r\n")
+    for digits in (50, 5000):
+        assert b" 413 " in raw(f"Content-Length: {'9' * digits}\r\n")
     assert b" 411 " in raw("")
     for length in ("-1", "1e3", "²", "x"):
         assert b" 411 " in raw(f"Content-Length: {length}\r\n")

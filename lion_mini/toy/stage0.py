@@ -130,8 +130,8 @@ def pixels_of(scenes: Sequence[Scene], transform: Callable[[Image, int], Tensor]
 def train_vit(scenes: Sequence[Scene], training: Training) -> tuple[Vit, Tensor, Tensor]:
     """The ViT; for every scene the tokens of its last block and of the detailed tap (b, 1 + n, 2 d); the codes (·, d).
 
-    The last block learns to be the sum of one code for each word that would describe the thing on the patch, as CLIP
-    learns to agree with captions; CLS learns their mean. What no word says, the exact box, fades there.
+    Each word has a code. The last block learns the sum of the codes of those words that describe the thing on a patch;
+    CLS learns their mean, as CLIP's CLS agrees with a caption. What no word says, the exact box, fades there.
     """
     width, labels = CONFIG.vit.width, patch_labels(scenes, SIDE)
     pixels = pixels_of(scenes, lion_transform, CONFIG.vit.image_size)
