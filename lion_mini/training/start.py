@@ -55,7 +55,7 @@ def begin(
 
     # 2. Keep what the model has, and initialise the rest.
     model = skeleton(config)
-    to_int8(model, [name for name, tensor in found.items() if tensor.dtype == torch.int8])
+    to_int8(model, {name for name, tensor in found.items() if tensor.dtype == torch.int8})
     expected = model.state_dict()
     tensors = {name: tensor for name, tensor in found.items() if name in expected and part_of(name) not in new}
     origin = {}
