@@ -37,6 +37,7 @@ from lion_mini.pipeline import Lion
 from lion_mini.quantize import quantise, to_int8
 from lion_mini.text.prompts import RELEASE
 from lion_mini.text.vocabularies import Vocabularies
+from lion_mini.training.stages import part_of
 from lion_mini.training.start import fresh
 
 Table = dict[str, str]
@@ -287,9 +288,10 @@ def export(args: argparse.Namespace) -> None:
         raise ValueError(f"--out {args.out} exists already: remove it or choose another")
     model, tensors = Lion.from_pretrained(args.folder, dtype=None).model, {}
     for ours, tensor in model.state_dict().items():
-        if tensor.dtype == torch.int8 or translate(ours, OFFICIAL) is None:
+        theirs = translate(ours, inverted(LION))
+        if part_of(ours) and (theirs is None or tensor.dtype == torch.int8):
             raise ValueError(f"{args.folder}: the release has no {ours} in {tensor.dtype}, so it cannot be exported")
-        if theirs := translate(ours, inverted(LION)):
+        if theirs:
             tensors[theirs] = tensor
     if model.qformer is not None:
         tensors["Qformer.bert.embeddings.position_ids"] = torch.arange(model.config.qformer.max_positions)[None]

@@ -68,8 +68,7 @@ class Lion:
         with reading(folder / "config.json"):
             model = skeleton(config)
         tensors = read_folder(folder, device, best_dtype(device) if dtype == "auto" else dtype)
-        if any(tensor.dtype == torch.int8 for tensor in tensors.values()):
-            to_int8(model)
+        to_int8(model, {name for name, tensor in tensors.items() if tensor.dtype == torch.int8})
         check_tensors(folder, tensors, model.state_dict())
         model.load_state_dict(tensors, assign=True)
         return cls(model.eval().requires_grad_(False), text)

@@ -1,5 +1,8 @@
 """Number formats for the machine at hand: int8 weights, and whether bfloat16 is fast. Not part of the method."""
 
+from collections.abc import Container
+from typing import Any, cast
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -17,16 +20,33 @@ class Int8Linear(nn.Module):
         self.bias = linear.bias
 
     def forward(self, x: Tensor) -> Tensor:  # (..., d) -> (..., out)
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        scale = self.scale.to(x.dtype)
         # PyTorch's int8 product: on a CPU, in bfloat16, contiguous, without a gradient, aligned to 32 bytes (it never
-        # checks), and faster only for a few rows, such as a beam search's. Else the weight is dequantised.
+        # checks), and faster only for a few rows, such as a beam search's.
         rows = x.reshape(-1, x.shape[-1]).contiguous()
         few = len(rows) <= 16 and x.device.type == "cpu" and x.dtype == torch.bfloat16 and not x.requires_grad
         if few and all(n % 32 == 0 for n in (rows.shape[1], rows.data_ptr(), self.weight.data_ptr())):
-            y = torch._weight_int8pack_mm(rows, self.weight, self.scale).view(*x.shape[:-1], len(self.weight))
+            y = torch._weight_int8pack_mm(rows, self.weight, scale).view(*x.shape[:-1], len(self.weight))
         else:
-            parts = self.weight.split(8192)  # of lm_head, or dequantising it would take 131 MB at XL
-            y = torch.cat([F.linear(x, part.to(x.dtype)) for part in parts], dim=-1) * self.scale
-        return y if self.bias is None else y + self.bias
+            y = Int8Product.apply(x, self.weight, scale)
+        return y if self.bias is None else y + self.bias.to(y.dtype)
+
+
+class Int8Product(torch.autograd.Function):
+    """y = (x W^T) * scale. Each pass converts W to x's dtype, 8192 rows at a time; only its int8 form is kept."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:  # (..., d), (out, d), (out,)
+        ctx.save_for_backward(weight, scale)
+        return torch.cat([F.linear(x, rows.to(x.dtype)) for rows in weight.split(8192)], dim=-1).mul_(scale)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # (..., out) -> (..., d): dL/dy -> dL/dx
+        weight, scale = ctx.saved_tensors
+        parts = zip((grad * scale).split(8192, dim=-1), weight.split(8192), strict=True)
+        return sum(part @ rows.to(grad.dtype) for part, rows in parts), None, None
 
 
 def quantise(weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:  # (out, d) -> (out, d) int8, (out,)
@@ -35,12 +55,11 @@ def quantise(weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:  # (o
     return (weight.float() / scale.float()[:, None]).round().clamp(-127, 127).to(torch.int8), scale
 
 
-def to_int8(model: nn.Module) -> None:
-    """Replace every linear layer; one at a time, so that memory never holds two models."""
-    for parent in list(model.modules()):
-        for name, child in parent.named_children():
-            if isinstance(child, nn.Linear):
-                setattr(parent, name, Int8Linear(child))
+def to_int8(model: nn.Module, weights: Container[str] | None = None) -> None:
+    """Replace the linear layers with these weights, or all; one at a time, so that memory never holds two models."""
+    for name in [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]:
+        if weights is None or f"{name}.weight" in weights:
+            model.set_submodule(name, Int8Linear(cast(nn.Linear, model.get_submodule(name))))
 
 
 def usable(device: str | torch.device) -> torch.device:

@@ -27,6 +27,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from functools import partial
+from itertools import product
 from operator import sub, truediv
 from pathlib import Path
 from typing import Any
@@ -345,15 +346,15 @@ def peak(args: argparse.Namespace, dtype: str) -> list[Row]:
     """Bytes of a step. The limit is parameters, gradients, moments, one layer's activations and the logits."""
     config, size, words = (replace(TINY, ram=None), 2, (12, 4)) if args.quick else (FOURTH, 4, (64, 16))
     half, rows = dtype == "bfloat16", []
-    for number in (1, 2, 3):
-        lion, passes, _ = memory.training(config, vocabularies(), number, half)
+    for number, int8 in product((1, 2, 3), (False, True)):
+        lion, passes, _ = memory.training(config, vocabularies(), number, half, int8=int8)
         run = partial(passes, lion.batch(*memory.made_up(lion, number, size, words)))
         held = memory.held(lion.model)
         layer = memory.one_layer(lion.model, lion.config.visual_tokens + words[0], size, half)
         limit = held + layer + 4 * size * words[1] * config.t5.vocab_size
         for recompute in (False, True):
             lion.model.recompute(recompute)
-            what = f"stage {number}, batch {size}{', recompute' * recompute}"
+            what = f"stage {number}, batch {size}{', int8' * int8}{', recompute' * recompute}"
             rows.append(Row("memory", what, dtype, held + memory.peak_bytes(run), None, limit, "B"))
     return rows
 
@@ -361,21 +362,22 @@ def peak(args: argparse.Namespace, dtype: str) -> list[Row]:
 def batches(args: argparse.Namespace, dtype: str) -> list[Row]:
     """The largest micro-batch of stage 3 on a card, computed on fake tensors of the real sizes: bytes = a + b * batch.
 
-    Frozen weights and autocast are bfloat16. Prompts and answers are as long as training allows, 128 tokens each. 1 GiB
-    of the card stays free.
+    Frozen weights are bfloat16, or int8 in linear layers. Autocast is bfloat16. Prompts and answers are as long as
+    training allows, 128 tokens each. 1 GiB of the card stays free.
     """
     sizes = {"tiny": TINY} if args.quick else {name: PRESETS[name] for name in ("xl", "xxl")}
-    words, rows = (12, 4) if args.quick else (128, 128), []
+    words, rows = (12, 12) if args.quick else (128, 128), []
     for name, config in sizes.items():
-        for recompute in (False, True):
-            a, b = memory.bytes_by_batch(config, vocabularies(), recompute, words)
-            title = f"{name}{', recompute' * recompute}"
+        for int8, recompute in product((False, True), repeat=2):
+            a, b = memory.bytes_by_batch(config, vocabularies(), recompute, words, int8)
+            title = f"{name}{', int8' * int8}{', recompute' * recompute}"
             rows += [Row("batches", f"{title}: a", "bfloat16", a, unit="B")]
             rows += [Row("batches", f"{title}: b, each sample", "bfloat16", b, unit="B")]
-            for card in (4,) if args.quick else (4, 8, 16, 24, 80):
+            for card in (4,) if args.quick else (4, 8, 12, 16, 24, 80):
                 room = (card - 1) * 2**30
                 most = max(0, (room - a) // b)
-                while most > 4 and memory.step_bytes(config, vocabularies(), most, recompute, words) > room:
+                size = partial(memory.step_bytes, config, vocabularies(), recompute=recompute, words=words, int8=int8)
+                while most > 4 and size(size=most) > room:
                     most -= 1 + most // 100  # the peak may be elsewhere than in a small batch
                 rows.append(Row("batches", f"{title}: {card} GiB", "bfloat16", most, unit="samples"))
     return rows

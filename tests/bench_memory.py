@@ -32,6 +32,7 @@ import weights
 from lion_mini import Lion, LionConfig
 from lion_mini.model import bert, t5, vit
 from lion_mini.model.lion import Batch, LionModel, skeleton
+from lion_mini.quantize import to_int8
 from lion_mini.text.vocabularies import Vocabularies
 from lion_mini.training.stages import STAGES, groups, part_of, unfreeze
 from train import autocast
@@ -78,18 +79,26 @@ def peak_bytes(run: Callable[[], object]) -> int:
 
 
 def training(
-    config: LionConfig, text: Vocabularies, number: int, half: bool, card: bool = False, device: torch.device = CPU
+    config: LionConfig,
+    text: Vocabularies,
+    number: int,
+    half: bool,
+    card: bool = False,
+    device: torch.device = CPU,
+    int8: bool = False,
 ) -> tuple[Lion, Callable[[Batch], None], Callable[[Batch], None]]:
     """A stage's model, the two passes of a micro-batch, and a whole step, as in train.py. `half` is autocast.
 
-    On a `card` the frozen matrices are bfloat16.
+    On a `card` the frozen matrices are bfloat16. With `int8` the frozen linear layers are int8.
     """
     stage = STAGES[number]
     with device:
         model = LionModel(replace(config, **stage.model))
+    frozen = {name for name, parameter in model.named_parameters() if part_of(name) is None and parameter.ndim > 1}
+    to_int8(model, frozen if int8 else ())
     trained = unfreeze(model, stage)
     for name, parameter in model.named_parameters():
-        if card and part_of(name) is None and parameter.ndim > 1 and name != "t5.shared.weight":
+        if card and name in frozen - {"t5.shared.weight"} and parameter.is_floating_point():
             parameter.data = parameter.data.bfloat16()
     for parameter in trained.values():
         parameter.grad = torch.zeros_like(parameter)  # there from the second micro-batch of a step on
@@ -148,11 +157,17 @@ def fused(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, scale: fl
 
 
 def step_bytes(
-    config: LionConfig, text: Vocabularies, size: int, recompute: bool, words: tuple[int, int], number: int = 3
+    config: LionConfig,
+    text: Vocabularies,
+    size: int,
+    recompute: bool,
+    words: tuple[int, int],
+    number: int = 3,
+    int8: bool = False,
 ) -> int:
     """All that a stage takes on a card: weights, gradients, moments, and the peak of the two passes."""
     with FakeTensorMode() as mode:
-        lion, passes, _ = training(config, text, number, half=True, card=True)
+        lion, passes, _ = training(config, text, number, half=True, card=True, int8=int8)
     real = lion.batch(*made_up(lion, number, size, words))
     with mode, ExitStack() as stack:
         for module in (bert, t5, vit):
@@ -162,9 +177,11 @@ def step_bytes(
         return held(lion.model) + peak_bytes(lambda: passes(batch))
 
 
-def bytes_by_batch(config: LionConfig, text: Vocabularies, recompute: bool, words: tuple[int, int]) -> tuple[int, int]:
+def bytes_by_batch(
+    config: LionConfig, text: Vocabularies, recompute: bool, words: tuple[int, int], int8: bool = False
+) -> tuple[int, int]:
     """a and b of bytes = a + b * batch, from batches of 2 and 4."""
-    two, four = (step_bytes(config, text, size, recompute, words) for size in (2, 4))
+    two, four = (step_bytes(config, text, size, recompute, words, int8=int8) for size in (2, 4))
     return 2 * two - four, (four - two) // 2
 
 

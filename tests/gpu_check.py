@@ -27,6 +27,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any, cast
 
@@ -209,22 +210,21 @@ def instructblip(args: argparse.Namespace) -> Iterator[Case]:
 
 
 def training(args: argparse.Namespace) -> Iterator[Case]:
-    """A step of 8 samples, with bfloat16 autocast and frozen matrices in bfloat16."""
-    for number in (1, 2, 3):
-        for recompute in (False, True):
-            what = f"stage {number}{', recompute' * recompute}"
-            yield what, partial(train_step, args, what, number, recompute)
+    """A step of 8 samples with bfloat16 autocast. Frozen matrices are bfloat16; int8 in the last case."""
+    for number, recompute, int8 in (*product((1, 2, 3), (False, True), (False,)), (3, True, True)):
+        what = f"stage {number}{', int8' * int8}{', recompute' * recompute}"
+        yield what, partial(train_step, args, what, number, recompute, int8)
 
 
-def train_step(args: argparse.Namespace, what: str, number: int, recompute: bool) -> list[Row]:
+def train_step(args: argparse.Namespace, what: str, number: int, recompute: bool, int8: bool) -> list[Row]:
     config, size, words = (bench.TINY, 2, (12, 4)) if args.quick else (PRESETS["xl"], 8, (64, 16))
     config, text = replace(config, ram=None), bench.vocabularies()
-    lion, passes, step = memory.training(config, text, number, True, True, args.device)
+    lion, passes, step = memory.training(config, text, number, True, True, args.device, int8)
     lion.model.recompute(recompute)
     batch = lion.batch(*memory.made_up(lion, number, size, words))
     seconds, _ = measure(args.device, partial(step, batch), args.rounds)
     _, most = measure(args.device, partial(passes, batch), 1)  # beside moments, and gradients of the warm-up
-    computed = memory.step_bytes(config, text, size, recompute, words, number)
+    computed = memory.step_bytes(config, text, size, recompute, words, number, int8)
     row = partial(Row, "training")
     rows = [row(f"{what}: a step", HALF, seconds), row(f"{what}: samples / s", HALF, size / seconds, unit="")]
     return [*rows, row(f"{what}: memory", HALF, most, None, computed, "B")]

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.optim import Optimizer
 
-from ..files import Tensors, atomic_write, check_tensors, read_folder, reading, reason, remove, sync
+from ..files import Tensors, atomic_write, check_tensors, reading, reason, remove, sync
 from ..model.lion import LionModel
 from ..pipeline import read_config
 from ..text.vocabularies import Vocabularies
@@ -109,15 +109,15 @@ def write_result(job: Job, model: LionModel, made_by: str) -> None:
     """What `Lion.from_pretrained` opens, in the dtype of the frozen parts. Their file is hard-linked from `init`."""
     out, init = job.out, job.init[0]
     frozen = {name for name in model.state_dict() if part_of(name) is None}
-    stored = read_folder(init, "cpu", None)
-    dtype = stored["t5.shared.weight"].dtype
+    stored = Tensors(init)
+    dtype = stored.read("t5.shared.weight").dtype
     with atomic_write(out / "frozen.safetensors") as new:
         whole = init / "frozen.safetensors"
         with suppress(OSError):  # another disk, or one without links
             if whole.is_file() and Tensors(whole).where.keys() == frozen:
                 os.link(whole, new)
         if not new.exists():
-            save_file({name: stored[name] for name in sorted(frozen)}, new)
+            save_file({name: stored.read(name) for name in sorted(frozen)}, new)
     trained = {name: tensor for name, tensor in model.state_dict().items() if name not in frozen}
     with atomic_write(out / "trained.safetensors") as new:
         save_file({name: tensor.to("cpu", dtype).contiguous() for name, tensor in trained.items()}, new)

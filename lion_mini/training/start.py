@@ -14,12 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from ..config import LionConfig
-from ..files import check_tensors, read_folder
+from ..files import Tensors, check_tensors, reading
 from ..model.adapters import MixtureOfAdapters
 from ..model.aggregator import Aggregator
 from ..model.lion import LionModel, skeleton
 from ..model.qformer import QFormer
 from ..pipeline import Lion, read_config
+from ..quantize import to_int8
 from ..text.vocabularies import Vocabularies
 from .stages import STAGES, Stage, part_of
 
@@ -30,7 +31,8 @@ def begin(
     """A stage's model, and for each part the folder of `init` it comes from, or "new".
 
     Several folders are the results of one stage per task, in any order. Parts in `stage.new` are initialised even if a
-    folder has them, and so are the adapters if their number changes without a merge. `dtype` is the frozen parts'.
+    folder has them, and so are the adapters if their number changes without a merge. `dtype` is the frozen parts';
+    int8 stays int8.
     """
     configs = by_task(stage, init)
     init, before = [*configs], next(iter(configs.values()))
@@ -39,23 +41,22 @@ def begin(
     if len(init) > 1 and config.adapters == 1:
         config = replace(config, adapter_width=len(init) * config.adapter_width)
     text = Vocabularies.from_folder(init[0], config)
-    model = skeleton(config)
-    expected = model.state_dict()
 
     # 1. Read the folders. What several have in common must be the same.
-    sources = [read_folder(folder, "cpu", None) for folder in init]
+    sources = list(map(read_init, init))
     for folder, tensors in zip(init, sources, strict=True):
-        if any(tensor.dtype == torch.int8 for tensor in tensors.values()):
-            raise ValueError(f"{folder} is rounded to int8, which is for answering: convert to bfloat16 to train")
         if broken := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]:
             raise ValueError(f"{folder}: {broken[0]} holds NaN or infinite values")
-        for name in {"vit.positions", "t5.shared.weight"} & tensors.keys():
+        for name in {"vit.positions", "t5.shared.weight", "t5.lm_head.weight"} & tensors.keys():
             if name in sources[0] and not torch.equal(tensors[name], sources[0][name]):
-                raise ValueError(f"{init[0]} and {folder} have different {name}: they must share the frozen parts")
+                raise ValueError(f"{init[0]} and {folder} differ in {name}: frozen parts and their dtype must be equal")
     found = merge(sources, config) if len(init) > 1 else sources[0]
     new = {*stage.new, *(("adapters", "router") if len(init) == 1 and before.adapters != config.adapters else ())}
 
     # 2. Keep what the model has, and initialise the rest.
+    model = skeleton(config)
+    to_int8(model, {name for name, tensor in found.items() if tensor.dtype == torch.int8})
+    expected = model.state_dict()
     tensors = {name: tensor for name, tensor in found.items() if name in expected and part_of(name) not in new}
     origin = {}
     for name in tensors:
@@ -72,9 +73,21 @@ def begin(
     #    that the residual stream is float32.
     for name, tensor in tensors.items():
         precise = tensor.ndim < 2 or name == "t5.shared.weight"
-        tensors[name] = tensor.float().clone() if part_of(name) else tensor.to(torch.float32 if precise else dtype)
+        if tensor.dtype != torch.int8:
+            tensors[name] = tensor.float().clone() if part_of(name) else tensor.to(torch.float32 if precise else dtype)
     model.load_state_dict(tensors, strict=True, assign=True)
     return Lion(model, text), origin
+
+
+def read_init(folder: Path) -> dict[str, Tensor]:
+    """Every tensor, memory-mapped. What LION trains is dequantised; the frozen parts stay int8."""
+    source = Tensors(folder)
+    tensors = {name: source.read(name) for name in source.where}
+    with reading(folder):
+        for name in [name for name, tensor in tensors.items() if tensor.dtype == torch.int8 and part_of(name)]:
+            scale = tensors.pop(name.removesuffix("weight") + "scale")
+            tensors[name] = tensors[name] * scale.float()[:, None]
+    return tensors
 
 
 def by_task(stage: Stage, init: Sequence[Path]) -> dict[Path, LionConfig]:

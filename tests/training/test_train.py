@@ -49,6 +49,7 @@ from lion_mini.images import lion_transform, open_image
 from lion_mini.model.generate import GENERATION
 from lion_mini.model.lion import Batch, LionModel
 from lion_mini.model.qformer import QFormer
+from lion_mini.quantize import Int8Linear, to_int8
 from lion_mini.training.checkpoint import history
 from lion_mini.training.report import log_step, right
 from lion_mini.training.stages import PARTS, STAGES, TOY, Stage, groups, part_of, schedule, unfreeze
@@ -524,7 +525,7 @@ def test_stages_of_different_frozen_parts_do_not_merge(two_stages: tuple[Path, P
         (other / path.name).write_bytes(path.read_bytes())
     frozen = load_file(other / "frozen.safetensors")
     save_file(frozen | {"t5.shared.weight": frozen["t5.shared.weight"] + 1}, other / "frozen.safetensors")
-    with pytest.raises(ValueError, match=r"different t5\.shared\.weight"):
+    with pytest.raises(ValueError, match=r"differ in t5\.shared\.weight"):
         begin(STAGES[3], [two_stages[0], other], seed=0)
 
 
@@ -830,6 +831,43 @@ def test_disk_full(
     assert train.main(command(1, stage0, data, out, "--keep", 9)) == 0
     assert "no checkpoint at step 4, the ones before it stay: " in capsys.readouterr().err
     assert [p.stem[-1] for p in sorted((out / "checkpoints").iterdir())] == ["2", "6", "8"]
+
+
+# --- frozen parts in int8
+
+
+def test_stages_with_frozen_parts_in_int8(whole: Path, data: Path, tmp_path: Path) -> None:
+    """Every stage runs, resumes and exports. The first losses are nearly those of the folder that was rounded."""
+    start, plain = tmp_path / "int8", tmp_path / "bfloat16"
+    model = Lion.from_pretrained(whole, dtype=torch.bfloat16).model
+    for folder in (plain, start):
+        shutil.copytree(whole, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+        save_file(model.state_dict(), folder / "model.safetensors")
+        to_int8(model)  # all linear layers, as weights.py convert does
+    inits = {1: [start], 2: [start], 3: [tmp_path / "1", tmp_path / "2"], 4: [tmp_path / "3"]}
+    for number, init in inits.items():
+        out, flags = tmp_path / str(number), ["--steps", 4, *["--bf16", "--recompute"] * (number % 2)]
+        assert train.main(command(number, init, data, out, *flags)) == 0
+        ends = trained(out)
+        assert {tensor.dtype for tensor in ends.values()} == {torch.bfloat16}
+        for lost in (out / "config.json", out / "checkpoints" / "step-00000004.pt"):
+            lost.unlink()
+        assert train.main(command(number, init, data, out, *flags, "--resume")) == 0
+        assert all(torch.equal(tensor, ends[name]) for name, tensor in trained(out).items())
+        for name, module in Lion.from_pretrained(out).model.named_modules():
+            if isinstance(module, torch.nn.Linear | Int8Linear):
+                assert isinstance(module, Int8Linear) == (part_of(f"{name}.weight") is None), name
+        assert weights.main(["inspect", str(out)]) == 0
+        assert weights.main(["export", str(out), "--out", str(tmp_path / f"{number}.pth")]) == 0
+        assert len(torch.load(tmp_path / f"{number}.pth", weights_only=True)["model"]) == len(ends) + (number != 2)
+        if number < 3:
+            assert train.main(command(number, plain, data, plain / str(number), *flags)) == 0
+            lines = logged(out)[0], logged(plain / str(number))[0]
+            for fact, bound in (("loss", 0.005), ("norm", 0.03)):  # the gradient's, which came through FlanT5
+                assert lines[0][fact] == pytest.approx(lines[1][fact], rel=bound)
+    assert (tmp_path / "4" / "frozen.safetensors").stat().st_nlink == 3  # shared with stages 2 and 3
+    with pytest.raises(ValueError, match=r"2 and .*1 differ in t5\.lm_head\.weight: frozen parts and their dtype must"):
+        begin(STAGES[3], [tmp_path / "1", plain / "2"], seed=0)
 
 
 # --- many processes
