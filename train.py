@@ -109,7 +109,8 @@ def train(run: Run) -> bool:
 
         # 2. Data: this rank's micro-batches. Summed over the ranks: answer tokens, unusable records, signals.
         drawn = [next(run.stream) for _ in range(run.accumulate)]
-        batches = [collate(run.lion, samples) for _, samples in drawn]
+        with autocast(run.lion.device, args.bf16):  # RAM tags what has no tags
+            batches = [collate(run.lion, samples) for _, samples in drawn]
         tokens = [batch.answer_tokens() for batch in batches]
         faults = [sentence for _, samples in drawn for sentence in samples.bad]
         total, bad, stop = run.sum(sum(tokens), len(faults), len(SIGNALS))

@@ -1,6 +1,7 @@
 """Number formats for the machine at hand: int8 weights, and whether bfloat16 is fast. Not part of the method."""
 
 from collections.abc import Container
+from functools import reduce
 from typing import Any, cast
 
 import torch
@@ -40,13 +41,14 @@ class Int8Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:  # (..., d), (out, d), (out,)
         ctx.save_for_backward(weight, scale)
-        return torch.cat([F.linear(x, rows.to(x.dtype)) for rows in weight.split(8192)], dim=-1).mul_(scale)
+        parts = [F.linear(x, rows.to(x.dtype)) for rows in weight.split(8192)]
+        return (torch.cat(parts, dim=-1) if len(parts) > 1 else parts[0]).mul_(scale)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # (..., out) -> (..., d): dL/dy -> dL/dx
         weight, scale = ctx.saved_tensors
         parts = zip((grad * scale).split(8192, dim=-1), weight.split(8192), strict=True)
-        return sum(part @ rows.to(grad.dtype) for part, rows in parts), None, None
+        return reduce(torch.add, (part @ rows.to(grad.dtype) for part, rows in parts)), None, None
 
 
 def quantise(weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:  # (out, d) -> (out, d) int8, (out,)

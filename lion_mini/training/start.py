@@ -49,7 +49,7 @@ def begin(
             raise ValueError(f"{folder}: {broken[0]} holds NaN or infinite values")
         for name in {"vit.positions", "t5.shared.weight", "t5.lm_head.weight"} & tensors.keys():
             if name in sources[0] and not torch.equal(tensors[name], sources[0][name]):
-                raise ValueError(f"{init[0]} and {folder} differ in {name}: frozen parts and their dtype must be equal")
+                raise ValueError(f"{init[0]} and {folder} differ in {name}: they must share the frozen parts")
     found = merge(sources, config) if len(init) > 1 else sources[0]
     new = {*stage.new, *(("adapters", "router") if len(init) == 1 and before.adapters != config.adapters else ())}
 
@@ -86,7 +86,7 @@ def read_init(folder: Path) -> dict[str, Tensor]:
     with reading(folder):
         for name in [name for name, tensor in tensors.items() if tensor.dtype == torch.int8 and part_of(name)]:
             scale = tensors.pop(name.removesuffix("weight") + "scale")
-            tensors[name] = tensors[name] * scale.float()[:, None]
+            tensors[name] = tensors[name] * scale.float().view(-1, 1)
     return tensors
 
 

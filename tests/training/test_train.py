@@ -833,7 +833,13 @@ def test_disk_full(
     assert [p.stem[-1] for p in sorted((out / "checkpoints").iterdir())] == ["2", "6", "8"]
 
 
-# --- frozen parts in int8
+# --- frozen parts in bfloat16 and int8
+
+
+def test_untagged_records_on_a_card(whole: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A card gets the frozen matrices in bfloat16, RAM's too, which tags during training."""
+    monkeypatch.setattr(train, "begin", lambda stage, init, seed, _: begin(stage, init, seed, torch.bfloat16))
+    assert train.main(command(4, whole, data, tmp_path / "out", "--bf16", "--steps", 2)) == 0
 
 
 def test_stages_with_frozen_parts_in_int8(whole: Path, data: Path, tmp_path: Path) -> None:
@@ -866,7 +872,7 @@ def test_stages_with_frozen_parts_in_int8(whole: Path, data: Path, tmp_path: Pat
             for fact, bound in (("loss", 0.005), ("norm", 0.03)):  # the gradient's, which came through FlanT5
                 assert lines[0][fact] == pytest.approx(lines[1][fact], rel=bound)
     assert (tmp_path / "4" / "frozen.safetensors").stat().st_nlink == 3  # shared with stages 2 and 3
-    with pytest.raises(ValueError, match=r"2 and .*1 differ in t5\.lm_head\.weight: frozen parts and their dtype must"):
+    with pytest.raises(ValueError, match=r"2 and .*1 differ in t5\.lm_head\.weight: they must share"):
         begin(STAGES[3], [tmp_path / "1", plain / "2"], seed=0)
 
 
