@@ -1,6 +1,6 @@
 """Measure LION as the paper does: Tables 1, 2, 5 and 6, on the data sets of Table 8, with the instructions of B.2.
 
-    python eval.py                                    the built-in tiny model on test scenes of the shapes world
+    python eval.py                                    the built-in tiny model on test scenes of the toy world
     python eval.py coco --weights weights/xl --ann coco_karpathy_test.json --images coco
     python eval.py refcoco_testA --weights weights/xl --ann "refs(unc).p" instances.json --images coco
     python eval.py okvqa --ann questions.json annotations.json --score results/okvqa.jsonl       without a model
@@ -59,7 +59,7 @@ as_line = lambda line: json.dumps(line, ensure_ascii=False) + "\n"
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
-    parser.add_argument("task", nargs="?", help="a benchmark, or table; without one, the shapes world")
+    parser.add_argument("task", nargs="?", help="a benchmark, or table; without one, the toy world")
     parser.add_argument("folder", nargs="?", help="of table: where the results are")
     folder = lambda name: Path(name) if name else None
     weights = lambda name: TINY if name == "tiny" else folder(name)
@@ -80,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--segment", type=int, default=32, help="candidates scored at a time; less memory, same scores")
     parser.add_argument("--sheet", type=int, default=12, help="REC: how many of the worst to draw")
-    parser.add_argument("--scenes", type=int, default=200, help="held-out scenes of the shapes world")
+    parser.add_argument("--scenes", type=int, default=200, help="test scenes of the toy world")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", default="auto", choices=DTYPES, help="auto: bfloat16 where it is fast")
     return run(evaluate, parser.parse_args(argv, Namespace(change="none")))  # "none": but for --parts
@@ -296,12 +296,12 @@ def measure(args: Namespace) -> None:
 
 def measure_toy(args: Namespace) -> None:
     lion = open_lion(args, args.device)
-    print(f"{args.scenes} test scenes of the shapes world, computed in {str(lion.dtype).removeprefix('torch.')}")
+    print(f"{args.scenes} test scenes of the toy world, computed in {str(lion.dtype).removeprefix('torch.')}")
     print(score_table(ask(lion, [toy.scene(i, "test") for i in range(args.scenes)])))
 
 
 def measure_parts(args: Namespace) -> None:
-    """Score a benchmark or the shapes world as usual, and again after each change to one of the model's parts."""
+    """Score a benchmark or the toy world as usual, and again after each change to one of the model's parts."""
     config, name = read_config(args.weights or TINY), args.task or "toy"
     rows, images = dict[str, dict[str, float]](), ImageFolder(*args.images, prefer=name)
     for each in changes(replace(config, tags="none") if args.no_tags else config):

@@ -7,7 +7,7 @@
     python infer.py photo.jpg --weights weights/xl --describe 0.1,0.2,0.4,0.9          what is in the box
     python infer.py photo.jpg --weights weights/xl --prompt "Any instruction." --max-new-tokens 60
     python infer.py photo.jpg --weights weights/xl --ask "is he old?" --explain      where the answer comes from, drawn
-    python infer.py --weights weights/xl --serve                                     all of this in a browser
+    python infer.py --weights weights/xl --serve                                     most of this in a browser
     python infer.py photos/ "more/*.png" --weights weights/xl --tags                   RAM's tags alone
     python infer.py --tags --data train.json --images coco --out tagged.jsonl --weights weights/xl     tags of records
 
@@ -258,7 +258,7 @@ def main(argv: list[str] | None = None) -> int:
     mode("--prompt", metavar="TEXT", type=lambda text: ("prompt", text), help="ask in words of your own, as they are")
     mode("--tags", action="store_const", const=("tags", ""), help="only RAM's tags")
     add("--task", help="the router's row for --prompt: image (default) or region")
-    add("--max-new-tokens", type=int, metavar="N", help="how long an answer may be (default: 10 to 40)")
+    add("--max-new-tokens", type=int, metavar="N", help="how long an answer may be (default: 10 to 40, or 256)")
     add("--data", type=Path, help="with --tags: a file of training records, JSON or JSON lines, to tag")
     add("--images", type=Path, nargs="+", dest="roots", default=[Path()], help="the folders of --data's pictures")
     add("--pixels", action="store_true", help="--describe gives pixels of the upright picture")

@@ -5,8 +5,8 @@
     python train.py --quick                # all four, a few steps each: does everything work here?
     python train.py --resume               # continue a stopped run; it ends with the same weights
 
-    python train.py --stage 1 --init weights/xl --data image.json --images coco --out runs/one
-    python train.py --stage 2 --init weights/xl --data region.jsonl --images coco --out runs/two
+    python train.py --stage 1 --init weights/start --data image.json --images coco --out runs/one
+    python train.py --stage 2 --init weights/start --data region.jsonl --images coco --out runs/two
     python train.py --stage 3 --init runs/one runs/two --data image.json region.jsonl --images coco --out runs/lion
     python train.py --stage 4 --init runs/lion --data mine.json --images photos --steps 500 --out runs/mine
     torchrun --nproc-per-node 8 train.py --stage 2 ...    # 8 GPUs; the global batch size stays the same
@@ -230,7 +230,7 @@ def plan(args: argparse.Namespace) -> Iterable[Job]:
 
 
 def finish(run: Run) -> None:
-    """Rank 0 writes the result, unless the run has diverged: it measured the final weights last."""
+    """Rank 0 writes the result, unless the last measured loss or a weight is not finite."""
     job, state = run.job, run.state
     finite = math.isfinite(state.loss) and all(tensor.isfinite().all() for tensor in run.trained.values())
     if any(run.sum(not finite)):
@@ -262,12 +262,12 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     how.add_argument("--mean", choices=("tokens", "samples"), help="what the loss averages over")
     how.add_argument("--clip", type=float, default=1.0, help="the largest norm of the gradients")
     how.add_argument("--seed", type=int, default=0)
-    parts = parser.add_argument_group("ablations (they change nothing in stage 4)")
+    parts = parser.add_argument_group("ablations (refused in stage 4)")
     parts.add_argument("--no-aggregator", action="store_true", help="stages 2, 3: last tap, norm and MLP only")
     parts.add_argument("--no-adapters", action="store_true", help="stage 1, and only that: FlanT5 as it is")
     parts.add_argument("--tags", choices=("soft", "plain", "none"), help="stage 3: default soft; plain: no soft prompt")
     parts.add_argument("--no-router", action="store_true", help="stage 3: both adapters added, for both levels")
-    parts.add_argument("--single-stage", action="store_true", help="stage 3 alone, all parts new, for the steps of all")
+    parts.add_argument("--single-stage", action="store_true", help="stage 3 alone, all new but Q-Former; steps of all")
     machine = parser.add_argument_group("the machine")
     machine.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     machine.add_argument("--micro-batch", type=int, help="samples at a time and rank; the batch size stays the same")
@@ -285,7 +285,7 @@ def train_stages(args: argparse.Namespace) -> int:
     patience = timedelta(days=7) if args.from_scratch or args.quick else None  # the other ranks wait for stage 0
     ranks = distributed(args.device, patience)
     for job in plan(args):
-        for name in (signal.SIGINT, signal.SIGTERM):  # after stage 0, which has no checkpoint to save
+        for name in (signal.SIGINT, signal.SIGTERM):  # after stage 0, which saves by itself
             signal.signal(name, on_signal)
         if not args.resume and any((job.out / name).exists() for name in ("checkpoints", "config.json")):
             raise ValueError(f"{job.out} holds a run already: --resume continues it, or choose another --out")

@@ -127,7 +127,7 @@ BERT = {  # bert-base-uncased: the start of the Q-Former
     "bert.embeddings.token_type_embeddings.weight": "- the Q-Former knows no token types",
     "cls.*": "- the heads of BERT's own training",
 }
-# BLIP-2 stands before LION, whose table has all its rows: the first of equals counts.
+# BLIP-2 stands before LION: the first of equals counts.
 CHECKPOINTS = {"EVA ViT-g": EVA, "FlanT5": T5, "RAM": RAM, "BLIP-2": BLIP2, "LION": LION, "BERT": BERT}
 WORDS = "qformer.words.weight"  # BERT has one word fewer: LION adds [DEC]
 OLD_NAMES = {"vision_multi": "tagging_head", "LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}

@@ -85,7 +85,7 @@ class Lion:
     # --- words -> Batch
 
     def batch(self, pixels: Tensor, questions: Texts, tags: Tags, tasks: Texts, answers: Texts | None = None) -> Batch:
-        """Pixels (b, 3, s, s) and words as tensors. With `answers` (training) lengths are limited."""
+        """Pixels (b, 3, s, s) and words as tensors. With `answers` (training) T5's texts are cut."""
         self.check(pixels, questions, tags, tasks, answers)
         # 1. Tags, unless they are given.
         if tags is None:

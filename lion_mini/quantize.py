@@ -12,7 +12,7 @@ from .files import reading
 
 
 class Int8Linear(nn.Module):
-    """y = (x W^T) * scale + bias, in x's dtype. Row i of the original weight is about scale_i * W_i, W within +-127."""
+    """y = (x W^T) * scale + bias. Row i of the original weight is about scale_i * W_i, W within +-127."""
 
     def __init__(self, linear: nn.Linear):
         super().__init__()
@@ -52,13 +52,13 @@ class Int8Product(torch.autograd.Function):
 
 
 def quantise(weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:  # (out, d) -> (out, d) int8, (out,)
-    """Round each row to multiples of its largest value / 127. The scale is rounded to `dtype` first."""
+    """Round each row to multiples of its largest magnitude / 127. The scale is rounded to `dtype` first."""
     scale = (weight.float().abs().amax(1) / 127).clamp_min(1e-30).to(dtype)
     return (weight.float() / scale.float()[:, None]).round().clamp(-127, 127).to(torch.int8), scale
 
 
 def to_int8(model: nn.Module, weights: Container[str] | None = None) -> None:
-    """Replace the linear layers with these weights, or all; one at a time, so that memory never holds two models."""
+    """Make the layers of these weights, or all, Int8Linear; one at a time, so that memory never holds two models."""
     for name in [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]:
         if weights is None or f"{name}.weight" in weights:
             model.set_submodule(name, Int8Linear(cast(nn.Linear, model.get_submodule(name))))

@@ -4,14 +4,14 @@ Every feed-forward layer F of the frozen FlanT5 has K small adapters H_k beside 
 (stage 1: image level, stage 2: region level). In stage 3 a router mixes them. It is nothing but gates: vectors as wide
 as FlanT5, one per feed-forward layer, adapter and task, which multiply the adapter's output feature by feature:
 
-    O = F(X) + sum_k gates[k][task] * H_k(X),    H(X) = scale * (W_up relu(W_down X + b) + b')
+    O = X + F(norm X) + sum_k gates[k][task] * H_k(X),    H(X) = scale * (W_up relu(W_down X + b) + b')
 
-There are as many adapters as tasks. A batch may mix tasks: `task` holds one row number per sample. A fresh stage 3:
+Stage 3 has as many adapters as tasks. A batch may mix tasks: `task` holds one row number per sample. A fresh stage 3:
 
     gates[0] = [[1, 1, ...],    gates[1] = [[0, 0, ...],    row 0: region level, listens to adapter 0 (stage 2's) only
                 [0, 0, ...]]                [1, 1, ...]]    row 1: image level, listens to adapter 1 (stage 1's) only
 
-Compatible with the release's models/lion_adapters.py; the paper numbers the adapters the other way.
+Same outputs as the release's models/lion_adapters.py; the paper numbers the adapters the other way.
 """
 
 import math

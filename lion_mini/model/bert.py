@@ -7,7 +7,7 @@ normalise before f. The three users differ only in which sublayers a layer has:
     aggregator   self-attention, cross-attention, feed-forward
     RAM's head                   cross-attention, feed-forward
 
-Compatible with BertAttention, BertIntermediate and BertOutput of the release's models/Qformer.py.
+Same outputs as BertAttention, BertIntermediate and BertOutput of the release's models/Qformer.py.
 """
 
 import torch.nn.functional as F

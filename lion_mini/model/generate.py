@@ -10,7 +10,7 @@ A beam search for one sample with 2 beams, in which </s> ends a hypothesis (sums
     step 2   [a c -0.5] [a </s> -0.6] [b a -2.2] ...   -> "a" is finished with -0.6 / 2 ** length_penalty,
                                                           [a c] and [b a] continue: row 0 from row 0, row 1 from row 1
 
-Compatible with the release's models/lion_t5.py: generate.
+Same answers as the release's models/lion_t5.py: generate.
 """
 
 from collections.abc import Sequence

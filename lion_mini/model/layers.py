@@ -2,7 +2,8 @@
 
 The axis letters of all files; a file that needs more names its own:
 
-    b batch   n tokens looked at   q queries   t text tokens   d width   h heads   e head width   v vocabulary   c tags
+    b batch   t text tokens, or all that look   n tokens looked at   q learned queries   d width   h heads
+    e head width   v vocabulary   c tags   s side of the image
 """
 
 from collections.abc import Callable

@@ -10,10 +10,10 @@ The two *levels* of knowledge are fine-grained spatial knowledge (region-level t
 router's rows.
 
 Tensors in, tensors out: lion_mini/pipeline.py turns pictures and words into a `Batch`. `LionConfig` says what a model
-is made of. Each feed-forward layer has one adapter in stage 1 (beside the Q-Former) and in stage 2 (beside the
-aggregator, without Q-Former); stage 3 has everything.
+is made of. Each feed-forward layer has one adapter in stage 1 (Q-Former, no aggregator) and in stage 2 (aggregator, no
+Q-Former); stage 3 has everything.
 
-Compatible with the release's models/lion_t5.py.
+Same outputs as the release's models/lion_t5.py.
 """
 
 from dataclasses import dataclass, replace

@@ -12,7 +12,7 @@ The mask of 2 queries and a padded batch of the texts "a b c" and "d" (0: nobody
     q q a b c    1 1 1 1 1
     q q d . .    1 1 1 0 0
 
-Compatible with the release's models/Qformer.py and models/lion_t5.py.
+Same outputs as the release's models/Qformer.py and models/lion_t5.py.
 """
 
 import torch

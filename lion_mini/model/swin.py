@@ -20,7 +20,7 @@ A grid no larger than the window is one window and is not shifted.
 
 In the shapes below y and x are rows and columns of the grid, w counts windows and n the tokens of one window.
 
-Compatible with the release's ram/models/swin_transformer.py.
+Same outputs as the release's ram/models/swin_transformer.py.
 """
 
 import torch
@@ -150,7 +150,7 @@ class Swin(nn.Module):
             side //= 2
         self.norm = nn.LayerNorm(config.width * 2**last)
 
-    def forward(self, image: Tensor) -> Tensor:  # (b, 3, s, s) -> (b, 1 + n, d)
+    def forward(self, image: Tensor) -> Tensor:  # (b, 3, s, s) -> (b, 1 + y*x, d)
         if image.shape[-2:] != (self.image_size, self.image_size):
             raise ValueError(f"Swin reads {self.image_size} x {self.image_size} pixels, got {tuple(image.shape)}")
         x = self.patch_embed(image)

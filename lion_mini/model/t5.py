@@ -11,7 +11,7 @@ norm:
 The decoder works on rows: k rows per sample (beams, candidates or returned sequences). A `Cache` holds the
 cross-attention's keys and values once per sample, and those of the tokens so far per row.
 
-Compatible with the release's models/modeling_t5.py.
+Same outputs as the release's models/modeling_t5.py.
 """
 
 import math
@@ -83,7 +83,7 @@ class Attention(nn.Module):
         return x + self.o(attention(split_heads(self.q(y), self.heads), k, v, bias, scale=1.0, record=self.record))
 
     def cross(self, x: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:  # (b*k, t, d) -> (b*k, t, d)
-        """Cross-attention. The k rows of a sample share its keys and values (b, h, n, e), as one long query."""
+        """Cross-attention. The rows of a sample become one long query to its keys and values (b, h, n, e)."""
         b, t = len(k), x.shape[1]
         q = rearrange(self.q(self.norm(x)), "(b k) t (h e) -> b h (k t) e", b=b, h=self.heads)
         y = attention(q, k, v, mask, scale=1.0, record=self.record)

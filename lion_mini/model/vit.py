@@ -6,7 +6,7 @@ the output of any block it is asked for (a "tap").
 
     224 x 224 pixels -> 16 x 16 patches of 14 x 14 -> 257 tokens of width 1408 (CLS first)
 
-Compatible with the release's models/eva_vit.py.
+Same outputs as the release's models/eva_vit.py.
 """
 
 from collections.abc import Sequence

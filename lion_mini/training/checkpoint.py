@@ -106,7 +106,7 @@ def weight_files(init: Sequence[Path]) -> list[str]:
 
 
 def write_result(job: Job, model: LionModel, made_by: str) -> None:
-    """What `Lion.from_pretrained` opens, in the dtype of the frozen parts. Their file is hard-linked from `init`."""
+    """What `Lion.from_pretrained` opens, in the dtype of the frozen parts. Their file is a hard link if it can be."""
     out, init = job.out, job.init[0]
     frozen = {name for name in model.state_dict() if part_of(name) is None}
     stored = Tensors(init)
