@@ -1,12 +1,13 @@
 """Explanations: the numbers are the model's own, and what is drawn can be read."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import GOLDEN
+from conftest import GOLDEN, randomise
 from einops import rearrange
 from PIL import Image
 from torch import Tensor
@@ -15,6 +16,7 @@ import infer
 from lion_mini import GENERATION, Lion, toy
 from lion_mini.explain import SOURCES, draw_explanation, explain, recorded
 from lion_mini.images import lion_transform, open_image
+from lion_mini.model.lion import LionModel
 from lion_mini.text.prompts import DECODING, TASK_OF, render
 
 PHOTO = GOLDEN / "photo.png"
@@ -138,6 +140,18 @@ def test_the_sheet(golden_model: Lion, size: tuple[int, int], settings: str) -> 
     assert 400 < sheet.height < 1000 + 20 * len(found.tokens)
     assert len(sheet.getcolors(2**20) or ()) > 10
     assert json.loads(json.dumps(found.to_json()))["sources"] == [*SOURCES]
+
+
+@pytest.mark.parametrize("changes", [{"visual_input": "image"}, {"visual_input": "region", "tags": "none"}])
+def test_parts_that_a_model_lacks(photo: Image.Image, changes: dict[str, Any]) -> None:
+    """They have no share and no maps."""
+    tiny = Lion.from_pretrained("tiny")
+    randomise(model := LionModel(replace(tiny.config, **changes)).eval())
+    found = explain(Lion(model, tiny.text), photo, "What is it?", "image", GENERATION["answer"], [["red", "grass"]])
+    queries, region, tagged = bool(model.qformer), bool(model.aggregator), model.config.tags != "none"
+    assert [bool(share) for share in found.shares.sum(0)] == [queries, region, tagged, True]
+    torch.testing.assert_close(found.shares.sum(-1), torch.ones(len(found.tokens)))
+    assert (len(found.queries), found.taps.shape[1]) == (3 * queries, 3 * region)
 
 
 def test_from_the_command_line(golden_folder: Path, tmp_path: Path) -> None:

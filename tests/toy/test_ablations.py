@@ -99,6 +99,18 @@ def test_a_difference_greater_than_its_error_holds(values: list[float], text: st
     assert verdict(values) == text
 
 
+def test_wrong_tags_are_those_of_another_picture(
+    start: argparse.Namespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changes = list[str]()
+    monkeypatch.setattr(ablations, "change", lambda model, what: changes.append(what))
+    monkeypatch.setattr(ablations, "ask", lambda lion, scenes: [])
+    (tmp_path / "full").symlink_to(training.TINY)
+    for name, scenes in (("full", 2), ("full", 2), ("full", 3), ("full-wrong", 3)):  # the second time it is there
+        ablations.measure(tmp_path, name, scenes)
+    assert changes == ["none", "none", "tags of another picture"]
+
+
 def test_only_paired_seeds_are_compared(tmp_path: Path) -> None:
     """Wrong tags cost 20 points without a soft prompt and 5 with it. Two of four seeds lack a model."""
     for seed, (name, score) in product(

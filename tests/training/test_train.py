@@ -2,6 +2,7 @@
 
 import errno
 import io
+import itertools
 import json
 import math
 import multiprocessing
@@ -23,6 +24,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import ROOT, randomise, relative
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -34,6 +36,7 @@ import train
 import weights
 from lion_mini import Lion, LionConfig, files, toy
 from lion_mini.config import (
+    PRESETS,
     AggregatorConfig,
     QFormerConfig,
     RamConfig,
@@ -46,13 +49,14 @@ from lion_mini.data.mixture import Samples
 from lion_mini.data.records import CATEGORIES
 from lion_mini.distributed import distributed
 from lion_mini.images import lion_transform, open_image
+from lion_mini.model.aggregator import Aggregator
 from lion_mini.model.generate import GENERATION
 from lion_mini.model.lion import Batch, LionModel
 from lion_mini.model.qformer import QFormer
 from lion_mini.quantize import Int8Linear, to_int8
 from lion_mini.training.checkpoint import history
 from lion_mini.training.report import log_step, right
-from lion_mini.training.stages import PARTS, STAGES, TOY, Stage, groups, part_of, schedule, unfreeze
+from lion_mini.training.stages import PARTS, STAGES, TOY, Stage, changed, groups, part_of, schedule, unfreeze
 from lion_mini.training.start import begin, merge
 
 SIZES = LionConfig(
@@ -395,6 +399,34 @@ def test_schedule() -> None:
     assert schedule(5, 100, 1.0, 0.0, 0) < 1.0
 
 
+def test_new_parts() -> None:
+    """The aggregator begins as LayerNorm of its first tap, the Q-Former with queries that differ. Both drop out."""
+    sizes = PRESETS["tiny"]
+    taps = torch.randn(3, 2, 37, sizes.vit.width)
+    aggregator = Aggregator(sizes.aggregator, sizes.vit.width, 3, 8).eval()
+    assert relative(aggregator.fuse(taps.unbind()), F.layer_norm(taps[0], taps.shape[-1:])) < 1e-5
+    former = QFormer(sizes.qformer, sizes.vit.width, 8)
+    assert former.queries.std().item() == pytest.approx(sizes.qformer.init_std, rel=0.3)
+    rates = list[float]()
+    drop, attend = F.dropout, F.scaled_dot_product_attention
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(F, "dropout", lambda x, p, on: (rates.append(p * on), drop(x, p, on))[1])
+        seen = lambda *args, dropout_p, **rest: (rates.append(dropout_p), attend(*args, dropout_p=dropout_p, **rest))[1]
+        patch.setattr(F, "scaled_dot_product_attention", seen)
+        for training in (True, False):
+            former.train(training)(taps[0], torch.ones(2, 4, dtype=torch.long))
+    looks = sum(layer.cross_attn is not None for layer in former.layers)
+    sites = 1 + 4 * len(former.layers) + 2 * looks  # embeddings; two per attention, one per feed-forward layer
+    assert rates == [sizes.qformer.dropout] * sites + [0.0] * sites
+
+
+def test_the_single_stage() -> None:
+    """It keeps the Q-Former that it begins with, and has the steps of all three."""
+    args = train.parse(["--stage", "3", "--single-stage"])
+    assert set(PARTS).difference(changed(3, args).new) == {"qformer"}
+    assert changed(3, args).steps == sum(TOY[i].steps for i in (1, 2, 3))
+
+
 def test_rates_reach_their_groups(stage0: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen, norms = [], list[float]()
     step = AdamW.step
@@ -408,6 +440,9 @@ def test_rates_reach_their_groups(stage0: Path, data: Path, tmp_path: Path, monk
     monkeypatch.setattr(AdamW, "step", watched)
     assert train.main(command(2, stage0, data, tmp_path / "out", "--clip", 0.01)) == 0
     assert max(norms) == pytest.approx(0.01, rel=1e-3)
+    saved = torch.load(tmp_path / "out" / "checkpoints" / "step-00000008.pt", weights_only=True)["optimizer"]
+    assert {group["betas"] for group in saved["param_groups"]} == {(0.9, 0.999)}
+    assert {group["weight_decay"] for group in saved["param_groups"]} == {0.0, 0.05}
     for i, groups_ in enumerate(seen):
         assert {lr for constant, lr in groups_ if constant} == {1e-5}
         assert {lr for constant, lr in groups_ if not constant} == {schedule(i, 8, 0.01, 1e-6, 1000)}
@@ -837,7 +872,11 @@ def test_disk_full(
 
 
 def test_untagged_records_on_a_card(whole: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A card gets the frozen matrices in bfloat16, RAM's too, which tags during training."""
+    """A card gets the frozen matrices in bfloat16, RAM's too, which tags during training. The rest is float32."""
+    model = begin(STAGES[4], [whole], 0, torch.bfloat16)[0].model
+    for name, parameter in model.named_parameters():
+        half = part_of(name) is None and parameter.ndim > 1 and name != "t5.shared.weight"
+        assert (parameter.dtype == torch.bfloat16) == half, name
     monkeypatch.setattr(train, "begin", lambda stage, init, seed, _: begin(stage, init, seed, torch.bfloat16))
     assert train.main(command(4, whole, data, tmp_path / "out", "--bf16", "--steps", 2)) == 0
 
@@ -984,6 +1023,12 @@ def test_losses_that_are_no_numbers(
     assert train.main(command(1, stage0, data, tmp_path / "never", "--steps", 40)) == 2
     assert "10 steps in a row were not finite" in capsys.readouterr().err
     assert len(logged(tmp_path / "never")) == 9
+    calls = itertools.count(1)
+    fine = lambda: not torch.is_grad_enabled() or next(calls) % 6 == 0
+    monkeypatch.setattr(LionModel, "forward", lambda *args: forward(*args) * (1 if fine() else math.inf))
+    monkeypatch.setattr(train, "collate", honest)
+    assert train.main(command(1, stage0, data, tmp_path / "often", "--steps", 12)) == 0
+    assert logged(tmp_path / "often")[-1]["skipped"] == 10  # but not in a row
 
 
 @pytest.mark.parametrize("flags", [["--steps", 6], ["--steps", 1], ["--steps", 60, "--warmup", 6]])
