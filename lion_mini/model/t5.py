@@ -148,7 +148,7 @@ class Cache:
         self.depth = len(t5.decoder)
         self.mask = None if mask is None else mask[:, None, None]
         self.task = task
-        self.bias = relative_bias(t5.decoder_bias, capacity, t5.config.max_distance, causal=True)
+        self.bias = relative_bias(t5.decoder_bias, capacity + -capacity % 8, t5.config.max_distance, causal=True)
         self.past = torch.empty(0)  # keys and values of the tokens so far: (layer, 2, b*k, h, capacity, e)
         self.capacity = capacity
         self.length = 0
@@ -193,6 +193,8 @@ class T5(nn.Module):
         bias = relative_bias(self.encoder_bias, x.shape[1], self.config.max_distance, causal=False)
         if mask is not None:
             bias = bias.masked_fill(~mask[:, None, None], -torch.inf)
+        n = x.shape[1]
+        bias = F.pad(bias, (0, -n % 8))[..., :n]  # rows of 8, or a GPU's kernel would copy the bias in every layer
         for layer in self.encoder:
             x = recomputed(layer, self.recompute, x, bias, task)
         return self.encoder_norm(x)
