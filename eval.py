@@ -117,6 +117,8 @@ def evaluate(args: Namespace) -> None:
         raise ValueError("no weights: name their folder with --weights, or a file of predictions with --score")
     else:
         measure_parts(args) if args.parts else measure(args)
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def templates(args: Namespace) -> list[str]:
@@ -214,8 +216,6 @@ def predict(args: Namespace, examples: Examples, ids: list[str], path: Path, ima
         if rank == 0:
             with reading(path), open(path, "a", encoding="utf-8", errors="backslashreplace") as file:
                 file.writelines(map(as_line, new.values()))
-    if world > 1:
-        dist.destroy_process_group()
     return (made, known) if rank == 0 else ({}, {})
 
 

@@ -9,11 +9,11 @@ import torch.distributed as dist
 from .quantize import usable
 
 
-def distributed(device: str, timeout: timedelta | None = None) -> tuple[int, int, torch.device]:
-    """Initialise the process group. Returns (rank, world size, device); without torchrun it is (0, 1, device).
+def distributed(device: str) -> tuple[int, int, torch.device]:
+    """Initialise the process group, once. Returns (rank, world size, device); without torchrun it is (0, 1, device).
 
-    On CUDA the backend is nccl and "cuda" means the card LOCAL_RANK; elsewhere it is gloo. `timeout` limits how long a
-    collective waits for the other ranks. A device that cannot be used raises a ValueError.
+    On CUDA the backend is nccl and "cuda" means the card LOCAL_RANK; elsewhere it is gloo. A collective waits for days:
+    rank 0 may train stage 0, or write XXL. A device that cannot be used raises a ValueError.
     """
     rank, world = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
     if not (rank + world).isdecimal() or int(rank) >= int(world):
@@ -21,7 +21,9 @@ def distributed(device: str, timeout: timedelta | None = None) -> tuple[int, int
     if world == "1":
         return 0, 1, usable(device)
     mine = usable(f"cuda:{os.environ.get('LOCAL_RANK', rank)}" if device == "cuda" else device)
-    if mine.type == "cuda":
-        torch.cuda.set_device(mine)
-    dist.init_process_group("nccl" if mine.type == "cuda" else "gloo", timeout=timeout)
+    card = mine if mine.type == "cuda" else None
+    if card:
+        torch.cuda.set_device(card)
+    if not dist.is_initialized():
+        dist.init_process_group("nccl" if card else "gloo", timeout=timedelta(days=7), device_id=card)
     return dist.get_rank(), dist.get_world_size(), mine
