@@ -33,7 +33,6 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +48,7 @@ from lion_mini.data.mixture import MicroBatches, Mixture, Samples, collate, micr
 from lion_mini.data.records import Records, Source, TrainingExample
 from lion_mini.distributed import distributed
 from lion_mini.pipeline import TINY, Lion
+from lion_mini.quantize import best_dtype
 from lion_mini.toy.training import Toy, toy_jobs
 from lion_mini.training.checkpoint import State, restore, save, weight_files, write_result
 from lion_mini.training.report import draw_loss, draw_samples, first_examples, log_step, overview, say, trim
@@ -272,7 +272,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     machine.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     machine.add_argument("--micro-batch", type=int, help="samples at a time and rank; the batch size stays the same")
     machine.add_argument("--workers", type=int, default=0, help="processes that read pictures ahead")
-    machine.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=True, help="bfloat16 autocast")
+    machine.add_argument("--bf16", action=argparse.BooleanOptionalAction, help="bfloat16 autocast; default: if fast")
     machine.add_argument("--recompute", action="store_true", help="gradient checkpointing: slower, in less memory")
     machine.add_argument("--save-every", type=int, default=200, help="steps between checkpoints")
     machine.add_argument("--keep", type=int, default=2, help="how many checkpoints stay, at least 2")
@@ -282,8 +282,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 def train_stages(args: argparse.Namespace) -> int:
     check_flags(args)
-    patience = timedelta(days=7) if args.from_scratch or args.quick else None  # the other ranks wait for stage 0
-    ranks = distributed(args.device, patience)
+    ranks = distributed(args.device)
+    args.bf16 = best_dtype(ranks[2]) == torch.bfloat16 if args.bf16 is None else args.bf16
     for job in plan(args):
         for name in (signal.SIGINT, signal.SIGTERM):  # after stage 0, which saves by itself
             signal.signal(name, on_signal)
@@ -315,12 +315,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     SIGNALS.clear()
     handlers = {name: signal.getsignal(name) for name in (signal.SIGINT, signal.SIGTERM)}
     try:
-        return files.run(train_stages, args)
+        code = files.run(train_stages, args)
     finally:
         for name, handler in handlers.items():
             signal.signal(name, handler)
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    if dist.is_initialized() and code != 2:  # after an error the other ranks may not come, and nccl would wait for them
+        dist.destroy_process_group()
+    return code
 
 
 if __name__ == "__main__":

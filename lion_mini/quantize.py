@@ -78,5 +78,5 @@ def has_bfloat16() -> bool:  # this CPU, in hardware; elsewhere float32 is faste
 
 def best_dtype(device: str | torch.device) -> torch.dtype:
     kind = torch.device(device).type
-    fast = has_bfloat16() if kind == "cpu" else kind == "cuda" and torch.cuda.is_bf16_supported()
-    return torch.bfloat16 if fast else torch.float32
+    fast = kind == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.bfloat16 if fast or (kind == "cpu" and has_bfloat16()) else torch.float32

@@ -345,7 +345,7 @@ def test_a_box_is_never_evaluated() -> None:
 def test_auto_says_what_it_chose(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     for fast, name in ((True, "bfloat16"), (False, "float32")):
         monkeypatch.setattr("lion_mini.quantize.has_bfloat16", lambda fast=fast: fast)
-        code, _, error, _ = run(PHOTO, "--dtype", "auto")
+        code, _, error, _ = run(PHOTO, "--dtype", "auto", "--device", "cpu")
         assert code == 0
         assert f"computes in {name} on cpu" in error
 
