@@ -52,7 +52,7 @@ class Batch:
 
     def to(self, device: torch.device, dtype: torch.dtype) -> "Batch":
         """The same on another device, pixels in another dtype."""
-        moved = {k: v.to(device, non_blocking=True) for k, v in vars(self).items() if v is not None}
+        moved = {k: v.to(device) for k, v in vars(self).items() if v is not None}
         return replace(self, **moved | {"pixels": moved["pixels"].to(dtype)})
 
 

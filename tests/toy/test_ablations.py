@@ -105,7 +105,7 @@ def test_wrong_tags_are_those_of_another_picture(
     changes = list[str]()
     monkeypatch.setattr(ablations, "change", lambda model, what: changes.append(what))
     monkeypatch.setattr(ablations, "ask", lambda lion, scenes: [])
-    (tmp_path / "full").symlink_to(training.TINY)
+    (tmp_path / "full").symlink_to(tmp_path / "tiny")
     for name, scenes in (("full", 2), ("full", 2), ("full", 3), ("full-wrong", 3)):  # the second time it is there
         ablations.measure(tmp_path, name, scenes)
     assert changes == ["none", "none", "tags of another picture"]

@@ -24,6 +24,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from conftest import ROOT, randomise, relative
 from PIL import Image
@@ -409,10 +410,18 @@ def test_new_parts() -> None:
     assert former.queries.std().item() == pytest.approx(sizes.qformer.init_std, rel=0.3)
     rates = list[float]()
     drop, attend = F.dropout, F.scaled_dot_product_attention
+
+    def dropped(x: Tensor, rate: float, training: bool) -> Tensor:
+        rates.append(rate * training)
+        return drop(x, rate, training)
+
+    def attended(*args: Any, **rest: Any) -> Tensor:
+        rates.append(rest["dropout_p"])
+        return attend(*args, **rest)
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(F, "dropout", lambda x, p, on: (rates.append(p * on), drop(x, p, on))[1])
-        seen = lambda *args, dropout_p, **rest: (rates.append(dropout_p), attend(*args, dropout_p=dropout_p, **rest))[1]
-        patch.setattr(F, "scaled_dot_product_attention", seen)
+        patch.setattr(F, "dropout", dropped)
+        patch.setattr(F, "scaled_dot_product_attention", attended)
         for training in (True, False):
             former.train(training)(taps[0], torch.ones(2, 4, dtype=torch.long))
     looks = sum(layer.cross_attn is not None for layer in former.layers)
@@ -952,19 +961,16 @@ def test_two_torchrun_agents_are_two_processes(stage0: Path, data: Path, tmp_pat
         assert (tensor - trained(tmp_path / "agents")[name]).abs().max() < 1e-5, name
 
 
-def test_processes_wait_for_stage_0(monkeypatch: pytest.MonkeyPatch) -> None:
-    waits: list[timedelta | None] = []
-
-    def distributed(device: str, timeout: timedelta | None) -> None:
-        waits.append(timeout)
-        raise ValueError("far enough")
-
-    monkeypatch.setattr(train, "distributed", distributed)
-    for flags in (["--from-scratch"], ["--stage", "1"]):
-        assert train.main(flags) == 2
-    assert waits[0] is not None
-    assert waits[0] > timedelta(hours=24)  # it takes half an hour, and longer on another machine
-    assert waits[1] is None
+def test_processes_wait_for_rank_0(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may train stage 0 or write XXL, for longer than PyTorch's ten minutes."""
+    given = dict[str, Any]()
+    monkeypatch.setattr(dist, "init_process_group", lambda backend, **rest: given.update(rest, backend=backend))
+    for name, value, function in (("RANK", "0", "get_rank"), ("WORLD_SIZE", "2", "get_world_size")):
+        monkeypatch.setenv(name, value)
+        monkeypatch.setattr(dist, function, lambda value=value: int(value))
+    assert distributed("cpu") == (0, 2, torch.device("cpu"))
+    assert (given["backend"], given["device_id"]) == ("gloo", None)
+    assert given["timeout"] > timedelta(hours=24)
 
 
 def test_the_batch_does_not_depend_on_how_it_is_cut(stage0: Path, data: Path, tmp_path: Path) -> None:
