@@ -12,7 +12,7 @@ from torch.nn.functional import cross_entropy
 
 import weights
 from lion_mini import Generation, Lion
-from lion_mini.config import IGNORE
+from lion_mini.config import EOS, IGNORE
 from lion_mini.pipeline import pad
 
 BATCHES = [0, 1]  # image level, region level
@@ -289,3 +289,9 @@ def test_training_prompt_drops_tags_and_nothing_else(golden_model: Lion) -> None
     assert golden_model.text.pieces.decode(ids).endswith("what is it?")
     long = golden_model.training_prompt("what is it? " * 60, tags)
     assert golden_model.text.pieces.decode(long).count("what is it?") == 60
+    side = golden_model.config.vit.image_size
+    batch = golden_model.batch(torch.zeros(1, 3, side, side), ["what is it?"], [tags], ["image"], ["a dog " * 200])
+    assert batch.labels is not None
+    assert batch.prompt.tolist() == [ids]
+    assert batch.labels.shape[1] == golden_model.config.max_answer_tokens
+    assert batch.labels[0, -1] == EOS

@@ -654,9 +654,21 @@ def test_fine_tuning_begins_with_everything(two_stages: tuple[Path, Path], data:
     _, origin = begin(STAGES[4], [tmp_path / "3"], seed=0)
     assert set(origin) == {"vit", "t5", "ram", *PARTS}
     assert "new" not in origin.values()
-    assert train.main(command(4, tmp_path / "3", data, tmp_path / "4", "--ratios", 1, 2)) == 0
-    assert Lion.from_pretrained(tmp_path / "4").config.made_by.count("\n") == 3
+    (tmp_path / "3" / "ram_tag_list_threshold.txt").write_text("0.0\n" * len(toy.TAGS))  # any tag
+    more = "--ratios", 1, 2, "--held-out", data / "image.json"
+    assert train.main(command(4, tmp_path / "3", data, tmp_path / "4", *more)) == 0
+    lion = Lion.from_pretrained(tmp_path / "4")
+    assert lion.config.made_by.count("\n") == 3
     assert logged(tmp_path / "4")[-1]["step"] == 8
+
+    # Held-out records without tags are tagged by RAM.
+    records = json.loads((data / "image.json").read_text())
+    images = [open_image(data / record["image"]) for record in records]
+    pixels = torch.stack([lion_transform(image, 16) for image in images])
+    questions, answers = ([record[name] for record in records] for name in ("question", "answer"))
+    tags = [record.get("tags", found) for record, found in zip(records, lion.tag(images), strict=True)]
+    loss = lion(pixels, questions, answers, tags, ["image"] * 24).item()
+    assert logged(tmp_path / "4")[-1]["held_out_loss"] == pytest.approx(loss, rel=1e-5)
 
 
 # --- held-out records
