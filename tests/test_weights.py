@@ -604,3 +604,13 @@ def test_a_truncated_file_is_one_sentence(kind: str, tmp_path: Path, capsys: pyt
         in_last_line = path.suffix == ".txt" and whole[:length].count(b"\n") == whole.count(b"\n")  # a valid list too
         assert (code, len(said)) == (2, 1) or (code == 0 and in_last_line), said
         assert code == 0 or (path.name in said[0] and "LION_DEBUG" not in said[0]), said
+
+
+def test_sizes_that_no_shape_shows() -> None:
+    """Of the published models: with others their weights would load, and answer wrongly."""
+    for sizes in (PRESETS["xl"], PRESETS["xxl"]):
+        heads = sizes.vit.heads, sizes.qformer.heads, sizes.aggregator.heads
+        assert (*heads, sizes.taps, sizes.t5.max_distance) == (16, 12, 16, (38, 28, 18), 128)
+        assert (sizes.vit.norm_eps, sizes.qformer.norm_eps, sizes.t5.norm_eps) == (1e-6, 1e-12, 1e-6)
+        assert sizes.ram is not None
+        assert sizes.ram.head.heads == 4

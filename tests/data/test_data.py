@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from lion_mini import Lion, toy
-from lion_mini.data.mixture import MicroBatches, Mixture, collate, micro_batches
+from lion_mini.data.mixture import MicroBatches, Mixture, Samples, collate, micro_batches
 from lion_mini.data.records import Records, check_record
 from lion_mini.images import lion_transform
 from lion_mini.toy.training import Toy
@@ -252,6 +252,11 @@ def test_toy_source() -> None:
     again = image.read(3, random.Random(3))
     assert (again.question, again.answer, again.tags) == (asked[3].question, asked[3].answer, asked[3].tags)
     assert Toy(("image",), "test").read(3, random.Random(3)).image.tobytes() != asked[3].image.tobytes()
+    batch = MicroBatches(Mixture([image], None, 0), 8, 48)[0]
+    assert isinstance(batch, Samples)
+    for name, pixels in zip(batch.names, batch.pixels, strict=True):  # not mirrored: left and right have names
+        number = int(name.split()[2])
+        assert torch.equal(pixels, lion_transform(toy.scene(number, "train").image, 48))
 
 
 def test_ram_tags_the_whole_picture_of_samples_without_tags(tmp_path: Path) -> None:

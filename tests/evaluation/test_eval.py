@@ -31,14 +31,6 @@ from lion_mini.toy import scores
 Run = Callable[..., tuple[int, str, str]]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture
 def run(tmp_path: Path, golden_folder: Path, capsys: pytest.CaptureFixture) -> Run:
     def call(*args: object, weights: bool = True) -> tuple[int, str, str]:

@@ -19,7 +19,7 @@ from lion_mini.data.records import Records
 from lion_mini.evaluation import readers
 from lion_mini.evaluation.benchmarks import read
 from lion_mini.images import ImageFolder
-from lion_mini.text.prompts import TEMPLATES
+from lion_mini.text.prompts import TEMPLATES, pool, render
 
 Folder = Path
 
@@ -754,3 +754,9 @@ def test_inspect(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     (tmp_path / "empty.jsonl").touch()
     assert convert.main(["inspect", str(tmp_path / "empty.jsonl")]) == 2
     assert "holds no record" in capsys.readouterr().err
+
+
+def test_every_instruction_is_drawn(tmp_path: Path) -> None:
+    paths = okvqa_files(tmp_path, "train")
+    asked = {converted(tmp_path, "okvqa", *paths, seed=str(i))[0]["question"] for i in range(60)}
+    assert asked == {render(text, question="What sport?") for text in pool(TEMPLATES)["vqa"]}

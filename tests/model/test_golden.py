@@ -11,8 +11,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import cross_entropy
 
 import weights
-from lion_mini import Generation, Lion
-from lion_mini.config import EOS, IGNORE
+from lion_mini import Generation, Lion, LionConfig
+from lion_mini.config import EOS, IGNORE, QFormerConfig
 from lion_mini.pipeline import pad
 
 BATCHES = [0, 1]  # image level, region level
@@ -295,3 +295,17 @@ def test_training_prompt_drops_tags_and_nothing_else(golden_model: Lion) -> None
     assert batch.prompt.tolist() == [ids]
     assert batch.labels.shape[1] == golden_model.config.max_answer_tokens
     assert batch.labels[0, -1] == EOS
+
+
+@pytest.mark.parametrize(
+    ("kind", "wrong", "words"),
+    [
+        (Generation, {"beams": 0}, "beams must be"), (Generation, {"min_new_tokens": 31}, "is not within"),
+        (Generation, {"top_p": 0}, "top_p within"), (Generation, {"sample": True, "beams": 2}, "sampling needs"),
+        (Generation, {"returns": 2}, "cannot return"), (LionConfig, {"tags": "hard"}, "tags must be soft"),
+        (LionConfig, {"taps": (39,)}, "are not all among"), (LionConfig, {"qformer": QFormerConfig(heads=5)}, "not a"),
+    ],
+)  # fmt: skip
+def test_settings_that_make_no_sense(kind: Any, wrong: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        kind(**wrong)

@@ -209,8 +209,6 @@ def test_what_is_asked_is_trained(tmp_path: Path) -> None:
         asked = [*TEMPLATES[kind], RELEASE.get(kind, texts[0])]
         asked += [lion.instruction(kind)] if kind in EVAL_TEMPLATES else []
         assert set(asked) == set(texts)
-        drawn = {random.Random(i).choice(texts) for i in range(200)}
-        assert drawn == set(texts)
 
 
 @pytest.mark.parametrize(

@@ -273,8 +273,11 @@ def test_the_papers_table() -> None:
     assert rows[1] == (64, 30_000, 1e-5, 0.0, {}, 1000, "tokens")
     assert rows[2] == (256, 60_000, 5e-4, 1e-6, {"aggregator": 1e-5}, 1000, "tokens")
     assert rows[3] == (64, 60_000, 1e-5, 0.0, {}, 1000, "tokens")
-    for number, stage in STAGES.items():
-        assert (stage.trains, stage.tasks, stage.model) == (TOY[number].trains, TOY[number].tasks, TOY[number].model)
+    assert rows[4] == rows[3]
+    alone = {"adapters": 1, "tags": "none"}
+    assert STAGES[1].model == {"visual_input": "image", **alone}
+    assert STAGES[2].model == {"visual_input": "region", **alone}
+    assert STAGES[3].model == {"visual_input": "all", "adapters": 2, "tags": "soft"}
 
 
 def test_frozen_parts_stay_in_eval_mode(stage0: Path) -> None:
@@ -473,6 +476,7 @@ def test_stage_3_begins_as_the_two_ended(two_stages: tuple[Path, Path]) -> None:
     model = lion.model
     one, two, tensors = trained(two_stages[0]), trained(two_stages[1]), model.state_dict()
     assert {part: where for part, where in origin.items() if where == "new"} == {"router": "new", "soft prompt": "new"}
+    assert all(tensor.any() for name, tensor in (one | two).items() if name.endswith("up.weight"))  # adapters learn
     for name, tensor in one.items():
         assert torch.equal(tensors[name.replace(".adapters.adapters.0.", ".adapters.adapters.1.")], tensor)
     for name, tensor in two.items():
@@ -985,8 +989,9 @@ def test_processes_wait_for_rank_0(monkeypatch: pytest.MonkeyPatch) -> None:
     assert given["timeout"] > timedelta(hours=24)
 
 
-def test_the_batch_does_not_depend_on_how_it_is_cut(stage0: Path, data: Path, tmp_path: Path) -> None:
-    """Losses of the first step, whose weights are the same: dropout alone differs, so there is none here."""
+@pytest.mark.parametrize("mean", ["tokens", "samples"])
+def test_the_batch_does_not_depend_on_how_it_is_cut(stage0: Path, data: Path, tmp_path: Path, mean: str) -> None:
+    """Losses and gradients, without dropout, which does depend on it."""
     config = json.loads((stage0 / "config.json").read_text())
     for part in ("qformer", "aggregator"):
         config[part]["dropout"] = 0.0
@@ -996,9 +1001,15 @@ def test_the_batch_does_not_depend_on_how_it_is_cut(stage0: Path, data: Path, tm
         (still / path.name).write_bytes(path.read_bytes())
     (still / "config.json").write_text(json.dumps(config))
     for size in (4, 1):
-        assert train.main(command(3, still, data, tmp_path / str(size), "--micro-batch", size)) == 0
+        assert train.main(command(3, still, data, tmp_path / str(size), "--micro-batch", size, "--mean", mean)) == 0
     one, two = (logged(tmp_path / str(size)) for size in (4, 1))
-    assert [line["loss"] for line in one] == pytest.approx([line["loss"] for line in two], rel=1e-4)
+    for fact, bound in (("loss", 1e-4), ("norm", 1e-3)):
+        assert [line[fact] for line in one] == pytest.approx([line[fact] for line in two], rel=bound)
+
+
+def test_drawing_changes_nothing(stage0: Path, data: Path, whole: Path, tmp_path: Path) -> None:
+    assert train.main(command(3, stage0, data, tmp_path / "run", "--draw-every", 1)) == 0
+    same(tmp_path / "run", whole)
 
 
 def test_a_batch_that_cannot_be_shared(
