@@ -258,7 +258,7 @@ def main(argv: list[str] | None = None) -> int:
     mode("--prompt", metavar="TEXT", type=lambda text: ("prompt", text), help="ask in words of your own, as they are")
     mode("--tags", action="store_const", const=("tags", ""), help="only RAM's tags")
     add("--task", help="the router's row for --prompt: image (default) or region")
-    add("--max-new-tokens", type=int, metavar="N", help="how long an answer may be (default: 10 to 40, or 256)")
+    add("--max-new-tokens", type=int, metavar="N", help="how long an answer may be (10 to 40; --official: 256)")
     add("--data", type=Path, help="with --tags: a file of training records, JSON or JSON lines, to tag")
     add("--images", type=Path, nargs="+", dest="roots", default=[Path()], help="the folders of --data's pictures")
     add("--pixels", action="store_true", help="--describe gives pixels of the upright picture")

@@ -9,7 +9,7 @@
 The tables are the port: official name -> our name, or `-` and why it is not used. `{}` is a number, `*` any rest,
 `(a|b)` two rows. `convert` stops at a tensor without a row, a parameter without a tensor, and another shape.
 
-Without `--lion` the result is the start of stage 1: the Q-Former comes from `--blip2` or from BERT's weights in the
+Without `--lion` the result begins stages 1 and 2: the Q-Former comes from `--blip2` or from BERT's weights in the
 `--bert` folder, all else that LION trains is initialised. Without `--ram` tags must be given at run time.
 """
 
@@ -203,7 +203,7 @@ def convert(args: argparse.Namespace) -> None:
     if new:
         filled |= {name: (args.out, new.__getitem__, name) for name in new}
         parts = ", ".join(sorted({name.split(".")[0] for name in new}))
-        print(f"no --lion: {len(new)} tensors of {parts} are freshly initialised, for stage 1")
+        print(f"no --lion: {len(new)} tensors of {parts} are freshly initialised, for stages 1 and 2")
     if missing := [translate(name, OFFICIAL) or name for name in plan if name not in filled]:
         raise ValueError(f"no file holds {missing[0]}, and {len(missing) - 1} more are missing")
 

@@ -190,10 +190,10 @@ class T5(nn.Module):
     def encode(
         self, x: Tensor, mask: Tensor | None, task: Tensor
     ) -> Tensor:  # (b, n, d), (b, n) True at tokens, (b,) -> (b, n, d)
-        bias = relative_bias(self.encoder_bias, x.shape[1], self.config.max_distance, causal=False)
+        n = x.shape[1]
+        bias = relative_bias(self.encoder_bias, n, self.config.max_distance, causal=False)
         if mask is not None:
             bias = bias.masked_fill(~mask[:, None, None], -torch.inf)
-        n = x.shape[1]
         bias = F.pad(bias, (0, -n % 8))[..., :n]  # rows of 8, or a GPU's kernel would copy the bias in every layer
         for layer in self.encoder:
             x = recomputed(layer, self.recompute, x, bias, task)

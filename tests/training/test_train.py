@@ -914,6 +914,10 @@ def test_stages_with_frozen_parts_in_int8(whole: Path, data: Path, tmp_path: Pat
         shutil.copytree(whole, folder, ignore=shutil.ignore_patterns("*.safetensors"))
         save_file(model.state_dict(), folder / "model.safetensors")
         to_int8(model)  # all linear layers, as weights.py convert does
+    stored, begun = model.state_dict(), begin(STAGES[4], [start], seed=0)[0].model.state_dict()
+    for name, tensor in stored.items():  # what trains begins at its rounded values
+        if tensor.dtype == torch.int8 and part_of(name):
+            assert torch.equal(begun[name], tensor * stored[name.removesuffix("weight") + "scale"].float()[:, None])
     inits = {1: [start], 2: [start], 3: [tmp_path / "1", tmp_path / "2"], 4: [tmp_path / "3"]}
     for number, init in inits.items():
         out, flags = tmp_path / str(number), ["--steps", 4, *["--bf16", "--recompute"] * (number % 2)]
